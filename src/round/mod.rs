@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+pub mod book;
 pub mod child;
 mod rows;
 mod state;
@@ -30,7 +31,7 @@ use crate::progress::Progress;
 use crate::record::derive_seed;
 use crate::registry::{Lineage, Registry, RegistryError};
 use crate::rewards::{Rewards, RewardError};
-use crate::table::{TableError, Tables};
+use crate::table::{Name, TableError, Tables};
 use train::Trained;
 
 /// Why a night ended without a verdict.
@@ -71,11 +72,11 @@ pub enum RoundError {
 #[serde(tag = "result", rename_all = "snake_case")]
 pub enum Outcome {
     /// The trial's evidence crossed its bar and every guardrail passed: to be verified and promoted by the daemon.
-    Promote { trial: u64, challenger: String },
+    Promote { trial: String, challenger: String, reason: String },
     /// The trial ended without a promotion.
-    Refused { trial: u64, challenger: String, reason: String },
+    Refused { trial: String, challenger: String, reason: String },
     /// The trial goes on the next night, with fresh prompts.
-    Open { trial: u64, challenger: String, reason: String },
+    Open { trial: String, challenger: String, reason: String },
     /// There was nothing to do, for an ordinary reason.
     Skipped { reason: String },
     /// The round broke; its folder stays for a look.
@@ -295,9 +296,13 @@ impl Night<'_> {
     }
 
     /// Appends one row to `rounds`, once per state, also when the round is resumed.
-    fn state(&mut self, state: &str, detail: serde_json::Value) -> Result<(), RoundError> {
+    fn state(&self, state: &str, detail: serde_json::Value) -> Result<(), RoundError> {
         let app_id = format!("taod/rounds/{}/{state}", self.plan.round);
-        let row = rows::RoundRow::new(&self.plan.round, state, detail);
-        self.append_once("rounds", &app_id, &[row])
+        let row = rows::RoundRow::new(&self.plan.round, state, self.plan.seed, detail);
+        self.append_once(Name::Rounds, &app_id, &[row])
+    }
+
+    fn append_once<T: Serialize>(&self, name: Name, app_id: &str, rows: &[T]) -> Result<(), RoundError> {
+        Ok(self.runtime.block_on(book::append_once(&self.tables, name, app_id, rows))?)
     }
 }

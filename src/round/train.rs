@@ -11,6 +11,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::rows::{Place, candidate_row};
 use super::{Control, Night, RoundError, StageReport};
 use crate::adapter::{self, Sample};
 use crate::candidates::{self, Candidate, Stream};
@@ -19,6 +20,7 @@ use crate::durable;
 use crate::engine::Adapter;
 use crate::record::derive_seed;
 use crate::rewards::{Item, Scored};
+use crate::table::Name;
 
 /// What training came to.
 #[derive(Debug)]
@@ -180,11 +182,12 @@ fn training_samples(drawn: &[Candidate], scores: &[Score]) -> Vec<Sample> {
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }
 
-fn record(night: &mut Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score]) -> Result<(), RoundError> {
+fn record(night: &Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score]) -> Result<(), RoundError> {
     let app_id = format!("taod/candidates/{}/{pass}", night.plan.round);
-    let rows = drawn.iter().zip(scores).map(|(c, s)| super::rows::candidate_row(&night.plan.round, "train", c, s.total, &s.parts));
-    let rows: Vec<_> = rows.collect();
-    night.append_once("candidates", &app_id, &rows)
+    let place = Place::Training { round: &night.plan.round, pass };
+    let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, s.total, s.passed, &s.parts);
+    let rows: Vec<_> = drawn.iter().zip(scores).map(row).collect();
+    night.append_once(Name::Candidates, &app_id, &rows)
 }
 
 #[cfg(test)]
