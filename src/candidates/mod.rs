@@ -71,6 +71,45 @@ impl Settings {
     }
 }
 
+/// How the endpoint answers its clients; both sides of the gate answer the same way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Decoding {
+    /// Sampling temperature, 0 (greedy) to 2.
+    pub temperature: f64,
+    /// Nucleus mass kept, in (0, 1].
+    pub top_p: f64,
+    /// Most new tokens of one answer, 1 or more.
+    pub max_tokens: usize,
+}
+
+impl Default for Decoding {
+    fn default() -> Self {
+        Decoding { temperature: 0.7, top_p: 1.0, max_tokens: 512 }
+    }
+}
+
+impl Decoding {
+    /// Checks every key; the message names key, value and remedy.
+    pub fn validate(&self) -> Result<(), String> {
+        if !(0.0..=2.0).contains(&self.temperature) {
+            return Err(format!("temperature = {}: set a value from 0 to 2", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
+        }
+        match self.max_tokens {
+            0 => Err("max_tokens = 0: set at least 1".to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns how the engine is to draw.
+    pub fn sampling(&self) -> SamplingSettings {
+        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+    }
+}
+
 /// One sampled answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {

@@ -7,10 +7,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use rdkafka::ClientConfig;
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::util::Timeout;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
@@ -30,6 +34,8 @@ const OPT_OUTS: f64 = 0.02;
 const FAILED_CALLS: usize = 6;
 /// Rows a gateway masked before it logged them.
 const MASKED_ROWS: usize = 12;
+/// Longest wait for the broker to take a record.
+const SEND_WITHIN: Duration = Duration::from_secs(10);
 /// Records that are no JSON at all.
 const BROKEN_RECORDS: usize = 7;
 
@@ -167,6 +173,16 @@ pub async fn send(
     Ok(answered)
 }
 
+/// Produces records to the topic as they stand, and waits until the broker has them.
+pub async fn produce(brokers: &str, topic: &str, payloads: &[Vec<u8>]) -> anyhow::Result<()> {
+    let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    for payload in payloads {
+        let record = FutureRecord::<(), [u8]>::to(topic).payload(payload.as_slice());
+        producer.send(record, Timeout::After(SEND_WITHIN)).await.map_err(|(error, _)| error)?;
+    }
+    Ok(())
+}
+
 fn request(call: &Call, model: &str, max_tokens: usize, temperature: f64, seed: u64) -> Value {
     json!({
         "model": model,
@@ -180,9 +196,15 @@ fn request(call: &Call, model: &str, max_tokens: usize, temperature: f64, seed: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rewards::workload::Match;
 
     fn workloads() -> Vec<Workload> {
-        let named = |name: &str| Workload { name: name.into(), house_rules: format!("Rule of {name}."), ..Workload::default() };
+        let named = |name: &str| Workload {
+            name: name.into(),
+            matching: Match::Name,
+            house_rules: format!("Rule of {name}."),
+            rules: Vec::new(),
+        };
         vec![named("a"), named("b"), named("c")]
     }
 

@@ -94,6 +94,27 @@ impl Outcome {
         }
     }
 
+    /// Returns why, in one sentence.
+    pub fn reason(&self) -> &str {
+        match self {
+            Outcome::Promote { reason, .. }
+            | Outcome::Refused { reason, .. }
+            | Outcome::Open { reason, .. }
+            | Outcome::Skipped { reason }
+            | Outcome::Failed { reason } => reason,
+        }
+    }
+
+    /// Returns the trial's id and the challenger, where there was a trial.
+    pub fn trial(&self) -> Option<(&str, &str)> {
+        match self {
+            Outcome::Promote { trial, challenger, .. }
+            | Outcome::Refused { trial, challenger, .. }
+            | Outcome::Open { trial, challenger, .. } => Some((trial, challenger)),
+            Outcome::Skipped { .. } | Outcome::Failed { .. } => None,
+        }
+    }
+
     /// Returns the name stored in the `rounds` table and used as a metric label.
     pub fn name(&self) -> &'static str {
         match self {
