@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 /// Where the input lines come from.
 #[derive(Debug, Clone, Args)]
-pub struct Input {
+pub(super) struct Input {
     /// File of JSON lines; `-` is standard input.
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
@@ -20,7 +20,7 @@ pub struct Input {
 impl Input {
     /// Returns the lines one by one with their index, counted from 0. Empty lines are passed over and not counted.
     /// A line that is not the JSON expected is an error that names the file and the line.
-    pub fn read<T: DeserializeOwned>(&self) -> anyhow::Result<impl Iterator<Item = anyhow::Result<T>> + use<T>> {
+    pub(super) fn read<T: DeserializeOwned>(&self) -> anyhow::Result<impl Iterator<Item = anyhow::Result<T>> + use<T>> {
         let name = self.name();
         let parse = move |(number, line): (usize, io::Result<String>)| {
             let line = line.with_context(|| format!("cannot read {name}, line {}", number + 1))?;
@@ -35,19 +35,19 @@ impl Input {
     }
 
     /// Returns all lines, or an error where there is none: a command on an empty file is a mistake.
-    pub fn read_all<T: DeserializeOwned>(&self) -> anyhow::Result<Vec<T>> {
+    pub(super) fn read_all<T: DeserializeOwned>(&self) -> anyhow::Result<Vec<T>> {
         let lines: Vec<T> = self.read()?.collect::<anyhow::Result<_>>()?;
         anyhow::ensure!(!lines.is_empty(), "{} holds no line; write one JSON object a line", self.name());
         Ok(lines)
     }
 
     /// Returns the name for messages.
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         if self.is_standard_input() { "standard input".into() } else { self.input.display().to_string() }
     }
 
     /// Opens the bytes themselves, for commands whose lines need not be JSON.
-    pub fn open(&self) -> anyhow::Result<Box<dyn BufRead>> {
+    pub(super) fn open(&self) -> anyhow::Result<Box<dyn BufRead>> {
         if self.is_standard_input() {
             return Ok(Box::new(BufReader::new(io::stdin())));
         }
@@ -67,25 +67,25 @@ fn describe(error: &serde_json::Error) -> String {
 }
 
 /// Writes JSON lines to standard output.
-pub struct Output {
+pub(super) struct Output {
     out: BufWriter<io::StdoutLock<'static>>,
 }
 
 impl Output {
     /// Takes standard output.
-    pub fn stdout() -> Self {
+    pub(super) fn stdout() -> Self {
         Output { out: BufWriter::new(io::stdout().lock()) }
     }
 
     /// Writes one line.
-    pub fn line<T: Serialize>(&mut self, value: &T) -> anyhow::Result<()> {
+    pub(super) fn line<T: Serialize>(&mut self, value: &T) -> anyhow::Result<()> {
         serde_json::to_writer(&mut self.out, value).map_err(io::Error::from)?;
         self.out.write_all(b"\n")?;
         Ok(())
     }
 
     /// Hands everything written so far to the reader; errors of a full disk show here.
-    pub fn flush(&mut self) -> anyhow::Result<()> {
+    pub(super) fn flush(&mut self) -> anyhow::Result<()> {
         Ok(self.out.flush()?)
     }
 }

@@ -26,7 +26,39 @@ pub struct Key {
 /// Returns the schema of `T` as one tree without references.
 pub(super) fn schema<T: JsonSchema>() -> Value {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
-    settings.into_generator().into_root_schema_for::<T>().into()
+    let mut schema = settings.into_generator().into_root_schema_for::<T>().into();
+    spread(&mut schema);
+    schema
+}
+
+/// Gives the keys of a struct to each alternative of an enum that is flattened into it, so that a node has either keys
+/// or alternatives, never both.
+fn spread(node: &mut Value) {
+    match node {
+        Value::Array(items) => items.iter_mut().for_each(spread),
+        Value::Object(map) => {
+            map.values_mut().for_each(spread);
+            if !(map.contains_key("oneOf") && map.contains_key("properties")) {
+                return;
+            }
+            let shared = ["properties", "required"].map(|word| map.remove(word));
+            for alternative in map.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
+                if let ([Some(Value::Object(keys)), needed], Value::Object(inner)) = (&shared, alternative) {
+                    add_keys(inner, keys, needed.as_ref().and_then(Value::as_array));
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn add_keys(node: &mut Map<String, Value>, keys: &Map<String, Value>, needed: Option<&Vec<Value>>) {
+    if let Some(own) = node.entry("properties").or_insert_with(|| Value::Object(Map::new())).as_object_mut() {
+        own.extend(keys.clone());
+    }
+    if let Some(own) = node.entry("required").or_insert_with(|| Value::Array(vec![])).as_array_mut() {
+        own.extend(needed.into_iter().flatten().cloned());
+    }
 }
 
 /// One node of the schema: a type of value. An `Option<T>` or an enum has several [`Shape::alternatives`].

@@ -24,11 +24,18 @@ pub use layers::{Layers, Origin};
 
 /// Declares [`Config`]: one field for each section. This is the only list of sections.
 macro_rules! sections {
-    ($($(#[doc = $doc:literal])+ $section:ident: $settings:ty,)*) => {
+    (
+        $($(#[doc = $doc:literal])+ $section:ident: $settings:ty,)*
+        // Lists of tables (`[[name]]`), which the section that reads them checks.
+        lists { $($(#[doc = $list_doc:literal])+ $list:ident: $item:ty,)* }
+    ) => {
         /// Everything an operator can set. A section is the `Settings` of the stage that reads it.
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields, default)]
-        pub struct Config { $($(#[doc = $doc])+ pub $section: $settings,)* }
+        pub struct Config {
+            $($(#[doc = $doc])+ pub $section: $settings,)*
+            $($(#[doc = $list_doc])+ pub $list: Vec<$item>,)*
+        }
 
         impl Config {
             /// Lets every section check its own values; returns what is wrong, with the full key.
@@ -50,6 +57,7 @@ sections! {
     schedule: crate::schedule::Settings,
     /// The page for people and monitors: metrics, health, status.
     admin: crate::admin::Settings,
+    lists {}
 }
 
 /// Where taod keeps its own files.

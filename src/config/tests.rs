@@ -16,9 +16,18 @@ enum Method {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-enum Rule {
+enum Kind {
     Regex { pattern: String },
     Length { max: u64 },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+struct Rule {
+    /// Whether it must hold.
+    #[serde(default)]
+    hard: bool,
+    #[serde(flatten)]
+    kind: Kind,
 }
 
 /// The sample's training.
@@ -160,8 +169,10 @@ fn a_syntax_error_names_the_file_and_the_line() {
 #[test]
 fn tables_of_a_list_are_checked_by_their_tag() {
     let workload = |rule: &str| format!("[[workload]]\nname = \"a\"\n[[workload.rules]]\n{rule}");
-    let loaded = load(&workload("kind = \"length\"\nmax = 3"), &[]).unwrap();
-    assert_eq!(loaded.config.workload[0].rules, [Rule::Length { max: 3 }]);
+    let loaded = load(&workload("kind = \"length\"\nmax = 3\nhard = true"), &[]).unwrap();
+    assert_eq!(loaded.config.workload[0].rules, [Rule { hard: true, kind: Kind::Length { max: 3 } }]);
+    let message = problem(&workload("kind = \"length\"\nmax = 3\nhrad = true"), &[]);
+    assert_eq!(message, "taod.toml: workload[0].rules[0].hrad is not a key; did you mean workload.rules.hard?");
     let message = problem(&workload("kind = \"length\"\npattern = \"x\"\nmax = 1"), &[]);
     assert!(message.starts_with("taod.toml: workload[0].rules[0].pattern is not a key"), "{message}");
     assert_eq!(

@@ -41,20 +41,21 @@ macro_rules! label {
 }
 
 label! {
-    /// Why a record became a dead letter. A reason code that is not listed here counts as `other`.
-    DeadLetter as "reason" {
+    /// Why a record is no row: a dead letter, or nothing for the table. The codes of the log formats; a code that is not
+    /// listed counts as `other`.
+    Reason as "reason" {
+        Empty = "empty",
         NotJson = "not_json",
+        InvalidUtf8 = "invalid_utf8",
+        TooDeep = "too_deep",
+        BadNumber = "bad_number",
+        TooManyItems = "too_many_items",
         UnknownFormat = "unknown_format",
-        Invalid = "invalid",
-        TooLarge = "too_large",
-        Other = "other",
-    }
-}
-
-label! {
-    /// Why a record holds no call.
-    Skip as "reason" {
-        Tombstone = "tombstone",
+        MissingMessages = "missing_messages",
+        BadMessages = "bad_messages",
+        BadRequest = "bad_request",
+        MissingRequestId = "missing_request_id",
+        NotChat = "not_chat",
         Other = "other",
     }
 }
@@ -82,9 +83,11 @@ label! {
 }
 
 label! {
-    /// How a round ended.
+    /// How a night ended: with a challenger to promote, with one refused or still on trial, or without one.
     RoundOutcome as "outcome" {
-        Registered = "registered",
+        Promote = "promote",
+        Refused = "refused",
+        Open = "open",
         Skipped = "skipped",
         Failed = "failed",
     }
@@ -105,7 +108,7 @@ label! {
         Length = "length",
         Kl = "kl",
         Quality = "quality",
-        WorstWorkload = "worst_workload",
+        Workloads = "workloads",
     }
 }
 

@@ -35,9 +35,9 @@ group! {
     Ingest {
         rows: IntCounter = "taod_ingest_rows_total", "Rows committed to the queries table.";
         bytes: IntCounter = "taod_ingest_bytes_total", "Bytes of the Kafka records whose rows were committed.";
-        dead_letters: By<DeadLetter, IntCounter> = "taod_ingest_dead_letters_total",
+        dead_letters: By<Reason, IntCounter> = "taod_ingest_dead_letters_total",
             "Records that could not be read, by reason; their bytes are in the dead_letters table.";
-        skips: By<Skip, IntCounter> = "taod_ingest_skips_total", "Records that hold no call, by reason.";
+        skips: By<Reason, IntCounter> = "taod_ingest_skips_total", "Records that hold no call, by reason.";
         lag_offsets: IntGauge = "taod_ingest_lag_offsets",
             "Offsets between the ends of the assigned partitions and what the table holds.";
         lag_seconds: Gauge = "taod_ingest_lag_seconds",
@@ -176,7 +176,7 @@ mod tests {
     fn every_series_exists_at_zero_from_the_start() {
         let text = Metrics::new().unwrap().render().unwrap();
         assert!(text.contains("taod_ingest_rows_total 0\n"), "{text}");
-        for reason in DeadLetter::ALL {
+        for reason in Reason::ALL {
             let line = format!("taod_ingest_dead_letters_total{{reason=\"{}\"}} 0\n", reason.as_str());
             assert!(text.contains(&line), "{line} is not in {text}");
         }

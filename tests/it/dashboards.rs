@@ -54,7 +54,7 @@ fn wrong_in_query(query: &str, series: &BTreeMap<String, bool>) -> Vec<String> {
         }
     }
     for found in
-        variable.captures_iter(query).filter(|found| !["job", "instance", "__rate_interval"].contains(&&found[1]))
+        VARIABLE.captures_iter(query).filter(|found| !["job", "instance", "__rate_interval"].contains(&&found[1]))
     {
         wrong.push(format!("${} is no variable", &found[1]));
     }
