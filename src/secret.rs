@@ -49,7 +49,7 @@ pub fn variable(key: &str) -> String {
     format!("TAOD__{}", key.replace('.', "__").to_uppercase())
 }
 
-/// Reads the secret of `key` from the environment, else from `file`; `None` where neither is given.
+/// Reads the secret of `key` from the environment, else from `file`; `None` where neither is given (an empty path is not).
 pub fn read(key: &str, file: Option<&Path>) -> Result<Option<Secret>, SecretError> {
     read_from(key, std::env::var(variable(key)).ok(), file)
 }
@@ -58,7 +58,7 @@ fn read_from(key: &str, from_environment: Option<String>, file: Option<&Path>) -
     if let Some(value) = from_environment.filter(|value| !value.is_empty()) {
         return Ok(Some(Secret(value)));
     }
-    let Some(path) = file else { return Ok(None) };
+    let Some(path) = file.filter(|path| !path.as_os_str().is_empty()) else { return Ok(None) };
     let shown = path.display().to_string();
     let text = std::fs::read_to_string(path).map_err(|source| SecretError::Read {
         key: key.to_string(),
@@ -93,6 +93,7 @@ mod tests {
         assert_eq!(read(Some("from env")), Some(Secret::new("from env")));
         assert_eq!(read(None), Some(Secret::new("from file ")));
         assert_eq!(read_from("kafka.sasl_password", None, None).unwrap(), None);
+        assert_eq!(read_from("kafka.sasl_password", None, Some(Path::new(""))).unwrap(), None);
         assert_eq!(variable("kafka.sasl_password"), "TAOD__KAFKA__SASL_PASSWORD");
     }
 

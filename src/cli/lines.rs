@@ -84,6 +84,16 @@ impl Output {
         Ok(())
     }
 
+    /// Writes text as it is.
+    pub(super) fn text(&mut self, text: &str) -> anyhow::Result<()> {
+        Ok(self.out.write_all(text.as_bytes())?)
+    }
+
+    /// Returns the writer, for a stage that writes lines itself.
+    pub(super) fn writer(&mut self) -> &mut impl Write {
+        &mut self.out
+    }
+
     /// Hands everything written so far to the reader; errors of a full disk show here.
     pub(super) fn flush(&mut self) -> anyhow::Result<()> {
         Ok(self.out.flush()?)
