@@ -1,0 +1,135 @@
+//! The command line. Every command works alone on files, so that one stage can be tried without the others.
+//!
+//! Results go to standard output: JSON lines in the order of the input, or with `--json` one document. Progress and logs
+//! go to standard error. An error is one line that names the thing, the value and the remedy. Exit codes: 0 done
+//! (promoted and skipped too), 1 failed, 2 refused by the gate, 3 the trial is still open, 64 bad usage or config.
+//!
+//! One file per family of commands, all of one shape: the arguments, then a `run` that calls the stage.
+
+mod config;
+mod lines;
+mod logs;
+mod progress;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError, Loaded};
+
+pub use logs::start as start_logs;
+pub use progress::Screen;
+
+/// Tails an LLM endpoint's query log into a Delta table and re-runs TAO on it: sample, score, tune, gate, promote.
+#[derive(Debug, Parser)]
+#[command(name = "taod", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The config file; without it the defaults and TAOD__SECTION__KEY variables hold.
+    #[arg(long, short, global = true, env = "TAOD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What is logged, such as `info` or `warn,taod::ingest=debug`. Text of queries appears at debug and below only.
+    #[arg(long, global = true, env = "TAOD_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+    /// How log lines are written.
+    #[arg(long, global = true, env = "TAOD_LOG_FORMAT", value_enum, default_value_t = logs::Format::Text)]
+    pub log_format: logs::Format,
+}
+
+impl Global {
+    /// Reads the config that this command runs with.
+    pub fn load(&self) -> Result<Loaded<Config>, ConfigError> {
+        Loaded::read(self.config.as_deref())
+    }
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check, show or explain the config.
+    #[command(subcommand)]
+    Config(config::Command),
+}
+
+/// How a command ended, other than by an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// What was asked for is done; a promotion and a skipped round are too.
+    Done,
+    /// The gate refused, or the comparison found no gain.
+    Refused,
+    /// The trial needs more prompts than there were.
+    Open,
+}
+
+/// Arguments that cannot be used together or on this input. Ends the process with 64.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Runs one command.
+pub fn run(cli: Cli, _screen: &Screen) -> anyhow::Result<Exit> {
+    match cli.command {
+        Command::Config(command) => config::run(&cli.global, command),
+    }
+}
+
+/// Prints why the arguments cannot be read, or the help that was asked for.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    // Nothing is left to be done where even the message cannot be written.
+    drop(error.print());
+    ExitCode::from(if error.use_stderr() { 64 } else { 0 })
+}
+
+/// Reports an error, and returns the exit code. The only place where errors become exit codes.
+pub fn exit(outcome: anyhow::Result<Exit>) -> ExitCode {
+    let error = match outcome {
+        Ok(Exit::Done) => return ExitCode::SUCCESS,
+        Ok(Exit::Refused) => return ExitCode::from(2),
+        Ok(Exit::Open) => return ExitCode::from(3),
+        Err(error) => error,
+    };
+    if is_closed_pipe(&error) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("taod: {error:#}");
+    ExitCode::from(if is_usage(&error) { 64 } else { 1 })
+}
+
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<Usage>() || cause.is::<ConfigError>())
+}
+
+/// Returns true where the reader of our output went away, as `taod ... | head` does: that is no failure.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let closed = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(closed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn errors_of_usage_are_told_from_failures_also_below_a_context() {
+        let usage = anyhow::Error::new(Usage("x".into())).context("y");
+        assert!(is_usage(&usage));
+        assert!(is_usage(&ConfigError::Problems(vec![]).into()));
+        assert!(!is_usage(&anyhow::anyhow!("x")));
+    }
+}
