@@ -92,8 +92,7 @@ impl Visit {
         let (seeds, streamed) = (seeds(request.seed, samples), request.stream.unwrap_or(false));
         let model = request.model.unwrap_or_else(|| resolved.served.clone());
         let (messages, tools) = (request.messages, request.tools);
-        let job =
-            Job { adapter: resolved.adapter, messages, tools, sampling, seeds, events: sender, _place: place };
+        let job = Job { adapter: resolved.adapter, messages, tools, sampling, seeds, events: sender, _place: place };
         self.server.send(Command::Answer(job))?;
         let prompt_ids = match events.recv().await {
             Some(Event::Started { prompt_ids }) => prompt_ids,
@@ -211,9 +210,7 @@ impl Pending {
         let wanted = self.answer.wanted;
         let chunk = match event {
             Event::Token { text, .. } if text.is_empty() && !wanted.logprobs && !wanted.token_ids => return Ok(()),
-            Event::Token { sample, token, text } => {
-                self.answer.chunk(sample, json!({"content": text}), &[token], None)
-            }
+            Event::Token { sample, token, text } => self.answer.chunk(sample, json!({"content": text}), &[token], None),
             Event::Done { sample, text, reason } => {
                 let delta = if text.is_empty() { json!({}) } else { json!({"content": text}) };
                 self.answer.chunk(sample, delta, &[], Some(reason))

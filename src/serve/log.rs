@@ -80,9 +80,9 @@ impl CallLog {
             log.lost.fetch_add(1, Ordering::Relaxed);
             return;
         };
-        let copied = headers.iter().fold(OwnedHeaders::new(), |all, (key, value)| {
-            all.insert(Header { key, value: Some(value.as_bytes()) })
-        });
+        let copied = headers
+            .iter()
+            .fold(OwnedHeaders::new(), |all, (key, value)| all.insert(Header { key, value: Some(value.as_bytes()) }));
         let record = BaseRecord::to(&log.topic).key(request_id).payload(&payload).headers(copied);
         if let Err((error, _)) = log.producer.send(record) {
             log.lost.fetch_add(1, Ordering::Relaxed);

@@ -24,7 +24,7 @@ pub(crate) struct Fake {
     pub(crate) busy: Arc<Mutex<()>>,
     stop: Option<oneshot::Sender<()>>,
     serving: Option<tokio::task::JoinHandle<()>>,
-    pub(crate) adapters: tempfile::TempDir,
+    pub(crate) adapters: Arc<tempfile::TempDir>,
 }
 
 impl Fake {
@@ -32,13 +32,19 @@ impl Fake {
         Fake::with(Settings::default(), CallLog::None).await
     }
 
+    /// Starts a replica that sees the same adapter folders as `other`.
+    pub(crate) async fn beside(other: &Fake) -> Fake {
+        let settings = Settings { adapter_root: other.adapters.path().to_owned(), ..Settings::default() };
+        Fake::over(settings, CallLog::None, other.adapters.clone()).await
+    }
+
     async fn with(mut settings: Settings, log: CallLog) -> Fake {
-        let adapters = tempfile::tempdir().unwrap();
+        let adapters = Arc::new(tempfile::tempdir().unwrap());
         settings.adapter_root = adapters.path().to_owned();
         Fake::over(settings, log, adapters).await
     }
 
-    async fn over(settings: Settings, log: CallLog, adapters: tempfile::TempDir) -> Fake {
+    async fn over(settings: Settings, log: CallLog, adapters: Arc<tempfile::TempDir>) -> Fake {
         let (engine, commands) = mpsc::channel();
         let busy = Arc::new(Mutex::new(()));
         let lock = busy.clone();
@@ -183,7 +189,9 @@ async fn an_answer_has_openais_shape() {
     let (_, plain) = fake.chat(json!({"max_tokens": 4})).await;
     let choice = &plain["choices"][0];
     assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!("base"), &json!("length")));
-    assert!(choice["logprobs"].is_null() && choice.get("token_ids").is_none() && plain.get("prompt_token_ids").is_none());
+    assert!(
+        choice["logprobs"].is_null() && choice.get("token_ids").is_none() && plain.get("prompt_token_ids").is_none()
+    );
 }
 
 #[tokio::test]
@@ -229,7 +237,8 @@ async fn adapters_are_loaded_and_refused_in_vllms_words() {
     let nope = fake.adapters.path().join("nope").to_str().unwrap().to_owned();
     let again = "The lora adapter 'v1' has already been loaded. If you want to load the adapter in place, set \
                  'load_inplace' to True.";
-    let high = "Call to add_lora method failed: Worker failed with error 'LoRA rank 16 is greater than max_lora_rank 8.'";
+    let high =
+        "Call to add_lora method failed: Worker failed with error 'LoRA rank 16 is greater than max_lora_rank 8.'";
     let cases = [
         (fake.load("v1", &v1).await, 400, "InvalidUserInput", again.to_owned()),
         (
@@ -339,7 +348,7 @@ async fn requests_that_cannot_be_answered_are_refused_in_the_envelope() {
 
 #[tokio::test]
 async fn without_a_folder_for_adapters_the_routes_do_not_exist() {
-    let fake = Fake::over(Settings::default(), CallLog::None, tempfile::tempdir().unwrap()).await;
+    let fake = Fake::over(Settings::default(), CallLog::None, Arc::new(tempfile::tempdir().unwrap())).await;
     assert_eq!(fake.load("v1", "/x").await.0, 404);
     assert_eq!(fake.call("POST", "/v1/unload_lora_adapter", &json!({"lora_name": "v1"})).await.0, 404);
 }
@@ -360,9 +369,8 @@ async fn more_requests_than_may_wait_are_refused_and_the_others_answered() {
     let waiting = [ask(fake.clone()), ask(fake.clone())];
     let mut refused = 0;
     for _ in 0..200 {
-        let (status, body) = tokio::time::timeout(Duration::from_millis(500), fake.chat(json!({})))
-            .await
-            .unwrap_or((0, Value::Null));
+        let (status, body) =
+            tokio::time::timeout(Duration::from_millis(500), fake.chat(json!({}))).await.unwrap_or((0, Value::Null));
         if status == 429 {
             refused += 1;
             assert_eq!(body["error"]["code"], 429);
@@ -451,9 +459,9 @@ fn consume(brokers: &str, topic: &str, count: usize) -> Vec<Row> {
     while rows.len() < count && started.elapsed() < Duration::from_secs(30) {
         let Some(Ok(message)) = consumer.poll(Duration::from_millis(200)) else { continue };
         let text = |bytes: Option<&[u8]>| String::from_utf8(bytes.unwrap_or_default().to_vec()).unwrap();
-        let headers = message.headers().map_or(Vec::new(), |all| {
-            all.iter().map(|header| (header.key.to_owned(), text(header.value))).collect()
-        });
+        let headers = message
+            .headers()
+            .map_or(Vec::new(), |all| all.iter().map(|header| (header.key.to_owned(), text(header.value))).collect());
         rows.push((text(message.key()), headers, serde_json::from_slice(message.payload().unwrap()).unwrap()));
     }
     assert_eq!(rows.len(), count);

@@ -76,7 +76,11 @@ pub(crate) enum Event {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Refusal {
     /// Prompt and answer do not fit the model's context.
-    TooLong { prompt: usize, new: usize, context: usize },
+    TooLong {
+        prompt: usize,
+        new: usize,
+        context: usize,
+    },
     /// The chat template refuses the messages.
     Prompt(String),
     Engine(String),
