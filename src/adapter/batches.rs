@@ -8,7 +8,7 @@ use rand_chacha::ChaCha20Rng;
 
 use super::losses::{Choice, choose};
 use super::{Sample, Settings, TuneError};
-use crate::engine::config::ModelConfig;
+use crate::engine::ModelConfig;
 use crate::engine::train::GroupTokens;
 use crate::record::derive_seed;
 
@@ -84,7 +84,8 @@ impl<'a> Selection<'a> {
 }
 
 fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), TuneError> {
-    let length = sample.prompt.len() + sample.completion.len();
+    // The last token is only predicted, never read.
+    let length = (sample.prompt.len() + sample.completion.len()).saturating_sub(1);
     let stranger = sample.prompt.iter().chain(&sample.completion).find(|id| **id as usize >= config.vocab);
     let (problem, remedy) = if !sample.reward.is_finite() {
         (format!("its reward is {}", sample.reward), "score it again or leave it out")
@@ -93,7 +94,7 @@ fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), Tune
     } else if sample.completion.is_empty() {
         ("its completion has no tokens".to_string(), "leave it out")
     } else if length > config.max_positions {
-        let problem = format!("prompt and completion have {length} tokens, the context {}", config.max_positions);
+        let problem = format!("prompt and completion take {length} positions of a context of {}", config.max_positions);
         (problem, "shorten or leave it out")
     } else if let Some(id) = stranger {
         (format!("token id {id} is outside the vocabulary of {}", config.vocab), "tokenise it with this model")
@@ -188,4 +189,55 @@ pub fn parts<'a>(groups: impl IntoIterator<Item = &'a Group<'a>>, rows: usize) -
         }
     }
     parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(prompt: &'static [u32], first: usize, completions: &[&'static [u32]]) -> Group<'static> {
+        let chosen = |(i, c): (usize, &&'static [u32])| Chosen { completion: c, weight: 1.0, index: first + i };
+        Group { prompt, samples: completions.iter().enumerate().map(chosen).collect() }
+    }
+
+    #[test]
+    fn every_epoch_holds_each_group_once_in_an_order_of_its_own() {
+        let groups: Vec<Group> = (0..9).map(|i| group(&[1], i, &[&[2, 3]])).collect();
+        let settings = Settings { epochs: 3, batch_samples: 2, ..Settings::default() };
+        let steps = plan(&groups, &settings, 7);
+        assert_eq!(steps, plan(&groups, &settings, 7));
+        assert_ne!(steps, plan(&groups, &settings, 8));
+        let mut orders = Vec::new();
+        for epoch in 0..3 {
+            let of_epoch: Vec<&Step> = steps.iter().filter(|s| s.epoch == epoch).collect();
+            assert_eq!(of_epoch.iter().map(|s| s.groups.len()).collect::<Vec<_>>(), [2, 2, 2, 2, 1]);
+            let order: Vec<usize> = of_epoch.iter().flat_map(|s| s.groups.clone()).collect();
+            let mut sorted = order.clone();
+            sorted.sort();
+            assert_eq!(sorted, (0..9).collect::<Vec<_>>());
+            orders.push(order);
+        }
+        assert!(orders[0] != orders[1] && orders[1] != orders[2]);
+    }
+
+    #[test]
+    fn parts_hold_every_sample_once_within_the_limit() {
+        let groups = [
+            group(&[1, 2, 3], 0, &[&[4, 5], &[6, 7, 8], &[9]]),
+            group(&[1], 3, &[&[4, 5, 6, 7, 8, 9, 10, 11, 12, 13], &[2, 2]]),
+        ];
+        for limit in [1, 4, 5, 6, 7, 16, 100] {
+            let parts = parts(&groups, limit);
+            let indices: Vec<usize> = parts.iter().flat_map(|p| p.samples.iter().map(|s| s.index)).collect();
+            assert_eq!(indices, [0, 1, 2, 3, 4], "limit {limit}");
+            for part in &parts {
+                let rows: usize = part.groups.iter().map(GroupTokens::rows).sum();
+                assert!(rows <= limit || part.samples.len() == 1, "{rows} rows, limit {limit}");
+                let completions: Vec<&[u32]> = part.groups.iter().flat_map(|g| g.completions.clone()).collect();
+                assert_eq!(completions, part.samples.iter().map(|s| s.completion).collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(parts(&groups, 100).len(), 1);
+        assert_eq!(parts(&groups, 100)[0].groups.len(), 2, "a prompt is run once");
+    }
 }

@@ -15,9 +15,8 @@ use sha2::{Digest, Sha256};
 use super::optimizer::AdamW;
 use super::{Sample, Settings, StepLog, TuneError};
 use crate::durable::{self, FileError};
-use crate::engine::ModelIdentity;
-use crate::engine::lora::LoraSpec;
 use crate::engine::train::LoraVars;
+use crate::engine::{LoraSpec, ModelIdentity};
 
 const MANIFEST: &str = "manifest.json";
 const FRESH: &str = "give another output folder, or delete this one";

@@ -19,12 +19,8 @@ use serde::{Deserialize, Serialize};
 pub use settings::Settings;
 
 use crate::durable::{self, FileError};
-use crate::engine::config::ModelConfig;
-use crate::engine::error::EngineError;
-use crate::engine::lora::save_peft;
 use crate::engine::train::Base;
-use crate::engine::weights::Weights;
-use crate::engine::{Model, ModelIdentity};
+use crate::engine::{EngineError, Model, ModelConfig, ModelIdentity, Weights, save_peft};
 use crate::progress::Progress;
 use checkpoint::{Checkpoint, Origin};
 use training::Run;
@@ -53,21 +49,22 @@ pub struct Sample {
     pub old_logprobs: Option<Vec<f32>>,
 }
 
-/// What one optimizer step did.
+/// What one optimizer step did. Numbers are f32 because those survive JSON to the bit, and a resumed run writes them
+/// again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepLog {
     /// From 1.
     pub step: usize,
     /// From 1.
     pub epoch: usize,
-    pub learning_rate: f64,
-    pub loss: f64,
+    pub learning_rate: f32,
+    pub loss: f32,
     /// Global norm of the gradient before it was clipped.
-    pub grad_norm: f64,
+    pub grad_norm: f32,
     /// Mean divergence from the base on the step's tokens ([`losses::drift`]), in nats, before the update.
-    pub kl_sample: f64,
+    pub kl_sample: f32,
     /// Mean entropy of the policy on the step's tokens, in nats, before the update.
-    pub entropy: f64,
+    pub entropy: f32,
     pub samples: usize,
     /// Completion tokens.
     pub tokens: usize,
@@ -86,7 +83,7 @@ pub struct Outcome {
     /// Completion tokens trained on, over all epochs.
     pub tokens: usize,
     /// Mean divergence from the base over the last epoch's tokens, in nats.
-    pub kl_sample: f64,
+    pub kl_sample: f32,
     /// The PEFT folder.
     #[serde(skip)]
     pub adapter_dir: PathBuf,

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::losses::Method;
-use crate::engine::lora::{Linear, LoraSpec};
+use crate::engine::{Linear, LoraSpec};
 
 /// How an adapter is trained from scored samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]

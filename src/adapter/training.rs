@@ -103,11 +103,11 @@ impl<'a> Run<'a> {
         let log = StepLog {
             step: index + 1,
             epoch: step.epoch + 1,
-            learning_rate: rate,
-            loss: sums.loss,
-            grad_norm,
-            kl_sample: sums.drift / sums.tokens as f64,
-            entropy: sums.entropy / sums.tokens as f64,
+            learning_rate: rate as f32,
+            loss: sums.loss as f32,
+            grad_norm: grad_norm as f32,
+            kl_sample: (sums.drift / sums.tokens as f64) as f32,
+            entropy: (sums.entropy / sums.tokens as f64) as f32,
             samples,
             tokens: sums.tokens,
         };
@@ -156,19 +156,20 @@ impl<'a> Run<'a> {
     /// Gives up before an update that would spoil the adapter.
     fn check(&self, log: &StepLog) -> Result<(), TuneError> {
         let step = log.step;
-        for (what, value) in [("loss", log.loss), ("gradient norm", log.grad_norm), ("entropy", log.entropy)] {
+        let (loss, norm, entropy) = (f64::from(log.loss), f64::from(log.grad_norm), f64::from(log.entropy));
+        for (what, value) in [("the loss", loss), ("the gradient's norm", norm), ("the entropy", entropy)] {
             if !value.is_finite() {
-                return Err(TuneError::NotFinite { what: if what == "loss" { "the loss" } else { what }, value, step });
+                return Err(TuneError::NotFinite { what, value, step });
             }
         }
         let Settings { max_kl, min_entropy, .. } = *self.settings;
-        if log.kl_sample > max_kl {
-            let (what, value) = ("the mean divergence from the base", log.kl_sample);
-            return Err(TuneError::Collapsed { what, value, step, key: "max_kl", bound: max_kl });
+        let drift = f64::from(log.kl_sample);
+        let collapsed = |what, value, key, bound| Err(TuneError::Collapsed { what, value, step, key, bound });
+        if drift > max_kl {
+            return collapsed("the mean divergence from the base", drift, "max_kl", max_kl);
         }
-        if log.entropy < min_entropy {
-            let (what, value) = ("the mean entropy", log.entropy);
-            return Err(TuneError::Collapsed { what, value, step, key: "min_entropy", bound: min_entropy });
+        if entropy < min_entropy {
+            return collapsed("the mean entropy", entropy, "min_entropy", min_entropy);
         }
         Ok(())
     }
@@ -214,7 +215,7 @@ impl<'a> Run<'a> {
     pub(super) fn outcome(&self) -> Outcome {
         let last: Vec<&StepLog> = self.logs.iter().filter(|log| log.epoch == self.settings.epochs).collect();
         let tokens: usize = last.iter().map(|log| log.tokens).sum();
-        let drift: f64 = last.iter().map(|log| log.kl_sample * log.tokens as f64).sum();
+        let drift: f64 = last.iter().map(|log| log.kl_sample as f64 * log.tokens as f64).sum();
         Outcome {
             steps: self.logs.clone(),
             groups_used: self.selection.groups.len(),
@@ -222,7 +223,7 @@ impl<'a> Run<'a> {
             groups_all_equal: self.selection.all_equal,
             groups_none_above: self.selection.none_above,
             tokens: self.logs.iter().map(|log| log.tokens).sum(),
-            kl_sample: drift / tokens.max(1) as f64,
+            kl_sample: (drift / tokens.max(1) as f64) as f32,
             adapter_dir: Default::default(),
             checkpoint_dir: Default::default(),
         }

@@ -17,11 +17,11 @@ pub mod token_logprobs;
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 
 /// The values of a contiguous f32 tensor on the CPU, borrowed for as long as this lives.
 pub struct Values<'a> {
-    storage: std::sync::RwLockReadGuard<'a, Storage>,
+    storage: StorageRef<'a>,
     start: usize,
     end: usize,
 }

@@ -269,3 +269,8 @@ impl Layer<'_> {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;

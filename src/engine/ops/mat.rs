@@ -132,8 +132,8 @@ mod tests {
         let b = Mat::strided(&b, 2, 3, 4).unwrap();
         let dst = MatMut::strided(&mut c, 2, 2, 3).unwrap();
         multiply(dst, Into::Sum, 2.0, Mat::new(&a, 2, 3).unwrap(), b.t(), Threads::One).unwrap();
-        // row 0 = [0, 1, 2] . [0, .5, 1] = 2.5 and . [2, 2.5, 3] = 8.5
-        assert_eq!(c, [6.0, 18.0, 1.0, 16.0, 62.0, 1.0]);
+        // c00 = 1 + 2 [0, 1, 2] [0, .5, 1], c11 = 1 + 2 [3, 4, 5] [2, 2.5, 3]
+        assert_eq!(c, [6.0, 18.0, 1.0, 15.0, 63.0, 1.0]);
     }
 
     #[test]
