@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::optimizer::AdamW;
 use super::{Sample, Settings, StepLog, TuneError};
 use crate::durable::{self, FileError};
-use crate::engine::train::LoraVars;
+use crate::engine::train::{LoraMatrices, Matrix};
 use crate::engine::{LoraSpec, ModelIdentity};
 
 const MANIFEST: &str = "manifest.json";
@@ -152,15 +152,15 @@ impl Checkpoint {
         self.tensors.iter().filter_map(matrix).collect()
     }
 
-    /// Returns the optimizer's state for parameters with these keys.
-    pub fn optimizer(&self, keys: &[String]) -> Result<AdamW, TuneError> {
+    /// Returns the optimizer's state for these matrices.
+    pub fn optimizer(&self, lora: &LoraMatrices) -> Result<AdamW, TuneError> {
         let read = |kind: &str| -> Result<Vec<Vec<f32>>, TuneError> {
-            let values = |key: &String| {
-                let name = format!("{kind}.{key}");
+            let values = |matrix: &Matrix| {
+                let name = format!("{kind}.{}", matrix.key);
                 let missing = || TuneError::Checkpoint { path: self.sha256.clone(), problem: format!("no {name}") };
                 Ok(self.tensors.get(&name).ok_or_else(missing)?.flatten_all()?.to_vec1()?)
             };
-            keys.iter().map(values).collect()
+            lora.matrices.iter().map(values).collect()
         };
         Ok(AdamW { updates: self.updates, first: read("first")?, second: read("second")? })
     }
@@ -170,7 +170,7 @@ impl Checkpoint {
 pub fn save(
     folder: &Path,
     origin: &Origin,
-    lora: &LoraVars,
+    lora: &LoraMatrices,
     adam: &AdamW,
     steps: &[StepLog],
     base_logprobs: &[Vec<f32>],
@@ -191,13 +191,12 @@ pub fn save(
     remove_others(folder, &state)
 }
 
-fn serialise(lora: &LoraVars, adam: &AdamW, path: &Path) -> Result<Vec<u8>, TuneError> {
+fn serialise(lora: &LoraMatrices, adam: &AdamW, path: &Path) -> Result<Vec<u8>, TuneError> {
     let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let mut entries = Vec::new();
-    for (i, (key, var)) in lora.vars().into_iter().enumerate() {
-        let shape = var.dims().to_vec();
-        let values: Vec<f32> = var.flatten_all()?.to_vec1()?;
-        entries.push((format!("value.{key}"), shape.clone(), bytes(&values)));
+    for (i, Matrix { key, shape }) in lora.matrices.iter().enumerate() {
+        let shape = shape.to_vec();
+        entries.push((format!("value.{key}"), shape.clone(), bytes(&lora.values[i])));
         entries.push((format!("first.{key}"), shape.clone(), bytes(&adam.first[i])));
         entries.push((format!("second.{key}"), shape, bytes(&adam.second[i])));
     }

@@ -32,9 +32,6 @@ pub const CHECKPOINT: &str = "checkpoint";
 const OUTCOME: &str = "outcome.json";
 const STEPS: &str = "steps.jsonl";
 
-/// candle walks the graph of a forward pass by recursion, an op per frame.
-const STACK: usize = 256 << 20;
-
 /// One scored answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -125,8 +122,6 @@ pub enum TuneError {
     NotFinite { what: &'static str, value: f64, step: usize },
     #[error("{what} is {value:.4} nats a token at step {step}, past tuning.{key} = {bound}; lower tuning.learning_rate or tuning.epochs")]
     Collapsed { what: &'static str, value: f64, step: usize, key: &'static str, bound: f64 },
-    #[error("cannot start the training thread: {0}; free some memory")]
-    Thread(std::io::Error),
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
@@ -167,23 +162,6 @@ pub fn tune(
 
 /// Does what [`tune`] does, for weights that come without a tokenizer.
 pub fn tune_frozen(
-    frozen: Frozen,
-    samples: &[Sample],
-    start: Option<&Path>,
-    settings: &Settings,
-    seed: u64,
-    out: &Path,
-    progress: &Progress,
-) -> Result<Outcome, TuneError> {
-    let work = || work(frozen, samples, start, settings, seed, out, progress);
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("tune".to_string()).stack_size(STACK);
-        let handle = thread.spawn_scoped(scope, work).map_err(TuneError::Thread)?;
-        handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
-}
-
-fn work(
     frozen: Frozen,
     samples: &[Sample],
     start: Option<&Path>,

@@ -20,9 +20,9 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Returns the state before the first update of parameters of these sizes.
-    pub fn new(sizes: &[usize]) -> Self {
-        let zeros: Vec<Vec<f32>> = sizes.iter().map(|n| vec![0.0; *n]).collect();
+    /// Returns the state before the first update of these parameters.
+    pub fn new(parameters: &[Vec<f32>]) -> Self {
+        let zeros: Vec<Vec<f32>> = parameters.iter().map(|values| vec![0.0; values.len()]).collect();
         AdamW { updates: 0, first: zeros.clone(), second: zeros }
     }
 
@@ -80,8 +80,8 @@ mod tests {
 
     #[test]
     fn the_first_update_moves_by_the_learning_rate_against_the_sign() {
-        let mut adam = AdamW::new(&[3]);
         let mut values = vec![vec![1.0, 1.0, 1.0]];
+        let mut adam = AdamW::new(&values);
         adam.update(&mut values, &[vec![0.5, -2.0, 0.0]], 0.1, 0.0);
         for (value, expected) in values[0].iter().zip([0.9, 1.1, 1.0]) {
             assert!((value - expected).abs() < 1e-6, "{value} {expected}");

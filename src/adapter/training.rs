@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::batches::{Chosen, Group, Part, Selection, Step, parts, plan};
 use super::checkpoint::{self, Checkpoint, Origin};
 use super::losses::{drift, factors};
 use super::optimizer::{AdamW, clip, learning_rate};
 use super::{Outcome, Settings, StepLog, TuneError};
-use crate::engine::train::{Base, LoraVars};
+use crate::engine::train::{Base, LoraMatrices};
 use crate::progress::{self, Progress};
 use crate::record::derive_seed;
 
@@ -23,9 +23,7 @@ pub(super) struct Run<'a> {
     origin: Origin,
     folder: &'a Path,
     steps: Vec<Step>,
-    lora: LoraVars,
-    /// The matrices' values in the order of `lora.vars()`, which the optimizer moves.
-    values: Vec<Vec<f32>>,
+    lora: LoraMatrices,
     adam: AdamW,
     logs: Vec<StepLog>,
     /// Log-probs under the base, by the index of the chosen sample.
@@ -57,22 +55,16 @@ impl<'a> Run<'a> {
         let spec = settings.lora();
         let from = resumed.as_ref().or(start.as_ref());
         let lora = match from {
-            Some(checkpoint) => LoraVars::restored(base.config, &spec, &checkpoint.matrices())?,
-            None => LoraVars::fresh(base.config, &spec, derive_seed(seed, &["lora"]))?,
+            Some(checkpoint) => LoraMatrices::restored(base.config, &spec, &checkpoint.matrices())?,
+            None => LoraMatrices::fresh(base.config, &spec, derive_seed(seed, &["lora"])),
         };
-        let mut values = Vec::new();
-        let mut keys = Vec::new();
-        for (key, var) in lora.vars() {
-            values.push(var.flatten_all()?.to_vec1::<f32>()?);
-            keys.push(key);
-        }
         let adam = match from {
-            Some(checkpoint) => checkpoint.optimizer(&keys)?,
-            None => AdamW::new(&values.iter().map(Vec::len).collect::<Vec<_>>()),
+            Some(checkpoint) => checkpoint.optimizer(&lora)?,
+            None => AdamW::new(&lora.values),
         };
         let steps = plan(&selection.groups, settings, seed);
         let (logs, base_logprobs) = resumed.map_or_else(Default::default, |r| (r.steps, r.base_logprobs));
-        Ok(Run { base, settings, selection, origin, folder, steps, lora, values, adam, logs, base_logprobs })
+        Ok(Run { base, settings, selection, origin, folder, steps, lora, adam, logs, base_logprobs })
     }
 
     /// Trains to the end of the plan, leaving a checkpoint of the last step.
@@ -98,6 +90,9 @@ impl<'a> Run<'a> {
         let step = self.steps[index].clone();
         let samples = self.chosen(&step).count();
         let mut sums = self.sums(&step, samples)?;
+        if index == 0 {
+            self.check_gradients(&sums.gradients)?;
+        }
         let grad_norm = clip(&mut sums.gradients, self.settings.max_grad_norm);
         let rate = learning_rate(self.settings.learning_rate, self.settings.warmup_steps, index, self.steps.len());
         let log = StepLog {
@@ -112,10 +107,7 @@ impl<'a> Run<'a> {
             tokens: sums.tokens,
         };
         self.check(&log)?;
-        self.adam.update(&mut self.values, &sums.gradients, rate, self.settings.weight_decay);
-        for ((_, var), values) in self.lora.vars().into_iter().zip(&self.values) {
-            var.set(&Tensor::from_slice(values, var.shape(), &Device::Cpu)?)?;
-        }
+        self.adam.update(&mut self.lora.values, &sums.gradients, rate, self.settings.weight_decay);
         let speed = log.tokens as f64 / began.elapsed().as_secs_f64();
         let (step, total, loss, kl) = (log.step, self.steps.len(), log.loss, log.kl_sample);
         report.advance(log.tokens as u64, format!("step {step}/{total}, loss {loss:.4}, KL {kl:.4}, {speed:.0} tok/s"));
@@ -125,7 +117,7 @@ impl<'a> Run<'a> {
 
     /// Runs the forward and backward passes of a step.
     fn sums(&self, step: &Step, samples: usize) -> Result<Sums, TuneError> {
-        let gradients = self.values.iter().map(|values| vec![0.0; values.len()]).collect();
+        let gradients = self.lora.zero_gradients();
         let mut sums = Sums { loss: 0.0, drift: 0.0, entropy: 0.0, tokens: 0, gradients };
         for part in parts(self.groups(step), self.settings.batch_tokens) {
             self.add_part(&part, samples, &mut sums)?;
@@ -134,23 +126,25 @@ impl<'a> Run<'a> {
     }
 
     fn add_part(&self, part: &Part, samples: usize, sums: &mut Sums) -> Result<(), TuneError> {
-        let found = self.base.forward(Some(&self.lora), &part.groups)?;
+        let pass = self.base.forward(&self.lora, &part.groups)?;
         let weights: Vec<(usize, f64)> = part.samples.iter().map(|s| (s.completion.len(), s.weight)).collect();
         let factors = factors(&weights, samples);
-        let tokens = factors.len();
-        let loss = (&found.logprobs * Tensor::from_vec(factors, tokens, &Device::Cpu)?)?.sum_all()?;
-        let mut gradients = loss.backward()?;
-        for ((key, var), sum) in self.lora.vars().into_iter().zip(&mut sums.gradients) {
-            let gradient = gradients.remove(var).ok_or(TuneError::NoGradient { tensor: key })?;
-            let gradient: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
-            sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
-        }
         let base: Vec<f32> = part.samples.iter().flat_map(|s| &self.base_logprobs[s.index]).copied().collect();
-        sums.loss += loss.to_scalar::<f32>()? as f64;
-        sums.drift += drift(&found.logprobs.to_vec1::<f32>()?, &base);
-        sums.entropy += found.entropies.iter().map(|e| *e as f64).sum::<f64>();
-        sums.tokens += tokens;
-        Ok(())
+        sums.loss += pass.logprobs().iter().zip(&factors).map(|(l, f)| f64::from(*l) * f64::from(*f)).sum::<f64>();
+        sums.drift += drift(pass.logprobs(), &base);
+        sums.entropy += pass.entropies().iter().map(|e| f64::from(*e)).sum::<f64>();
+        sums.tokens += factors.len();
+        Ok(pass.backward(&factors, &mut sums.gradients)?)
+    }
+
+    /// Refuses to go on where a matrix would never train. A's gradient may be zero while B is, but B's may not.
+    fn check_gradients(&self, gradients: &[Vec<f32>]) -> Result<(), TuneError> {
+        let still = |g: &Vec<f32>| g.iter().all(|v| *v == 0.0);
+        let pairs = self.lora.matrices.chunks(2).zip(gradients.chunks(2));
+        match pairs.filter_map(|(matrices, gradients)| Some((matrices.last()?, gradients.last()?))).find(|(_, g)| still(g)) {
+            Some((matrix, _)) => Err(TuneError::NoGradient { tensor: matrix.key.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Gives up before an update that would spoil the adapter.
@@ -179,8 +173,8 @@ impl<'a> Run<'a> {
         let mut scores = vec![Vec::new(); self.selection.samples];
         let mut report = progress.step("base log-probs", self.selection.samples as u64, "samples");
         for part in parts(&self.selection.groups, self.settings.batch_tokens) {
-            let found: Vec<f32> = self.base.forward(None, &part.groups)?.logprobs.to_vec1()?;
-            let mut rest = &found[..];
+            let found = self.base.score(&part.groups)?;
+            let mut rest = &found.logprobs[..];
             for sample in &part.samples {
                 let (own, others) = rest.split_at(sample.completion.len());
                 scores[sample.index] = own.to_vec();

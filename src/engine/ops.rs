@@ -1,13 +1,15 @@
-//! Operations with a backward pass for CPU training, where candle has none or wastes memory and time.
+//! Operations with a backward pass for training on the CPU, over f32 rows.
 //!
 //! - [`linear`]: a frozen weight with or without a trainable LoRA pair; no gradient is made for the weight.
 //! - [`pointwise`]: RMS norm, rotary embedding, SwiGLU.
 //! - [`attention`]: causal attention in which the completions of a group share the run of their prompt.
 //! - [`token_logprobs`]: log-probs of given tokens without ever holding `[tokens, vocabulary]` logits.
 //!
-//! Each is a candle custom op over contiguous f32 rows, so that a forward pass reads like any other candle code. The
-//! backward passes are checked against finite differences here and against PyTorch in `tests/golden`. Each op fixes the
-//! order of its sums, so the same inputs on the same number of threads give the same bits.
+//! They are plain functions on slices, put together by hand in [`super::train`], and not candle ops on its graph: a
+//! graph's backward pass makes a zeroed gradient for every tensor and adds to it on a pool that spins between ops, which
+//! on two cores took a fifth of all time, and keeps all activations to the end. The backward passes are checked against
+//! finite differences here and against PyTorch in `tests/golden`. Each op fixes the order of its sums, so the same
+//! inputs on the same number of threads give the same bits.
 
 pub mod attention;
 pub mod linear;
@@ -17,7 +19,7 @@ pub mod token_logprobs;
 
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, Result, Storage, StorageRef, Tensor, bail};
 
 /// The values of a contiguous f32 tensor on the CPU, borrowed for as long as this lives.
 pub struct Values<'a> {
@@ -30,7 +32,9 @@ impl<'a> Values<'a> {
     /// Borrows the values of `tensor`, which must be contiguous f32 on the CPU.
     pub fn of(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
-        let (start, end) = contiguous(layout)?;
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("this operation needs contiguous rows, got {layout:?}");
+        };
         match &*storage {
             Storage::Cpu(CpuStorage::F32(_)) => Ok(Values { storage, start, end }),
             _ => bail!("this operation needs f32 values on the CPU, got {:?} on {:?}", tensor.dtype(), tensor.device()),
@@ -47,29 +51,6 @@ impl Deref for Values<'_> {
             _ => &[],
         }
     }
-}
-
-/// Returns the f32 values that a custom op was handed.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let (start, end) = contiguous(layout)?;
-    Ok(&storage.as_slice::<f32>()?[start..end])
-}
-
-fn contiguous(layout: &Layout) -> Result<(usize, usize)> {
-    match layout.contiguous_offsets() {
-        Some(range) => Ok(range),
-        None => bail!("this operation needs contiguous rows, got {layout:?}"),
-    }
-}
-
-/// Returns what a custom op hands back.
-fn output(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
-    Ok((CpuStorage::F32(values), shape.into()))
-}
-
-/// Returns a CPU tensor of `values` without history.
-fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
-    Tensor::from_vec(values, shape, &candle_core::Device::Cpu)
 }
 
 /// Returns e to the power of `x` within 2 ulp for |x| <= 87, saturating outside. Unlike the library's, the compiler

@@ -5,13 +5,12 @@
 //! all completions, and its keys and values collect the gradients of all of them.
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{Values, dot, exp, largest, output, tensor, values};
+use super::{dot, exp, largest};
 
 /// Where the rows of one group lie in a packed batch: the prompt, then each completion, without gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,18 +47,9 @@ pub struct Heads {
     pub dim: usize,
 }
 
-/// Returns the attention's output `[rows, query heads * dim]` for `q` of that shape and `k`, `v`
-/// `[rows, key-value heads * dim]`, rotated already. The groups must cover all rows in order.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, groups: &Arc<[GroupRows]>, heads: Heads) -> Result<Tensor> {
-    let rows = groups.iter().try_fold(0, |at, group| (group.all().start == at).then_some(group.all().end));
-    if rows != Some(q.dim(0)?) {
-        bail!("the groups do not cover the {} rows of the batch in order", q.dim(0)?);
-    }
-    q.apply_op3(k, v, Attention { groups: groups.clone(), heads })
-}
-
-struct Attention {
-    groups: Arc<[GroupRows]>,
+/// The attention of one packed batch.
+pub struct Attention {
+    groups: Vec<GroupRows>,
     heads: Heads,
 }
 
@@ -107,6 +97,38 @@ impl Block {
 }
 
 impl Attention {
+    /// Takes the rows of a batch's groups, which must follow each other without gaps.
+    pub fn new(groups: Vec<GroupRows>, heads: Heads) -> Result<Self> {
+        let end = groups.iter().try_fold(0, |at, group| (group.all().start == at).then_some(group.all().end));
+        if end.is_none() || heads.key_value == 0 || !heads.query.is_multiple_of(heads.key_value) {
+            bail!("the groups of a batch have gaps, or {heads:?} do not fit each other");
+        }
+        Ok(Attention { groups, heads })
+    }
+
+    /// Returns `[rows, query heads * dim]` for `q` of that shape and `k`, `v` `[rows, key-value heads * dim]`, rotated
+    /// already.
+    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Result<Vec<f32>> {
+        let mut y = vec![0.0; q.len()];
+        for (kv, block) in self.tasks(|group, kv| self.forward_task(q, k, v, group, kv))? {
+            block.place(&mut y, self.heads.query * self.heads.dim, kv * block.width);
+        }
+        Ok(y)
+    }
+
+    /// Returns the gradients of `q`, `k` and `v`.
+    pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> Result<[Vec<f32>; 3]> {
+        let inputs = Inputs { q, k, v, grad };
+        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        let (query_width, kv_width) = (self.heads.query * self.heads.dim, self.heads.key_value * self.heads.dim);
+        for (kv, [q_block, k_block, v_block]) in self.tasks(|group, kv| self.backward_task(&inputs, group, kv))? {
+            q_block.place(&mut dq, query_width, kv * q_block.width);
+            k_block.place(&mut dk, kv_width, kv * k_block.width);
+            v_block.place(&mut dv, kv_width, kv * v_block.width);
+        }
+        Ok([dq, dk, dv])
+    }
+
     /// Runs `work` for each group and key-value head, in parallel; the results come in order.
     fn tasks<T: Send>(&self, work: impl Fn(&GroupRows, usize) -> Result<T> + Sync) -> Result<Vec<(usize, T)>> {
         let heads = self.heads.key_value;
@@ -142,7 +164,7 @@ impl Attention {
         Ok(scores)
     }
 
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], group: &GroupRows, kv: usize) -> Result<Block> {
+    fn forward_task(&self, q: &[f32], k: &[f32], v: &[f32], group: &GroupRows, kv: usize) -> Result<Block> {
         let (k, v) = (self.key_value(k, kv), self.key_value(v, kv));
         let mut block = Block::new(group, self.sharing(), self.heads.dim);
         for head in 0..self.sharing() {
@@ -161,7 +183,7 @@ impl Attention {
     }
 
     /// Returns the gradients of the queries, the keys and the values of one group and key-value head.
-    fn backward(&self, inputs: &Inputs, group: &GroupRows, kv: usize) -> Result<[Block; 3]> {
+    fn backward_task(&self, inputs: &Inputs, group: &GroupRows, kv: usize) -> Result<[Block; 3]> {
         let (k, v) = (self.key_value(inputs.k, kv), self.key_value(inputs.v, kv));
         let mut dq = Block::new(group, self.sharing(), self.heads.dim);
         let mut dk = Block::new(group, 1, self.heads.dim);
@@ -232,59 +254,19 @@ fn softmax(scores: &mut [f32]) {
     scores.iter_mut().for_each(|s| *s *= inverse);
 }
 
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "shared-prefix-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
-        let mut y = vec![0.0; q.len()];
-        let width = self.heads.query * self.heads.dim;
-        for (kv, block) in self.tasks(|group, kv| self.forward(q, k, v, group, kv))? {
-            block.place(&mut y, width, kv * block.width);
-        }
-        output(y, q_layout.shape().clone())
-    }
-
-    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Grads> {
-        let grad = grad.contiguous()?;
-        let (q_values, k_values, v_values) = (Values::of(q)?, Values::of(k)?, Values::of(v)?);
-        let grad_values = Values::of(&grad)?;
-        let inputs = Inputs { q: &q_values, k: &k_values, v: &v_values, grad: &grad_values };
-        let (mut dq, mut dk) = (vec![0.0; inputs.q.len()], vec![0.0; inputs.k.len()]);
-        let mut dv = vec![0.0; inputs.v.len()];
-        let (query_width, kv_width) = (self.heads.query * self.heads.dim, self.heads.key_value * self.heads.dim);
-        for (kv, [q_block, k_block, v_block]) in self.tasks(|group, kv| self.backward(&inputs, group, kv))? {
-            q_block.place(&mut dq, query_width, kv * q_block.width);
-            k_block.place(&mut dk, kv_width, kv * k_block.width);
-            v_block.place(&mut dv, kv_width, kv * v_block.width);
-        }
-        Ok((Some(tensor(dq, q.dims())?), Some(tensor(dk, k.dims())?), Some(tensor(dv, v.dims())?)))
-    }
-}
-
-type Grads = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
-
 #[cfg(test)]
 mod tests {
-    use super::super::check::{gradients, random};
+    use candle_core::Tensor;
+
+    use super::super::check::{gradients, random, tensor};
     use super::*;
 
     const HEADS: Heads = Heads { query: 4, key_value: 2, dim: 4 };
 
     /// Two groups: one with two completions and an empty one (an answer of one token), one of a bare prompt.
-    fn groups() -> Arc<[GroupRows]> {
+    fn attention() -> Attention {
         let first = GroupRows { prompt: 0..3, completions: vec![3..5, 5..5, 5..8] };
-        Arc::new([first, GroupRows { prompt: 8..10, completions: vec![] }])
+        Attention::new(vec![first, GroupRows { prompt: 8..10, completions: vec![] }], HEADS).unwrap()
     }
 
     /// Attention of one plain sequence made of `rows`, by candle's ops: returns the outputs of those rows.
@@ -310,12 +292,13 @@ mod tests {
 
     #[test]
     fn each_completion_sees_the_prompt_and_itself_only() {
-        let (q, k, v) = (random(1, &[10, 16]), random(2, &[10, 8]), random(3, &[10, 8]));
-        let found = attention(&q, &k, &v, &groups(), HEADS).unwrap().to_vec2::<f32>().unwrap();
+        let (q, k, v) = (random(1, 160), random(2, 80), random(3, 80));
+        let found = attention().forward(&q, &k, &v).unwrap();
+        let (q, k, v) = (tensor(&q, &[10, 16]), tensor(&k, &[10, 8]), tensor(&v, &[10, 8]));
         let sequences: [&[u32]; 3] = [&[0, 1, 2, 3, 4], &[0, 1, 2, 5, 6, 7], &[8, 9]];
         for rows in sequences {
             for (expected, row) in plain(&q, &k, &v, rows).iter().zip(rows) {
-                for (a, b) in found[*row as usize].iter().zip(expected) {
+                for (a, b) in found[*row as usize * 16..].iter().zip(expected) {
                     assert!((a - b).abs() < 1e-5, "row {row}: {a} {b}");
                 }
             }
@@ -324,14 +307,16 @@ mod tests {
 
     #[test]
     fn backward_agrees_with_differences() {
-        let inputs = [random(1, &[10, 16]), random(2, &[10, 8]), random(3, &[10, 8])];
-        gradients(&inputs, |t| attention(&t[0], &t[1], &t[2], &groups(), HEADS));
+        gradients(
+            &[random(1, 160), random(2, 80), random(3, 80)],
+            |t| attention().forward(&t[0], &t[1], &t[2]).unwrap(),
+            |t, grad| attention().backward(&t[0], &t[1], &t[2], grad).unwrap().to_vec(),
+        );
     }
 
     #[test]
     fn groups_with_a_gap_are_refused() {
-        let (q, k, v) = (random(1, &[10, 16]), random(2, &[10, 8]), random(3, &[10, 8]));
-        let gap: Arc<[GroupRows]> = Arc::new([GroupRows { prompt: 0..9, completions: vec![] }]);
-        assert!(attention(&q, &k, &v, &gap, HEADS).is_err());
+        let gap = vec![GroupRows { prompt: 0..3, completions: vec![] }, GroupRows { prompt: 4..5, completions: vec![] }];
+        assert!(Attention::new(gap, HEADS).is_err());
     }
 }

@@ -1,189 +1,154 @@
 //! Linear layers whose weight is frozen: `y = x W^T + b`, and with a LoRA pair `y = x W^T + b + s (x A^T) B^T`.
-//!
-//! candle's matmul would make and keep a gradient for the frozen weight, half as much work again. Here the weight is no
-//! argument of the op at all.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 
+use super::Values;
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{Values, output, tensor, values};
 
 /// A frozen weight `[out, in]` and its bias `[out]`.
-#[derive(Clone)]
-pub struct Frozen {
-    pub weight: Tensor,
-    pub bias: Option<Tensor>,
+pub struct Frozen<'a> {
+    weight: Values<'a>,
+    bias: Option<Values<'a>>,
+    outs: usize,
+    ins: usize,
 }
 
-impl Frozen {
-    /// Applies the layer to `x`, `[rows, in]`; the gradient flows to `x` only.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1(self.clone())
-    }
+/// A LoRA pair: `a` is `[rank, in]`, `b` `[out, rank]`.
+#[derive(Clone, Copy)]
+pub struct Pair<'a> {
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub rank: usize,
+    pub scale: f32,
+}
 
-    /// Applies the layer with a trainable pair `a`, `[rank, in]`, and `b`, `[out, rank]`.
-    pub fn forward_lora(&self, x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-        let rank = a.dim(0)?;
-        x.apply_op3(a, b, WithLora { frozen: self.clone(), rank, scale: scale as f32 })
-    }
+/// Where the gradients of a pair are added up.
+pub struct PairGradient<'a> {
+    pub a: &'a mut [f32],
+    pub b: &'a mut [f32],
+}
 
-    fn sizes(&self, x_len: usize) -> Result<(usize, usize, usize)> {
-        let (outs, ins) = self.weight.dims2()?;
-        if ins == 0 || x_len % ins != 0 {
-            bail!("a linear layer of {ins} inputs cannot take {x_len} values");
+impl<'a> Frozen<'a> {
+    /// Borrows the tensors of a layer.
+    pub fn new(weight: &'a Tensor, bias: Option<&'a Tensor>) -> Result<Self> {
+        let (outs, ins) = weight.dims2()?;
+        let bias = bias.map(Values::of).transpose()?;
+        if ins == 0 || bias.as_ref().is_some_and(|bias| bias.len() != outs) {
+            bail!("a linear layer of {ins} inputs and {outs} outputs has a bias of another width");
         }
-        Ok((x_len / ins, outs, ins))
+        Ok(Frozen { weight: Values::of(weight)?, bias, outs, ins })
     }
 
-    fn apply(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let (rows, outs, ins) = self.sizes(x.len())?;
-        let mut y = vec![0.0; rows * outs];
-        let weight = Values::of(&self.weight)?;
+    /// Applies the layer to rows of inputs.
+    pub fn forward(&self, x: &[f32], pair: Option<Pair>) -> Result<Vec<f32>> {
+        let rows = x.len() / self.ins;
+        let mut y = vec![0.0; rows * self.outs];
         let mut into = Into::Fresh;
         if let Some(bias) = &self.bias {
-            let bias = Values::of(bias)?;
-            y.chunks_exact_mut(outs).for_each(|row| row.copy_from_slice(&bias));
+            y.chunks_exact_mut(self.outs).for_each(|row| row.copy_from_slice(bias));
             into = Into::Sum;
         }
-        let (x, w) = (Mat::new(x, rows, ins)?, Mat::new(&weight, outs, ins)?);
-        multiply(MatMut::new(&mut y, rows, outs)?, into, 1.0, x, w.t(), Threads::All)?;
+        let x = Mat::new(x, rows, self.ins)?;
+        multiply(MatMut::new(&mut y, rows, self.outs)?, into, 1.0, x, self.weight()?.t(), Threads::All)?;
+        if let Some(pair) = pair {
+            let (down, b) = (self.down(x, rows, pair)?, Mat::new(pair.b, self.outs, pair.rank)?);
+            let down = Mat::new(&down, rows, pair.rank)?;
+            multiply(MatMut::new(&mut y, rows, self.outs)?, Into::Sum, pair.scale, down, b.t(), Threads::All)?;
+        }
         Ok(y)
     }
 
-    /// Returns `grad W`: the gradient of the input.
-    fn input_gradient(&self, grad: &[f32], rows: usize) -> Result<Vec<f32>> {
-        let (outs, ins) = self.weight.dims2()?;
-        let mut dx = vec![0.0; rows * ins];
-        let weight = Values::of(&self.weight)?;
-        let (g, w) = (Mat::new(grad, rows, outs)?, Mat::new(&weight, outs, ins)?);
-        multiply(MatMut::new(&mut dx, rows, ins)?, Into::Fresh, 1.0, g, w, Threads::All)?;
-        Ok(dx)
-    }
-}
-
-impl CustomOp1 for Frozen {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = self.apply(values(x, layout)?)?;
-        let outs = self.weight.dim(0)?;
-        let rows = y.len() / outs;
-        output(y, (rows, outs))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.contiguous()?;
-        let dx = self.input_gradient(&Values::of(&grad)?, x.dim(0)?)?;
-        Ok(Some(tensor(dx, x.dims())?))
-    }
-}
-
-struct WithLora {
-    frozen: Frozen,
-    rank: usize,
-    scale: f32,
-}
-
-impl WithLora {
-    /// Returns `x A^T`, `[rows, rank]`: cheaper to make again in the backward pass than to keep.
-    fn down(&self, x: Mat, a: Mat, rows: usize) -> Result<Vec<f32>> {
-        let mut u = vec![0.0; rows * self.rank];
-        multiply(MatMut::new(&mut u, rows, self.rank)?, Into::Fresh, 1.0, x, a.t(), Threads::All)?;
-        Ok(u)
-    }
-}
-
-impl CustomOp3 for WithLora {
-    fn name(&self) -> &'static str {
-        "lora-linear"
-    }
-
-    fn cpu_fwd(
+    /// Writes or adds the gradient of the inputs to `dx` where it is wanted, and adds that of the pair where there is
+    /// one.
+    pub fn backward(
         &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        a: &CpuStorage,
-        a_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let x = values(x, x_layout)?;
-        let (rows, outs, ins) = self.frozen.sizes(x.len())?;
-        let mut y = self.frozen.apply(x)?;
-        let a = Mat::new(values(a, a_layout)?, self.rank, ins)?;
-        let b = Mat::new(values(b, b_layout)?, outs, self.rank)?;
-        let u = self.down(Mat::new(x, rows, ins)?, a, rows)?;
-        let u = Mat::new(&u, rows, self.rank)?;
-        multiply(MatMut::new(&mut y, rows, outs)?, Into::Sum, self.scale, u, b.t(), Threads::All)?;
-        output(y, (rows, outs))
+        x: &[f32],
+        grad: &[f32],
+        pair: Option<(Pair, PairGradient)>,
+        dx: Option<(&mut [f32], Into)>,
+    ) -> Result<()> {
+        let rows = x.len() / self.ins;
+        let (x, grad) = (Mat::new(x, rows, self.ins)?, Mat::new(grad, rows, self.outs)?);
+        let mut through = None;
+        if let Some((pair, sums)) = pair {
+            let (down, b) = (self.down(x, rows, pair)?, Mat::new(pair.b, self.outs, pair.rank)?);
+            let down = Mat::new(&down, rows, pair.rank)?;
+            let db = MatMut::new(sums.b, self.outs, pair.rank)?;
+            multiply(db, Into::Sum, pair.scale, grad.t(), down, Threads::All)?;
+            let mut t = vec![0.0; rows * pair.rank];
+            multiply(MatMut::new(&mut t, rows, pair.rank)?, Into::Fresh, pair.scale, grad, b, Threads::All)?;
+            let da = MatMut::new(sums.a, pair.rank, self.ins)?;
+            multiply(da, Into::Sum, 1.0, Mat::new(&t, rows, pair.rank)?.t(), x, Threads::All)?;
+            through = Some((pair, t));
+        }
+        let Some((dx, into)) = dx else { return Ok(()) };
+        multiply(MatMut::new(dx, rows, self.ins)?, into, 1.0, grad, self.weight()?, Threads::All)?;
+        if let Some((pair, t)) = through {
+            let (t, a) = (Mat::new(&t, rows, pair.rank)?, Mat::new(pair.a, pair.rank, self.ins)?);
+            multiply(MatMut::new(dx, rows, self.ins)?, Into::Sum, 1.0, t, a, Threads::All)?;
+        }
+        Ok(())
     }
 
-    fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Grads> {
-        let grad = grad.contiguous()?;
-        let (x_values, a_values, b_values) = (Values::of(x)?, Values::of(a)?, Values::of(b)?);
-        let grad_values = Values::of(&grad)?;
-        let (rows, outs, ins) = self.frozen.sizes(x_values.len())?;
-        let g = Mat::new(&grad_values, rows, outs)?;
-        let (x_mat, a_mat) = (Mat::new(&x_values, rows, ins)?, Mat::new(&a_values, self.rank, ins)?);
+    fn weight(&self) -> Result<Mat<'_>> {
+        Mat::new(&self.weight, self.outs, self.ins)
+    }
 
-        let u = self.down(x_mat, a_mat, rows)?;
-        let mut db = vec![0.0; outs * self.rank];
-        let u = Mat::new(&u, rows, self.rank)?;
-        multiply(MatMut::new(&mut db, outs, self.rank)?, Into::Fresh, self.scale, g.t(), u, Threads::All)?;
-
-        let mut t = vec![0.0; rows * self.rank];
-        let b_mat = Mat::new(&b_values, outs, self.rank)?;
-        multiply(MatMut::new(&mut t, rows, self.rank)?, Into::Fresh, self.scale, g, b_mat, Threads::All)?;
-        let t = Mat::new(&t, rows, self.rank)?;
-        let mut da = vec![0.0; self.rank * ins];
-        multiply(MatMut::new(&mut da, self.rank, ins)?, Into::Fresh, 1.0, t.t(), x_mat, Threads::All)?;
-
-        // The first layer's input is an embedding that nothing trains: its gradient would be thrown away.
-        let mut dx = None;
-        if x.track_op() {
-            let mut values = self.frozen.input_gradient(&grad_values, rows)?;
-            multiply(MatMut::new(&mut values, rows, ins)?, Into::Sum, 1.0, t, a_mat, Threads::All)?;
-            dx = Some(tensor(values, x.dims())?);
-        }
-        Ok((dx, Some(tensor(da, a.dims())?), Some(tensor(db, b.dims())?)))
+    /// Returns `x A^T`, `[rows, rank]`: cheaper to make again in the backward pass than to keep.
+    fn down(&self, x: Mat, rows: usize, pair: Pair) -> Result<Vec<f32>> {
+        let mut down = vec![0.0; rows * pair.rank];
+        let a = Mat::new(pair.a, pair.rank, self.ins)?;
+        multiply(MatMut::new(&mut down, rows, pair.rank)?, Into::Fresh, 1.0, x, a.t(), Threads::All)?;
+        Ok(down)
     }
 }
-
-type Grads = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{gradients, random};
+    use super::super::check::{assert_close, gradients, random, random_tensor, tensor};
     use super::*;
 
-    fn layer() -> Frozen {
-        Frozen { weight: random(1, &[5, 6]), bias: Some(random(2, &[5])) }
+    fn pair<'a>(a: &'a [f32], b: &'a [f32]) -> Pair<'a> {
+        Pair { a, b, rank: 2, scale: 1.5 }
     }
 
     #[test]
-    fn forward_agrees_with_plain_ops() {
-        let (x, a, b) = (random(3, &[7, 6]), random(4, &[2, 6]), random(5, &[5, 2]));
-        let layer = layer();
-        let base = x.matmul(&layer.weight.t().unwrap()).unwrap();
-        let base = base.broadcast_add(layer.bias.as_ref().unwrap()).unwrap();
-        let update = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
-        let expected = (&base + (update * 1.5).unwrap()).unwrap();
-        let found = layer.forward_lora(&x, &a, &b, 1.5).unwrap();
-        let difference = |a: &Tensor, b: &Tensor| {
-            let d = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
-            d.max(0).unwrap().to_scalar::<f32>().unwrap()
-        };
-        assert!(difference(&found, &expected) < 1e-5);
-        assert!(difference(&layer.forward(&x).unwrap(), &base) < 1e-5);
+    fn forward_agrees_with_candle() {
+        let (x, a, b) = (random(3, 7 * 6), random(4, 2 * 6), random(5, 5 * 2));
+        let (weight, bias) = (random_tensor(1, &[5, 6]), random_tensor(2, &[5]));
+        let layer = Frozen::new(&weight, Some(&bias)).unwrap();
+        let (tx, ta, tb) = (tensor(&x, &[7, 6]), tensor(&a, &[2, 6]), tensor(&b, &[5, 2]));
+        let base = tx.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+        let update = tx.matmul(&ta.t().unwrap()).unwrap().matmul(&tb.t().unwrap()).unwrap();
+        assert_close(&layer.forward(&x, None).unwrap(), &base);
+        let expected = (base + (update * 1.5).unwrap()).unwrap();
+        assert_close(&layer.forward(&x, Some(pair(&a, &b))).unwrap(), &expected);
     }
 
     #[test]
     fn backward_agrees_with_differences() {
-        let layer = layer();
-        gradients(&[random(3, &[7, 6])], |t| layer.forward(&t[0]));
-        let inputs = [random(3, &[7, 6]), random(4, &[2, 6]), random(5, &[5, 2])];
-        gradients(&inputs, |t| layer.forward_lora(&t[0], &t[1], &t[2], 1.5));
+        let (weight, bias) = (random_tensor(1, &[5, 6]), random_tensor(2, &[5]));
+        let layer = Frozen::new(&weight, Some(&bias)).unwrap();
+        gradients(
+            &[random(3, 7 * 6), random(4, 2 * 6), random(5, 5 * 2)],
+            |t| layer.forward(&t[0], Some(pair(&t[1], &t[2]))).unwrap(),
+            |t, grad| {
+                // Gradients are added to what is there already.
+                let (mut dx, mut da, mut db) = (vec![1.0; 42], vec![1.0; 12], vec![1.0; 10]);
+                let sums = PairGradient { a: &mut da, b: &mut db };
+                let into = Some((&mut dx[..], Into::Sum));
+                layer.backward(&t[0], grad, Some((pair(&t[1], &t[2]), sums)), into).unwrap();
+                [dx, da, db].map(|d| d.iter().map(|v| v - 1.0).collect()).to_vec()
+            },
+        );
+        gradients(
+            &[random(3, 7 * 6)],
+            |t| layer.forward(&t[0], None).unwrap(),
+            |t, grad| {
+                let mut dx = vec![9.0; 42];
+                layer.backward(&t[0], grad, None, Some((&mut dx, Into::Fresh))).unwrap();
+                vec![dx]
+            },
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::{GroupTokens, LoraVars};
+use super::{GroupTokens, LoraMatrices};
 use crate::engine::{
     Architecture, Factor, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, RopeScaling, Weights,
 };
@@ -104,7 +104,7 @@ fn weights(c: &ModelConfig) -> Weights {
 }
 
 /// Returns LoRA matrices as after some training: B is not zero.
-pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraVars {
+pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraMatrices {
     let mut tensors = BTreeMap::new();
     let mut number = 1000;
     for layer in 0..config.layers {
@@ -117,7 +117,7 @@ pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraVars {
             number += 2;
         }
     }
-    LoraVars::restored(config, spec, &tensors).unwrap()
+    LoraMatrices::restored(config, spec, &tensors).unwrap()
 }
 
 /// What PyTorch found; see `tools/reference/training_golden.py`.
@@ -184,8 +184,7 @@ impl GoldenGroup {
 
 impl GoldenTensor {
     /// Checks `found` to `bound` of the tensor's own size: its norm, and each value that is there.
-    pub(crate) fn expect(&self, name: &str, found: &Tensor, bound: f32) {
-        let found: Vec<f32> = found.flatten_all().unwrap().to_vec1().unwrap();
+    pub(crate) fn expect(&self, name: &str, found: &[f32], bound: f32) {
         let norm = found.iter().map(|v| v * v).sum::<f32>().sqrt();
         assert!((norm - self.norm).abs() <= bound * self.norm, "{name}: norm {norm}, PyTorch {}", self.norm);
         let stride = if self.values.len() == found.len() { 1 } else { (found.len() / 16).max(1) };
