@@ -6,10 +6,23 @@
 //!
 //! One file per family of commands, all of one shape: the arguments, then a `run` that calls the stage.
 
+mod answers;
 mod config;
+mod daemon;
+mod dataset;
+mod engine;
+mod eval;
+mod gate;
+mod ingest;
 mod lines;
 mod logs;
 mod progress;
+mod records;
+mod score;
+mod serve;
+mod signals;
+mod status;
+mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,9 +68,29 @@ impl Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Run(daemon::Run),
+    Demo(daemon::Demo),
+    Serve(serve::Serve),
+    Ingest(ingest::Ingest),
+    Records(records::Records),
+    Round(daemon::Round),
+    #[command(hide = true)]
+    RoundWorker(daemon::RoundWorker),
+    /// Show or export a frozen dataset.
+    #[command(subcommand)]
+    Dataset(dataset::Command),
+    Generate(engine::Generate),
+    Logprobs(engine::Logprobs),
+    Score(score::Score),
+    Tune(tune::Tune),
+    Eval(eval::Eval),
+    /// The gate's evidence alone, or a trial in words.
+    #[command(subcommand)]
+    Gate(gate::Command),
     /// Check, show or explain the config.
     #[command(subcommand)]
     Config(config::Command),
+    Status(status::Status),
 }
 
 /// How a command ended, other than by an error.
@@ -77,10 +110,31 @@ pub enum Exit {
 pub struct Usage(pub String);
 
 /// Runs one command.
-pub fn run(cli: Cli, _screen: &Screen) -> anyhow::Result<Exit> {
-    match cli.command {
-        Command::Config(command) => config::run(&cli.global, command),
+pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
+    let global = &cli.global;
+    match &cli.command {
+        Command::Run(args) => daemon::run(global, args),
+        Command::Demo(args) => daemon::run_demo(global, args, screen),
+        Command::Serve(args) => serve::run(global, args),
+        Command::Ingest(args) => ingest::run(global, args),
+        Command::Records(args) => records::run(args),
+        Command::Round(args) => daemon::run_round(global, args),
+        Command::RoundWorker(args) => daemon::run_worker(global, args, screen),
+        Command::Dataset(command) => dataset::run(global, command),
+        Command::Generate(args) => engine::run_generate(args, screen),
+        Command::Logprobs(args) => engine::run_logprobs(args, screen),
+        Command::Score(args) => score::run(global, args),
+        Command::Tune(args) => tune::run(global, args, screen),
+        Command::Eval(args) => eval::run(global, args, screen),
+        Command::Gate(command) => gate::run(global, command),
+        Command::Config(command) => config::run(global, command),
+        Command::Status(args) => status::run(global, args),
     }
+}
+
+/// Returns the async runtime of a command.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
 /// Prints why the arguments cannot be read, or the help that was asked for.

@@ -53,11 +53,36 @@ macro_rules! sections {
 sections! {
     /// Where taod keeps what it makes.
     state: StateSettings,
+    /// The base model that is sampled, tuned and served.
+    model: ModelSettings,
+    /// What decides the random draws of a round.
+    round: RoundSettings,
+    /// The query log and how it is stored.
+    ingest: crate::ingest::Settings,
+    /// How logged prompts become training, gate and audit prompts.
+    dataset: crate::dataset::Settings,
+    /// How candidates for training are drawn.
+    candidates: crate::candidates::Settings,
+    /// How the endpoint answers its clients; both sides of the gate answer the same way.
+    decoding: crate::candidates::Decoding,
+    /// How answers are scored.
+    rewards: crate::rewards::Settings,
+    /// How an adapter is trained.
+    tuning: crate::adapter::Settings,
+    /// How challengers are judged.
+    gate: crate::gate::Settings,
+    /// The production endpoint.
+    endpoint: crate::endpoint::Settings,
+    /// The embedded endpoint (`taod serve`).
+    serve: crate::serve::Settings,
     /// When rounds run.
     schedule: crate::schedule::Settings,
     /// The page for people and monitors: metrics, health, status.
     admin: crate::admin::Settings,
-    lists {}
+    lists {
+        /// A kind of traffic: its house rules and what a good answer looks like.
+        workload: crate::rewards::Workload,
+    }
 }
 
 /// Where taod keeps its own files.
@@ -81,6 +106,45 @@ impl StateSettings {
             true => Err("dir is empty; name the folder for taod's files, such as \"/var/lib/taod\"".into()),
             false => Ok(()),
         }
+    }
+}
+
+/// The base model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSettings {
+    /// A folder in Hugging Face layout, a .gguf file, or a hub id with an optional revision ("org/name@revision").
+    pub path: String,
+}
+
+impl Default for ModelSettings {
+    fn default() -> Self {
+        ModelSettings { path: "HuggingFaceTB/SmolLM2-135M-Instruct".into() }
+    }
+}
+
+impl ModelSettings {
+    /// Checks that a model is named.
+    pub fn validate(&self) -> Result<(), String> {
+        match self.path.is_empty() {
+            true => Err("path is empty; name a model folder, a .gguf file or a hub id".into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What decides the random draws of a round.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoundSettings {
+    /// Root of every seed: sampling, training order, the gate's order. Another seed gives other draws, not another method.
+    pub seed: u64,
+}
+
+impl RoundSettings {
+    /// Every seed is as good as another.
+    pub fn validate(&self) -> Result<(), String> {
+        Ok(())
     }
 }
 

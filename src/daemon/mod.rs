@@ -23,7 +23,7 @@ use crate::health::Health;
 use crate::ingest;
 use crate::metrics::{Metrics, Part, RoundOutcome};
 use crate::registry::Registry;
-use crate::round::{self, Control, Outcome, Paths, Verdict};
+use crate::round::{self, Outcome, Paths, Verdict};
 use crate::schedule::Schedule;
 use crate::table::Tables;
 
@@ -35,7 +35,7 @@ const RECONCILE: Duration = Duration::from_secs(60);
 /// Everything the loops of the daemon share.
 struct Daemon {
     config: Config,
-    config_file: PathBuf,
+    config_file: Option<PathBuf>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
 }
@@ -43,7 +43,7 @@ struct Daemon {
 /// Runs until `stop` turns true, then drains and commits what was read.
 ///
 /// `config_file` is what the round's child reads; it holds the same config.
-pub async fn run(config: Config, config_file: PathBuf, stop: channel::Receiver<bool>) -> Result<()> {
+pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Receiver<bool>) -> Result<()> {
     let metrics = Arc::new(Metrics::new()?);
     let health = Arc::new(Health::default());
     let paths = Paths::new(&config.state.dir);
@@ -125,12 +125,7 @@ async fn schedule(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
         }
         last_start = Some(Utc::now());
         daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
-        let launch = round::child::Launch {
-            config: daemon.config_file.clone(),
-            control: None::<Control>,
-            resume: false,
-            allow_drift: false,
-        };
+        let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
         let result = tokio::select! {
             result = night(&daemon.config, &launch) => result,
             // Dropping the night kills its child; what it had finished is resumed by the next one.

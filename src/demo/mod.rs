@@ -83,8 +83,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
     let dead_letters = tables.open_one(Name::DeadLetters).await?.count().await? as i64;
     stages.push(stage("ingest", (rows + dead_letters) as u64, 0, began));
 
-    let launch =
-        round::child::Launch { config: config_file.clone(), control: options.control, resume: false, allow_drift: false };
+    let launch = round::child::Launch { config: Some(config_file.clone()), control: options.control, ..Default::default() };
     let status = round::child::run(&launch).await?;
     let Some(verdict) = round::book::newest_verdict(&paths)? else {
         bail!("the round's process ended without a verdict ({status}); its messages stand above");

@@ -14,10 +14,10 @@ use tokio::process::Command;
 use super::{Control, RoundError};
 
 /// How a child is to run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Launch {
-    /// The configuration file, as the parent read it.
-    pub config: PathBuf,
+    /// The configuration file, as the parent read it; without one the defaults and the environment hold.
+    pub config: Option<PathBuf>,
     pub control: Option<Control>,
     /// Only go on with an unfinished round.
     pub resume: bool,
@@ -28,7 +28,10 @@ pub struct Launch {
 pub async fn run(launch: &Launch) -> Result<ExitStatus, RoundError> {
     let program = std::env::current_exe().map_err(RoundError::Spawn)?;
     let mut command = Command::new(program);
-    command.arg("round-worker").arg("--config").arg(&launch.config);
+    command.arg("round-worker");
+    if let Some(config) = &launch.config {
+        command.arg("--config").arg(config);
+    }
     if let Some(control) = launch.control {
         let name = clap::ValueEnum::to_possible_value(&control).map(|v| v.get_name().to_string()).unwrap_or_default();
         command.arg("--control").arg(name);

@@ -79,29 +79,16 @@ pub enum Outcome {
     Open { trial: String, challenger: String, reason: String },
     /// There was nothing to do, for an ordinary reason.
     Skipped { reason: String },
-    /// The round broke; its folder stays for a look.
-    Failed { reason: String },
 }
 
 impl Outcome {
-    /// Returns the process's exit code for it (0 done, 1 failed, 2 refused, 3 open).
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Outcome::Promote { .. } | Outcome::Skipped { .. } => 0,
-            Outcome::Failed { .. } => 1,
-            Outcome::Refused { .. } => 2,
-            Outcome::Open { .. } => 3,
-        }
-    }
-
     /// Returns why, in one sentence.
     pub fn reason(&self) -> &str {
         match self {
             Outcome::Promote { reason, .. }
             | Outcome::Refused { reason, .. }
             | Outcome::Open { reason, .. }
-            | Outcome::Skipped { reason }
-            | Outcome::Failed { reason } => reason,
+            | Outcome::Skipped { reason } => reason,
         }
     }
 
@@ -111,7 +98,7 @@ impl Outcome {
             Outcome::Promote { trial, challenger, .. }
             | Outcome::Refused { trial, challenger, .. }
             | Outcome::Open { trial, challenger, .. } => Some((trial, challenger)),
-            Outcome::Skipped { .. } | Outcome::Failed { .. } => None,
+            Outcome::Skipped { .. } => None,
         }
     }
 
@@ -122,7 +109,6 @@ impl Outcome {
             Outcome::Refused { .. } => "refused",
             Outcome::Open { .. } => "open",
             Outcome::Skipped { .. } => "skipped",
-            Outcome::Failed { .. } => "failed",
         }
     }
 }
