@@ -139,8 +139,7 @@ mod tests {
 
     #[test]
     fn it_agrees_with_an_independent_implementation() {
-        let golden: Vec<Golden> =
-            serde_json::from_str(include_str!("../../tests/golden/gate_evidence.json")).unwrap();
+        let golden: Vec<Golden> = serde_json::from_str(include_str!("../../tests/golden/gate_evidence.json")).unwrap();
         assert!(golden.iter().map(|g| g.d.len()).sum::<usize>() >= 3000);
         for sequence in golden {
             let mut evidence = Evidence::new(sequence.margin).unwrap();

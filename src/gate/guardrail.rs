@@ -225,7 +225,10 @@ fn length(observations: &[Observation], lengths: &BTreeMap<String, LengthBounds>
         }
         let outcome = at_least(&ratio, low.ln()).max(at_most(&ratio, high.ln()));
         let (mean, from, to) = (ratio.mean.exp(), ratio.lower.exp(), ratio.upper.exp());
-        parts.add(outcome, format!("answers are {mean:.2} times as long ({from:.2} to {to:.2}, allowed {low} to {high})"));
+        parts.add(
+            outcome,
+            format!("answers are {mean:.2} times as long ({from:.2} to {to:.2}, allowed {low} to {high})"),
+        );
     }
     let intercept = intercept(observations, &bound_by_rules);
     parts.number("intercept", intercept);
@@ -277,7 +280,8 @@ fn absolute(workload: &str, limits: &LengthBounds, answers: &[&Observation], lev
             false if length.upper < min || length.lower > max => Outcome::Fail,
             false => Outcome::NotYet,
         };
-        parts.add(outcome, format!("{workload}: {:.1} {unit} on average (its rules allow {min} to {max})", length.mean));
+        parts
+            .add(outcome, format!("{workload}: {:.1} {unit} on average (its rules allow {min} to {max})", length.mean));
     }
 }
 
@@ -329,7 +333,8 @@ fn quality(observations: &[Observation], limits: &Thresholds) -> Finding {
     let change = bounds(&differences, -range, range, limits.level);
     parts.bounds("change", &change);
     let floor = -limits.quality_tolerance;
-    let shown = format!("{:+.3} on average ({:+.3} to {:+.3}, at least {floor})", change.mean, change.lower, change.upper);
+    let shown =
+        format!("{:+.3} on average ({:+.3} to {:+.3}, at least {floor})", change.mean, change.lower, change.upper);
     parts.add(at_least(&change, floor), shown);
     parts.finding(Guardrail::Quality)
 }

@@ -1,6 +1,6 @@
 use super::super::trial::tests::observation;
 use super::*;
-use crate::gate::rows::Kl;
+use crate::gate::rows::Kl as Divergence;
 
 /// `n` observations made by `change` from a neutral one.
 fn many(n: usize, change: impl Fn(usize, &mut Observation)) -> Vec<Observation> {
@@ -32,7 +32,7 @@ fn each_guardrail_passes_fails_and_waits() {
         ("at the edge", Length, 300, |i, o| o.new.words = if i % 2 == 0 { 60.0 } else { 42.0 }, NotYet),
         ("few", Length, 49, |_, _| {}, NotYet),
         ("near the base", Kl, 400, |_, _| {}, Pass),
-        ("far from the base", Kl, 400, |_, o| o.kl = Kl::of(&[0.2; 40], 0.2), Fail),
+        ("far from the base", Kl, 400, |_, o| o.kl = Divergence::of(&[0.2; 40], 0.2), Fail),
         ("unmeasured", Kl, 400, |i, o| o.kl = o.kl.filter(|_| i < 49), NotYet),
         ("a heavy tail", Kl, 400, |_, o| o.kl.as_mut().unwrap().over = 0.2, Fail),
         ("same quality", Quality, 400, |_, _| {}, Pass),

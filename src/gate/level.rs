@@ -84,13 +84,7 @@ mod tests {
     fn the_bars_are_those_of_the_method() {
         let strict = Terms { mode: Mode::Strict, alpha: 0.05, challengers: 120 };
         let nightly = Terms { challengers: 365, ..strict };
-        let cases = [
-            (FDR, 0, 1200.0),
-            (FDR, 5, 200.0),
-            (strict, 0, 2400.0),
-            (strict, 5, 2400.0),
-            (nightly, 0, 7300.0),
-        ];
+        let cases = [(FDR, 0, 1200.0), (FDR, 5, 200.0), (strict, 0, 2400.0), (strict, 5, 2400.0), (nightly, 0, 7300.0)];
         for (terms, promotions, expected) in cases {
             assert!((wealth(terms, promotions) - expected).abs() < 1e-6, "{terms:?} {promotions}");
         }

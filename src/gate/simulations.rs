@@ -66,7 +66,8 @@ fn a_real_gain_crosses_in_time() {
 #[test]
 fn two_workloads_of_opposed_effect_are_safe_only_in_the_seeded_order() {
     // +0.25 on one, -0.25 on the other: no gain at all, 300 prompts each.
-    let names: Vec<String> = ["gains", "loses"].iter().flat_map(|w| (0..300).map(move |i| format!("{w}-{i}"))).collect();
+    let names: Vec<String> =
+        ["gains", "loses"].iter().flat_map(|w| (0..300).map(move |i| format!("{w}-{i}"))).collect();
     let effect = |name: &String, rng: &mut ChaCha8Rng| match name.starts_with("gains") {
         true => pass_or_fail(rng, 0.55, 0.30),
         false => pass_or_fail(rng, 0.30, 0.55),

@@ -197,7 +197,10 @@ impl Trial {
         let mut out = Trial::from_facts(opening.facts.clone(), first.settings, first.lengths)?;
         for row in rows {
             if row.facts != out.facts {
-                return Err(record(format!("its rows of night 0 and {} differ in what was fixed at opening", row.night)));
+                return Err(record(format!(
+                    "its rows of night 0 and {} differ in what was fixed at opening",
+                    row.night
+                )));
             }
             if row.state != State::Open {
                 out.closed = Some(row.state);
@@ -212,7 +215,9 @@ impl Trial {
         }
         match steps.len() as u64 == out.steps() {
             true => Ok(out),
-            false => Err(record(format!("{} steps are stored but only {} belong to a night", steps.len(), out.steps()))),
+            false => {
+                Err(record(format!("{} steps are stored but only {} belong to a night", steps.len(), out.steps())))
+            }
         }
     }
 
@@ -460,8 +465,9 @@ pub fn open_trial(history: &[TrialRow]) -> Option<&TrialRow> {
 }
 
 fn detail(row: &TrialRow) -> Result<Detail, GateError> {
-    serde_json::from_str(&row.detail)
-        .map_err(|e| GateError::record(&row.facts.trial, format!("the detail of night {} is unreadable: {e}", row.night)))
+    serde_json::from_str(&row.detail).map_err(|e| {
+        GateError::record(&row.facts.trial, format!("the detail of night {} is unreadable: {e}", row.night))
+    })
 }
 
 /// Refuses measurements that would poison a sum.
@@ -481,11 +487,13 @@ fn check(o: &Observation) -> Result<(), GateError> {
     }
     match o.kl {
         Some(kl) if !kl.mean.is_finite() => Err(bad("the divergence", kl.mean, "finite")),
-        Some(kl) if !(0.0..=1.0).contains(&kl.over) => Err(bad("the share of tokens over the limit", kl.over, "in [0, 1]")),
+        Some(kl) if !(0.0..=1.0).contains(&kl.over) => {
+            Err(bad("the share of tokens over the limit", kl.over, "in [0, 1]"))
+        }
         _ => Ok(()),
     }
 }
 
 #[cfg(test)]
 #[path = "trial_tests.rs"]
-mod tests;
+pub(super) mod tests;

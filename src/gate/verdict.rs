@@ -255,4 +255,4 @@ pub fn explain(verdict: &Verdict) -> String {
 
 #[cfg(test)]
 #[path = "verdict_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -1,7 +1,7 @@
 use super::super::trial::tests::{Driven, better, observation, opening};
 use super::*;
 use crate::gate::rows::State;
-use crate::gate::{GateError, Settings};
+use crate::gate::{GateError, Opening, Settings};
 
 fn settings() -> Settings {
     let mut settings = Settings { block_size: 16, ..Settings::default() };
@@ -12,8 +12,23 @@ fn settings() -> Settings {
     settings
 }
 
+/// Returns a real key, for tests of what it opens: a trial that passed, verified.
+pub(crate) fn passed_for(challenger: &str, challenger_sha256: &str, incumbent: &str) -> Passed {
+    let driven = passed_by(Opening {
+        challenger: challenger.into(),
+        challenger_sha256: challenger_sha256.into(),
+        incumbent: incumbent.into(),
+        ..opening()
+    });
+    check(&driven).unwrap()
+}
+
 fn passed() -> Driven {
-    let mut driven = Driven::open(opening(), &[], &settings());
+    passed_by(opening())
+}
+
+fn passed_by(opening: Opening) -> Driven {
+    let mut driven = Driven::open(opening, &[], &settings());
     driven.night(10, |c| observation(c, 1.0, 1.0));
     assert_eq!(driven.night(200, better), Decision::Promote);
     driven
