@@ -60,7 +60,7 @@ impl Audit {
         drop(answers);
         let rewards = self.rewards.clone();
         let (items, scored) = tokio::task::spawn_blocking(move || {
-            let scored = rewards.gate(&items);
+            let scored = rewards.strict(&items);
             (items, scored)
         })
         .await?;
@@ -94,7 +94,7 @@ impl Audit {
     async fn sides(&self, judged: &[Judged], names: &[String]) -> Result<BTreeMap<String, Side>> {
         let pairs: Vec<(String, String)> = judged
             .iter()
-            .map(|j| (self.question(&j.item), j.item.response.clone()))
+            .map(|j| (self.rewards.question(&j.item), j.item.response.clone()))
             .collect();
         let rewards = self.rewards.clone();
         let similarity = tokio::task::spawn_blocking(move || rewards.similarity(&pairs)).await??;
@@ -111,13 +111,6 @@ impl Audit {
             side.similarity /= side.answers as f64;
         }
         Ok(sides)
-    }
-
-    /// Returns the question without the house rules, so that similarity is to what was asked.
-    fn question(&self, item: &Item) -> String {
-        let text = last_user_text(&item.messages);
-        let workload = self.config.workload.iter().find(|w| w.takes(item.workload.as_deref()));
-        workload.map_or(text.clone(), |w| w.without_house_rules(&text))
     }
 }
 

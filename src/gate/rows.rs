@@ -96,7 +96,7 @@ pub struct TrialRow {
     pub guardrail: Option<String>,
     pub reason: String,
     /// [`Detail`] as JSON.
-    pub detail: String,
+    pub record: String,
 }
 
 /// What of a trial row fits no flat column.

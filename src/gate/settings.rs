@@ -28,6 +28,9 @@ pub struct Settings {
     pub futility: f64,
     /// Answers that each side gives to each gate prompt, 1 or more; their scores are averaged.
     pub samples: u32,
+    /// Gate prompts of a trial, from its first, on which the divergence from the base is measured too; it takes an answer
+    /// of its own at temperature 1. At least guardrails.min_prompts.
+    pub kl_prompts: u32,
     /// What must hold besides the evidence.
     pub guardrails: Thresholds,
 }
@@ -43,6 +46,7 @@ impl Default for Settings {
             max_nights: 7,
             futility: -2.0,
             samples: 1,
+            kl_prompts: 100,
             guardrails: Thresholds::default(),
         }
     }
@@ -60,6 +64,10 @@ impl Settings {
         }
         if !(self.futility < 0.0) {
             return Err(format!("futility {} is not below 0: use a value such as -2", self.futility));
+        }
+        if self.kl_prompts < self.guardrails.min_prompts {
+            let least = self.guardrails.min_prompts;
+            return Err(format!("kl_prompts {} is below guardrails.min_prompts {least}: raise it", self.kl_prompts));
         }
         let counts = [
             ("challengers", self.challengers),

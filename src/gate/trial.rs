@@ -251,7 +251,7 @@ impl Trial {
         }
         self.start_night(fresh)?;
         let mut row = self.row(State::Open, format!("night {} begun", self.nights), time_us);
-        row.detail = self.detail(self.pending.clone(), Vec::new());
+        row.record = self.record(self.pending.clone(), Vec::new());
         Ok(row)
     }
 
@@ -357,7 +357,7 @@ impl Trial {
             ln_wealth: self.ln_wealth(),
             guardrail: None,
             reason: reason.into(),
-            detail: self.detail(Vec::new(), Vec::new()),
+            record: self.record(Vec::new(), Vec::new()),
         }
     }
 
@@ -368,7 +368,7 @@ impl Trial {
             return None;
         }
         let mut row = self.row(state, super::verdict::reason(self, decision), time_us);
-        row.detail = self.detail(Vec::new(), self.findings());
+        row.record = self.record(Vec::new(), self.findings());
         if let Decision::Refuse { guardrail, .. } = decision {
             row.guardrail = Some(guardrail.as_str().to_string());
         }
@@ -376,7 +376,7 @@ impl Trial {
         Some(row)
     }
 
-    fn detail(&self, order: Vec<String>, findings: Vec<Finding>) -> String {
+    fn record(&self, order: Vec<String>, findings: Vec<Finding>) -> String {
         let detail = Detail { settings: self.settings.clone(), lengths: self.lengths.clone(), order, findings };
         // Plain numbers, strings and maps with string keys always serialise.
         serde_json::to_string(&detail).unwrap_or_default()
@@ -465,7 +465,7 @@ pub fn open_trial(history: &[TrialRow]) -> Option<&TrialRow> {
 }
 
 fn detail(row: &TrialRow) -> Result<Detail, GateError> {
-    serde_json::from_str(&row.detail).map_err(|e| {
+    serde_json::from_str(&row.record).map_err(|e| {
         GateError::record(&row.facts.trial, format!("the detail of night {} is unreadable: {e}", row.night))
     })
 }

@@ -79,10 +79,10 @@ fn a_tampered_record_opens_nothing() {
         ("a larger budget", |d| {
             d.rows.iter_mut().for_each(|r| (r.facts.budget_alpha, r.facts.alpha) = (0.2, 2.0 * r.facts.alpha))
         }),
-        ("another order", |d| d.rows[2].detail = d.rows[2].detail.replacen("n2-c001", "n2-c999", 1)),
+        ("another order", |d| d.rows[2].record = d.rows[2].record.replacen("n2-c001", "n2-c999", 1)),
         ("another seed", |d| d.rows.iter_mut().for_each(|r| r.facts.order_seed = "1".into())),
         ("a milder guardrail", |d| {
-            d.rows.iter_mut().for_each(|r| r.detail = r.detail.replace("\"kl_mean_max\":0.2", "\"kl_mean_max\":9.0"))
+            d.rows.iter_mut().for_each(|r| r.record = r.record.replace("\"kl_mean_max\":0.2", "\"kl_mean_max\":9.0"))
         }),
     ];
     for (name, tamper) in cases {

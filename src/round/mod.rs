@@ -23,14 +23,14 @@ pub use state::{Control, Paths, Plan};
 use crate::adapter::TuneError;
 use crate::candidates::CandidateError;
 use crate::config::Config;
-use crate::dataset::{self, DatasetError};
+use crate::dataset::{self, DatasetError, WorkloadView};
 use crate::durable::{self, FileError};
 use crate::engine::{EngineError, Model};
 use crate::gate::GateError;
 use crate::progress::Progress;
 use crate::record::derive_seed;
-use crate::registry::{Lineage, Registry, RegistryError};
-use crate::rewards::{Rewards, RewardError};
+use crate::registry::{Base, Lineage, OffsetRange, Registry, RegistryError};
+use crate::rewards::{RewardError, Rewards, Workload};
 use crate::table::{Name, TableError, Tables};
 use train::Trained;
 
@@ -234,6 +234,17 @@ fn settings_hash(config: &Config) -> Result<String, RoundError> {
     Ok(hex::encode(Sha256::digest(bytes)))
 }
 
+/// Returns what the dataset stage needs to know of a workload.
+fn view(workload: &Workload) -> WorkloadView {
+    WorkloadView { name: workload.name.clone(), house_rules: workload.house_rules.clone() }
+}
+
+/// Returns a dataset's range of offsets (both included) as the registry's (end excluded).
+fn offset_range((name, range): (&String, &dataset::OffsetRange)) -> Option<OffsetRange> {
+    let (topic, partition) = name.rsplit_once('/')?;
+    Some(OffsetRange { topic: topic.to_string(), partition: partition.parse().ok()?, from: range.first, to: range.last + 1 })
+}
+
 impl Night<'_> {
     /// The order of a night: the dataset, the open trial, and only then a new adapter and its trial.
     fn pass(&mut self) -> Result<Outcome, RoundError> {
@@ -251,7 +262,7 @@ impl Night<'_> {
             Err(error) if error.is_not_found() => match train::train(self, &dataset)? {
                 Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
                 Trained::Adapter(folder) => {
-                    let version = self.registry.register(&folder, &self.lineage(&dataset))?;
+                    let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
                     durable::write_json(&registered, &version)?;
                     version
                 }
@@ -269,9 +280,9 @@ impl Night<'_> {
         let dataset = if out.join("manifest.json").exists() {
             dataset::load(&out)?
         } else {
-            let views: Vec<_> = self.config.workload.iter().map(|w| w.view()).collect();
+            let views: Vec<_> = self.config.workload.iter().map(view).collect();
             let (round, settings, seed) = (self.plan.round.clone(), &self.config.dataset, self.plan.seed);
-            let freezing = dataset::freeze(&mut self.tables, &round, settings, &views, seed, &out);
+            let freezing = dataset::freeze(&self.tables, &round, settings, &views, seed, &out);
             self.runtime.block_on(freezing)?
         };
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
@@ -281,11 +292,20 @@ impl Night<'_> {
     }
 
     fn lineage(&self, dataset: &dataset::Dataset) -> Lineage {
+        let base = Base { name: self.plan.base.name.clone(), sha256: self.plan.base.sha256.clone() };
+        let notes = [
+            ("settings_sha256", self.plan.settings_sha256.clone()),
+            ("seed", self.plan.seed.to_string()),
+            ("control", self.plan.control.map_or("none".to_string(), |c| format!("{c:?}"))),
+        ];
         Lineage {
-            round: self.plan.round.clone(),
-            base: self.plan.base.clone(),
-            dataset: dataset.manifest.clone(),
-            control: self.plan.control.is_some(),
+            base,
+            round: Some(self.plan.round.clone()),
+            dataset_sha256: Some(dataset.manifest.hash.clone()),
+            tables: dataset.manifest.inputs.tables.clone(),
+            offsets: dataset.manifest.inputs.offsets.iter().filter_map(offset_range).collect(),
+            notes: notes.map(|(key, value)| (key.to_string(), value)).into(),
+            created_us: self.plan.created_us,
         }
     }
 

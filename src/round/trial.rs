@@ -20,10 +20,13 @@ use crate::dataset::{Dataset, Prompt};
 use crate::durable;
 use crate::engine::{Adapter, ScoreItem, divergence};
 use crate::gate::trial::{Block, open_trial};
-use crate::gate::{self, Conditions, Decision, Kl, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow, Waiting};
+use crate::gate::{
+    self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow, Waiting,
+};
 use crate::progress::Step;
 use crate::record::derive_seed;
-use crate::rewards::{Item, Scored};
+use crate::rewards::rules::{Kind, Unit};
+use crate::rewards::{Item, Scored, Workload};
 use crate::table::{Name, TxnStep};
 
 /// Which night of which trial a round is: written before the night begins, so that a resumed round begins no second one.
@@ -55,7 +58,7 @@ pub fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError
     }
     let incumbent = match night.plan.control {
         Some(Control::SameAdapter) => challenger.to_string(),
-        _ => night.registry.current()?,
+        _ => night.registry.current()?.version,
     };
     let opening = Opening {
         budget_year: Utc::now().year(),
@@ -63,9 +66,9 @@ pub fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError
         incumbent_sha256: weights_hash(night, &incumbent)?,
         challenger: challenger.to_string(),
         incumbent,
-        scorer_epoch: night.rewards.identity(),
+        scorer_epoch: night.rewards.gate_identity(),
         decoding: decoding(night),
-        lengths: night.config.workload.iter().filter_map(|w| Some((w.name.clone(), w.length_bounds()?))).collect(),
+        lengths: night.config.workload.iter().filter_map(|w| Some((w.name.clone(), length_bounds(w)?))).collect(),
         seed: night.plan.seed,
     };
     let trial = Trial::open(opening, &rows, &night.config.gate)?;
@@ -322,10 +325,10 @@ fn void_reason(night: &Night<'_>, trial: &Trial) -> Result<Option<String>, Round
     // The control that tries an adapter against itself never makes it the served one.
     let served = match night.plan.control {
         Some(Control::SameAdapter) => trial.facts().challenger.clone(),
-        _ => night.registry.current()?,
+        _ => night.registry.current()?.version,
     };
     let incumbent_sha256 = weights_hash(night, &served)?;
-    let (scorer_epoch, decoding) = (night.rewards.identity(), decoding(night));
+    let (scorer_epoch, decoding) = (night.rewards.gate_identity(), decoding(night));
     let today = Conditions {
         incumbent_sha256: &incumbent_sha256,
         scorer_epoch: &scorer_epoch,
@@ -333,6 +336,31 @@ fn void_reason(night: &Night<'_>, trial: &Trial) -> Result<Option<String>, Round
         settings: &night.config.gate,
     };
     Ok(trial.void_reason(&today))
+}
+
+/// Returns the bounds that a workload's own rules set on the length or the ending of an answer; they stand in for the
+/// general ratio, which would refuse an adapter for doing what the rules ask.
+fn length_bounds(workload: &Workload) -> Option<LengthBounds> {
+    let mut bounds = LengthBounds::default();
+    let mut bound = false;
+    for rule in workload.rules.iter().filter(|rule| rule.hard) {
+        match &rule.kind {
+            Kind::Length { unit: Unit::Words, min, max } => {
+                bounds.min_words = min.map(|n| n as f64).or(bounds.min_words);
+                bounds.max_words = max.map(|n| n as f64).or(bounds.max_words);
+                bound |= max.is_some();
+            }
+            Kind::Length { unit: Unit::Characters, min, max } => {
+                bounds.min_chars = min.map(|n| n as f64).or(bounds.min_chars);
+                bounds.max_chars = max.map(|n| n as f64).or(bounds.max_chars);
+                bound |= max.is_some();
+            }
+            Kind::Length { unit: Unit::Sentences | Unit::Lines, max, .. } => bound |= max.is_some(),
+            Kind::Ended | Kind::EndsWith { .. } | Kind::Bullets { .. } => bound = true,
+            _ => {}
+        }
+    }
+    bound.then_some(bounds)
 }
 
 /// Returns the identity of all that shapes an answer besides the adapter.
@@ -345,14 +373,14 @@ fn decoding(night: &Night<'_>) -> String {
 fn weights_hash(night: &Night<'_>, version: &str) -> Result<String, RoundError> {
     match version {
         "base" => Ok(night.model.identity().sha256.clone()),
-        version => Ok(night.registry.show(version)?.sha256),
+        version => Ok(night.registry.manifest(version)?.sha256),
     }
 }
 
 fn load_side(night: &Night<'_>, version: &str) -> Result<(String, Option<Adapter>), RoundError> {
     let adapter = match version {
         "base" => None,
-        version => Some(Adapter::load(&night.registry.folder(version), night.model)?),
+        version => Some(Adapter::load(&night.registry.path(version), night.model)?),
     };
     Ok((version.to_string(), adapter))
 }
