@@ -155,8 +155,19 @@ pub fn exit(outcome: anyhow::Result<Exit>) -> ExitCode {
     if is_closed_pipe(&error) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("taod: {error:#}");
+    eprintln!("taod: {}", message(&error));
     ExitCode::from(if is_usage(&error) { 64 } else { 1 })
+}
+
+/// Returns the error with its causes on one line. Many errors say their cause themselves; it is not said twice.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn is_usage(error: &anyhow::Error) -> bool {
@@ -177,6 +188,14 @@ mod tests {
     fn the_arguments_are_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let inner = std::io::Error::other("disk full");
+        let outer = crate::durable::FileError::io("cannot write", std::path::Path::new("a.json"), inner);
+        assert_eq!(message(&outer.into()), "cannot write a.json: disk full");
+        assert_eq!(message(&anyhow::anyhow!("disk full").context("cannot write")), "cannot write: disk full");
     }
 
     #[test]
