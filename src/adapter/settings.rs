@@ -35,7 +35,7 @@ pub struct Settings {
     /// Samples per optimizer step. Samples of one prompt stay together, so a step may hold a few more. At least 1.
     pub batch_samples: usize,
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
-    /// Memory grows by about 1.5 MB per row for a model of 135M parameters. At least 1.
+    /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
     /// How many of a prompt's samples train, best first. At least 1.
     pub best_per_prompt: usize,

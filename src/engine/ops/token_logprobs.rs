@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
 use super::{LANES, Values, exp, largest};
 
-/// Rows whose logits are held at once: 25 MB for a vocabulary of 49,152.
-const ROWS: usize = 128;
+/// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
+const ROWS: usize = 256;
 
 /// Whether the slopes for a backward pass are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
