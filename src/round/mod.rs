@@ -207,7 +207,7 @@ fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Re
         seed: derive_seed(config.round.seed, &[&round]),
         base: model.identity().clone(),
         settings_sha256: settings_hash(config)?,
-        threads: crate::engine::threads::count(),
+        threads: crate::engine::threads::available(),
         control: options.control,
         created_us: chrono::Utc::now().timestamp_micros(),
         taod_version: env!("CARGO_PKG_VERSION").to_string(),
