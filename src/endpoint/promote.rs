@@ -1,36 +1,31 @@
 //! The one order in which a version comes into production, so that a crash at any point can be settled.
 //!
 //! ```text
-//! intent -> load -> proof by unique name -> alias -> proof by stable name -> current -> close
+//! intent -> load -> proof by unique name -> alias -> proof by stable name -> current -> intent closed
 //! ```
 //!
-//! Each of the steps is done on all replicas before the next one begins. Until the alias moves, clients see nothing and
-//! the change is undone by unloading; once it moved on any replica, every replica has the proven version loaded, so
-//! [`Promotion::recover`] goes forward. The registry's `current` and the open intent are the truth. A rollback is the
-//! same change in the other direction.
+//! The registry opens the intent before any server is called, and only it can: from a passed trial, an operator's
+//! override or a rollback. Each further step is done on all replicas before the next one begins. Until the alias
+//! moves, clients see nothing and the change is undone by unloading; once it moved on any replica, every replica has
+//! the proven version loaded, so [`Promotion::recover`] goes forward.
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+
+use crate::registry::{BASE, Intent, Registry, RegistryError};
 
 use super::proof::{Attribution, Panel, Proof, Who, prove};
 use super::vllm::{Load, Vllm};
 use super::{Alias, EndpointError, Settings};
 
 /// A version as the endpoint knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// Its unique served name; the base model's name for the base.
     pub name: String,
     /// Its immutable folder, absolute; `None` for the base.
     pub folder: Option<PathBuf>,
-}
-
-/// A change of the version that clients get; stored as the intent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Change {
-    pub from: Target,
-    pub to: Target,
 }
 
 /// The replicas of one logical endpoint and how clients find the promoted version.
@@ -41,39 +36,21 @@ pub struct Fleet {
     pub base_model: String,
 }
 
-/// A mark that a promotion leaves in the registry. Each must be durable when it returns, and safe to repeat.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mark {
-    /// The intent is recorded; nothing has happened yet.
-    Intent,
-    /// `current` names the new version.
-    Current,
-    /// The change is complete: the intent is closed.
-    Closed,
-    /// The change was undone: the intent is closed.
-    Aborted,
-}
-
-/// Leaves a mark in the registry. The caller binds it to `registry::promote` or `registry::rollback`.
-pub type Marker<'a> = dyn FnMut(Mark, &Change) -> Result<(), String> + Send + 'a;
-
-/// One step of a promotion.
+/// One step of a promotion whose intent is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    Intent,
     Load,
     ProveUnique,
     Alias,
     ProveStable,
-    Current,
-    Close,
+    /// `current` is renamed and the intent closed.
+    Complete,
 }
 
 impl Step {
     /// The order; what comes before `Alias` is invisible to clients.
-    pub const ORDER: [Step; 7] =
-        [Step::Intent, Step::Load, Step::ProveUnique, Step::Alias, Step::ProveStable, Step::Current, Step::Close];
+    pub const ORDER: [Step; 5] = [Step::Load, Step::ProveUnique, Step::Alias, Step::ProveStable, Step::Complete];
 }
 
 /// How a change, or a recovery, ended.
@@ -99,8 +76,8 @@ pub enum PromoteError {
 pub enum Trouble {
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    #[error("the registry refused: {0}")]
-    Registry(String),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     #[error("endpoint {url} answers for '{name}' with {found}, not with {expected}; distances in nats: {distances}")]
     NotProven { url: String, name: String, expected: &'static str, found: String, distances: String },
 }
@@ -108,9 +85,11 @@ pub enum Trouble {
 /// One change on its way.
 pub struct Promotion<'a> {
     fleet: &'a Fleet,
-    change: &'a Change,
+    registry: &'a Registry,
+    intent: &'a Intent,
     panel: &'a Panel,
-    mark: &'a mut Marker<'a>,
+    from: Target,
+    to: Target,
     proofs: Vec<Proof>,
 }
 
@@ -123,6 +102,18 @@ impl Fleet {
             stable_name: settings.stable_name.clone(),
             base_model: settings.base_model.clone(),
         })
+    }
+
+    /// Returns what a version of the registry is at the endpoint.
+    pub fn target(&self, registry: &Registry, version: &str) -> Target {
+        match version {
+            BASE => Target { name: self.base_model.clone(), folder: None },
+            _ => {
+                let folder = registry.path(version);
+                let folder = std::path::absolute(&folder).unwrap_or(folder);
+                Target { name: version.to_owned(), folder: Some(folder) }
+            }
+        }
     }
 
     /// Brings every replica to `current`, as after a restart, when runtime adapters and aliases are gone. Only while
@@ -208,9 +199,11 @@ async fn unload(replica: &Vllm, target: &Target) -> Result<(), EndpointError> {
 }
 
 impl<'a> Promotion<'a> {
-    /// Prepares a change; nothing happens yet. In the panel `Who::New` is what `change.to` is.
-    pub fn new(fleet: &'a Fleet, change: &'a Change, panel: &'a Panel, mark: &'a mut Marker<'a>) -> Self {
-        Promotion { fleet, change, panel, mark, proofs: Vec::new() }
+    /// Prepares the change that `intent` opened; nothing happens yet. In the panel `Who::New` is where it goes to,
+    /// `Who::Incumbent` where it comes from.
+    pub fn new(fleet: &'a Fleet, registry: &'a Registry, intent: &'a Intent, panel: &'a Panel) -> Self {
+        let (from, to) = (fleet.target(registry, intent.from()), fleet.target(registry, intent.to()));
+        Promotion { fleet, registry, intent, panel, from, to, proofs: Vec::new() }
     }
 
     /// Makes the change, or undoes all of it.
@@ -218,22 +211,29 @@ impl<'a> Promotion<'a> {
         self.go(&Step::ORDER).await
     }
 
-    /// Settles a change that was interrupted, given the registry's current version: forward where the stable name or
-    /// `current` moved, else back. Safe to repeat.
-    pub async fn recover(mut self, current: &str) -> Result<Outcome, PromoteError> {
-        if current == self.change.to.name {
-            return self.go(&[Step::Load, Step::Alias, Step::ProveStable, Step::Close]).await;
-        }
-        match self.alias_moved().await {
-            Ok(true) => self.go(&Step::ORDER[1..]).await,
-            Ok(false) => self.undo().await.map(|()| Outcome::Undone).map_err(|reason| self.open(Step::Load, reason)),
+    /// Settles a change that was interrupted: forward where `current` or the stable name moved, else back. Safe to
+    /// repeat.
+    pub async fn recover(mut self) -> Result<Outcome, PromoteError> {
+        let moved = match self.registry.current() {
+            Ok(current) if current.version == self.intent.to() => {
+                return self.go(&[Step::Load, Step::Alias, Step::ProveStable, Step::Complete]).await;
+            }
+            Ok(_) => self.alias_moved().await,
+            Err(error) => Err(error.into()),
+        };
+        match moved {
+            Ok(true) => self.go(&Step::ORDER).await,
+            Ok(false) => {
+                let undone = self.undo("taod stopped before the alias moved").await;
+                undone.map(|()| Outcome::Undone).map_err(|reason| self.open(Step::Load, reason))
+            }
             Err(reason) => Err(self.open(Step::Alias, reason)),
         }
     }
 
     async fn go(&mut self, steps: &[Step]) -> Result<Outcome, PromoteError> {
         for &step in steps {
-            tracing::info!(?step, to = self.change.to.name, "promotion");
+            tracing::info!(?step, to = self.to.name, "promotion");
             if let Err(reason) = self.take(step).await {
                 return Err(self.give_up(step, reason).await);
             }
@@ -243,19 +243,18 @@ impl<'a> Promotion<'a> {
 
     /// Takes one step on all replicas.
     async fn take(&mut self, step: Step) -> Result<(), Trouble> {
-        let (fleet, change) = (self.fleet, self.change);
+        let fleet = self.fleet;
         match step {
-            Step::Intent => self.leave(Mark::Intent),
             Step::Load => {
                 for replica in &fleet.replicas {
-                    load(replica, &change.to).await?;
+                    load(replica, &self.to).await?;
                 }
                 Ok(())
             }
-            Step::ProveUnique => self.prove_all(&change.to.name).await,
+            Step::ProveUnique => self.prove_all(&self.to.name.clone()).await,
             Step::Alias => {
                 for replica in &fleet.replicas {
-                    fleet.follow(replica, &change.from, &change.to).await?;
+                    fleet.follow(replica, &self.from, &self.to).await?;
                 }
                 Ok(())
             }
@@ -263,14 +262,13 @@ impl<'a> Promotion<'a> {
                 Some(name) => self.prove_all(name).await,
                 None => Ok(()),
             },
-            Step::Current => self.leave(Mark::Current),
-            Step::Close => self.leave(Mark::Closed),
+            Step::Complete => Ok(self.registry.complete(self.intent, now())?),
         }
     }
 
     /// Returns the name that clients use, where the servers have one: in place, the base has no second name.
     fn stable_name(&self) -> Option<&'a str> {
-        match (self.fleet.alias, &self.change.to.folder) {
+        match (self.fleet.alias, &self.to.folder) {
             (Alias::Clients, _) | (Alias::Inplace, None) => None,
             _ => Some(&self.fleet.stable_name),
         }
@@ -278,7 +276,7 @@ impl<'a> Promotion<'a> {
 
     /// Proves on every replica that `name` is answered by the new version.
     async fn prove_all(&mut self, name: &str) -> Result<(), Trouble> {
-        let expected = if self.change.to.folder.is_some() { Who::New } else { Who::Base };
+        let expected = if self.to.folder.is_some() { Who::New } else { Who::Base };
         self.proofs.clear();
         for replica in &self.fleet.replicas {
             let proof = prove(replica, name, self.panel).await?;
@@ -290,52 +288,48 @@ impl<'a> Promotion<'a> {
         Ok(())
     }
 
-    fn leave(&mut self, mark: Mark) -> Result<(), Trouble> {
-        (self.mark)(mark, self.change).map_err(Trouble::Registry)
-    }
-
     /// Undoes what was done before a failed step. Once `current` may have been renamed there is no way back.
     async fn give_up(&mut self, step: Step, reason: Trouble) -> PromoteError {
-        let undone = match step {
-            Step::Intent => Ok(()),
-            Step::Current | Step::Close => return self.open(step, reason),
-            _ => self.undo().await,
-        };
-        if let Err(second) = undone {
+        if step == Step::Complete {
+            return self.open(step, reason);
+        }
+        if let Err(second) = self.undo(&reason.to_string()).await {
             tracing::error!(error = %second, "a change could not be undone");
             return self.open(step, reason);
         }
-        let (from, to) = (self.change.from.name.clone(), self.change.to.name.clone());
-        PromoteError::Aborted { from, to, step, reason }
+        PromoteError::Aborted { from: self.from.name.clone(), to: self.to.name.clone(), step, reason }
     }
 
     fn open(&self, step: Step, reason: Trouble) -> PromoteError {
-        PromoteError::Open { to: self.change.to.name.clone(), step, reason }
+        PromoteError::Open { to: self.to.name.clone(), step, reason }
     }
 
     /// Moves the stable name back where it moved, unloads the new version, and closes the intent.
-    async fn undo(&mut self) -> Result<(), Trouble> {
-        let change = self.change;
+    async fn undo(&mut self, reason: &str) -> Result<(), Trouble> {
         for replica in &self.fleet.replicas {
-            if self.fleet.points_at(replica, &change.to).await? {
-                load(replica, &change.from).await?;
-                self.fleet.follow(replica, &change.to, &change.from).await?;
+            if self.fleet.points_at(replica, &self.to).await? {
+                load(replica, &self.from).await?;
+                self.fleet.follow(replica, &self.to, &self.from).await?;
             }
         }
         for replica in &self.fleet.replicas {
-            unload(replica, &change.to).await?;
+            unload(replica, &self.to).await?;
         }
-        self.leave(Mark::Aborted)
+        Ok(self.registry.abort(self.intent, reason, now())?)
     }
 
     async fn alias_moved(&self) -> Result<bool, Trouble> {
         for replica in &self.fleet.replicas {
-            if self.fleet.points_at(replica, &self.change.to).await? {
+            if self.fleet.points_at(replica, &self.to).await? {
                 return Ok(true);
             }
         }
         Ok(false)
     }
+}
+
+fn now() -> i64 {
+    chrono::Utc::now().timestamp_micros()
 }
 
 fn not_proven(replica: &Vllm, name: &str, expected: Who, proof: &Proof) -> Trouble {

@@ -1,52 +1,22 @@
 //! Promotions over two replicas of `taod serve`, stopped at every step, and against a server that lies.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::super::proof;
 use super::*;
 use crate::record::Message;
+use crate::registry::{Base, Lineage};
 use crate::serve::tests::{Fake, logprob};
 use proof::{Answered, Tokens};
 
-/// The registry as far as a promotion sees it.
-#[derive(Clone, Default)]
-struct Book(Arc<Mutex<(Vec<Mark>, Option<Mark>)>>);
-
-impl Book {
-    fn marks(&self) -> Vec<Mark> {
-        self.0.lock().unwrap().0.clone()
-    }
-
-    /// Returns the name that the registry would call current.
-    fn current(&self, change: &Change) -> String {
-        let moved = self.marks().contains(&Mark::Current);
-        if moved { change.to.name.clone() } else { change.from.name.clone() }
-    }
-
-    fn fail_at(&self, mark: Mark) {
-        self.0.lock().unwrap().1 = Some(mark);
-    }
-
-    fn marker(&self) -> impl FnMut(Mark, &Change) -> Result<(), String> + Send + use<> {
-        let book = self.0.clone();
-        move |mark, _| {
-            let mut book = book.lock().unwrap();
-            if book.1 == Some(mark) {
-                return Err("disk full".into());
-            }
-            book.0.push(mark);
-            Ok(())
-        }
-    }
-}
-
-/// Two replicas, a change from the base to `v1`, and a panel that knows how each model scores.
+/// Two replicas, an open intent from the base to a version, and a panel that knows how each model scores.
 struct Stage {
     servers: [Fake; 2],
     fleet: Fleet,
-    change: Change,
+    registry: Registry,
+    intent: Intent,
+    to: Target,
     panel: Panel,
-    book: Book,
 }
 
 impl Stage {
@@ -54,37 +24,49 @@ impl Stage {
         Stage::speaking("v1", alias).await
     }
 
-    /// Sets the stage with an adapter folder `v1` that in truth makes the servers speak with `voice`.
+    /// Sets the stage with an adapter that in truth makes the servers speak with `voice`.
     async fn speaking(voice: &str, alias: Alias) -> Stage {
         let first = Fake::start().await;
         let servers = [Fake::beside(&first).await, first];
         let urls = servers.iter().map(|s| s.url.clone()).collect();
         let settings = Settings { urls, alias, retries: 0, ..Settings::default() };
-        let folder = PathBuf::from(servers[0].adapter(voice, 8));
-        let base = Target { name: "base".into(), folder: None };
-        let to = Target { name: "tao-1".into(), folder: Some(folder) };
-        Stage {
-            servers,
-            fleet: Fleet::new(&settings).unwrap(),
-            change: Change { from: base, to },
-            panel: panel(vec![Who::Base, Who::New]),
-            book: Book::default(),
-        }
+        let folder = PathBuf::from(servers[1].adapter(voice, 8));
+        std::fs::write(folder.join("adapter_model.safetensors"), "weights").unwrap();
+        let registry = Registry::open(&servers[1].adapters.path().join("registry")).unwrap();
+        let base = Base { name: "tiny".into(), sha256: "b".into() };
+        let (tables, offsets, notes) = Default::default();
+        let lineage = Lineage { base, round: None, dataset_sha256: None, tables, offsets, notes, created_us: 1 };
+        let version = registry.register(&folder, lineage).unwrap().version;
+        let intent = registry.override_promote(&version, "tester", "a test", 2).unwrap();
+        let fleet = Fleet::new(&settings).unwrap();
+        let to = fleet.target(&registry, &version);
+        Stage { servers: servers, fleet, registry, intent, to, panel: panel(vec![Who::Base, Who::New]) }
+    }
+
+    fn promotion(&self) -> Promotion<'_> {
+        Promotion::new(&self.fleet, &self.registry, &self.intent, &self.panel)
     }
 
     async fn carry_out(&self) -> Result<Outcome, PromoteError> {
-        Promotion::new(&self.fleet, &self.change, &self.panel, &mut self.book.marker()).carry_out().await
+        self.promotion().carry_out().await
     }
 
     async fn recover(&self) -> Result<Outcome, PromoteError> {
-        let current = self.book.current(&self.change);
-        Promotion::new(&self.fleet, &self.change, &self.panel, &mut self.book.marker()).recover(&current).await
+        self.promotion().recover().await
+    }
+
+    /// Returns what the registry calls current, and whether the intent is still open.
+    fn book(&self) -> (String, bool) {
+        (self.registry.current().unwrap().version, self.registry.intent().unwrap().is_some())
+    }
+
+    fn promoted(&self) -> (String, bool) {
+        (self.to.name.clone(), false)
     }
 
     /// Takes the first `count` steps as a promotion would, and no more: the process was killed.
     async fn killed_after(&self, count: usize) {
-        let mut marker = self.book.marker();
-        let mut promotion = Promotion::new(&self.fleet, &self.change, &self.panel, &mut marker);
+        let mut promotion = self.promotion();
         for &step in &Step::ORDER[..count] {
             promotion.take(step).await.unwrap();
         }
@@ -125,6 +107,9 @@ fn panel(hypotheses: Vec<Who>) -> Panel {
     }
 }
 
+/// What the registry says after a change was undone: the base is current and no intent is open.
+static ABORTED: std::sync::LazyLock<(String, bool)> = std::sync::LazyLock::new(|| (BASE.to_owned(), false));
+
 fn both(target: &str) -> Vec<Option<String>> {
     vec![Some(target.to_owned()); 2]
 }
@@ -135,8 +120,8 @@ async fn a_promotion_goes_through_all_steps_on_all_replicas() {
     let Outcome::Done { proofs } = stage.carry_out().await.unwrap() else { panic!("undone") };
     assert_eq!(proofs.len(), 2);
     assert!(proofs.iter().all(|p| p.attribution == Attribution::Proven(Who::New) && p.distances[&Who::New] < 1e-6));
-    assert_eq!(stage.book.marks(), [Mark::Intent, Mark::Current, Mark::Closed]);
-    assert_eq!(stage.aliases().await, both("tao-1"));
+    assert_eq!(stage.book(), stage.promoted());
+    assert_eq!(stage.aliases().await, both(&stage.to.name));
 }
 
 #[tokio::test]
@@ -144,27 +129,24 @@ async fn a_killed_promotion_is_settled_from_every_step() {
     for killed_after in 0..=Step::ORDER.len() {
         let stage = Stage::new(Alias::Native).await;
         stage.killed_after(killed_after).await;
-        let moved = killed_after > 3;
+        let moved = killed_after > 2;
         for _ in 0..2 {
             let outcome = stage.recover().await.unwrap();
             assert_eq!(matches!(outcome, Outcome::Done { .. }), moved, "killed after {killed_after} steps");
         }
-        let last = if moved { Mark::Closed } else { Mark::Aborted };
-        assert_eq!(stage.book.marks().last(), Some(&last));
-        assert_eq!(stage.book.marks().contains(&Mark::Current), moved);
-        assert_eq!(stage.book.marks().iter().filter(|&&m| m == Mark::Current).count(), usize::from(moved));
+        assert_eq!(stage.book(), if moved { stage.promoted() } else { ABORTED.clone() });
         assert_eq!(stage.adapters().await, if moved { 2 } else { 0 });
-        assert_eq!(stage.aliases().await, if moved { both("tao-1") } else { vec![None, None] });
+        assert_eq!(stage.aliases().await, if moved { both(&stage.to.name) } else { vec![None, None] });
     }
 }
 
 #[tokio::test]
 async fn an_alias_that_moved_on_one_replica_only_moves_on_the_others() {
     let stage = Stage::new(Alias::Native).await;
-    stage.killed_after(3).await;
-    stage.fleet.replicas[0].move_alias("production", None, "tao-1").await.unwrap();
+    stage.killed_after(2).await;
+    stage.fleet.replicas[0].move_alias("production", None, &stage.to.name).await.unwrap();
     stage.recover().await.unwrap();
-    assert_eq!(stage.aliases().await, both("tao-1"));
+    assert_eq!(stage.aliases().await, both(&stage.to.name));
 }
 
 #[tokio::test]
@@ -173,8 +155,8 @@ async fn a_server_that_answers_with_the_base_under_the_new_name_is_caught() {
     let error = stage.carry_out().await.unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, PromoteError::Aborted { step: Step::ProveUnique, .. }), "{text}");
-    assert!(text.contains("answers for 'tao-1' with the base model, not with the new version"), "{text}");
-    assert_eq!(stage.book.marks(), [Mark::Intent, Mark::Aborted]);
+    assert!(text.contains("with the base model, not with the new version"), "{text}");
+    assert_eq!(stage.book(), *ABORTED);
     assert_eq!((stage.adapters().await, stage.aliases().await), (0, vec![None, None]));
 }
 
@@ -190,30 +172,27 @@ async fn a_server_that_answers_with_something_else_is_caught() {
 async fn an_alias_that_someone_else_moved_aborts_the_change() {
     let stage = Stage::new(Alias::Native).await;
     let other = &stage.fleet.replicas[1];
-    let folder = stage.change.to.folder.clone().unwrap();
+    let folder = stage.to.folder.clone().unwrap();
     other.load("theirs", &folder, Load::Fresh).await.unwrap();
     other.move_alias("production", None, "theirs").await.unwrap();
     let error = stage.carry_out().await.unwrap_err();
     assert!(matches!(error, PromoteError::Aborted { step: Step::Alias, .. }), "{error}");
     assert_eq!(stage.aliases().await, [Some("base".to_owned()), Some("theirs".to_owned())]);
-    assert_eq!(stage.book.marks().last(), Some(&Mark::Aborted));
+    assert_eq!(stage.book(), *ABORTED);
 }
 
 #[tokio::test]
 async fn a_registry_that_fails_after_the_alias_moved_leaves_the_intent_open() {
     let stage = Stage::new(Alias::Native).await;
-    stage.book.fail_at(Mark::Current);
+    let root = stage.servers[1].adapters.path().join("registry");
+    // A folder in the place of the file cannot be replaced by a rename.
+    std::fs::create_dir_all(root.join("current.json/x")).unwrap();
     let error = stage.carry_out().await.unwrap_err();
-    assert!(matches!(error, PromoteError::Open { step: Step::Current, .. }), "{error}");
-    assert_eq!(stage.aliases().await, both("tao-1"));
-    stage.book.0.lock().unwrap().1 = None;
+    assert!(matches!(error, PromoteError::Open { step: Step::Complete, .. }), "{error}");
+    assert_eq!(stage.aliases().await, both(&stage.to.name));
+    std::fs::remove_dir_all(root.join("current.json")).unwrap();
     assert!(matches!(stage.recover().await.unwrap(), Outcome::Done { .. }));
-
-    let stage = Stage::new(Alias::Native).await;
-    stage.book.fail_at(Mark::Intent);
-    let error = stage.carry_out().await.unwrap_err();
-    assert!(matches!(error, PromoteError::Aborted { step: Step::Intent, .. }), "{error}");
-    assert_eq!((stage.book.marks(), stage.adapters().await), (vec![], 0));
+    assert_eq!(stage.book(), stage.promoted());
 }
 
 #[tokio::test]
@@ -223,7 +202,7 @@ async fn a_replica_that_is_gone_leaves_the_intent_open_and_clients_untouched() {
     stage.fleet.replicas[1] = Vllm::replicas(&settings).unwrap().remove(0);
     let error = stage.carry_out().await.unwrap_err();
     assert!(matches!(error, PromoteError::Open { step: Step::Load, .. }), "{error}");
-    assert_eq!(stage.book.marks(), [Mark::Intent]);
+    assert_eq!(stage.book(), (BASE.to_owned(), true));
     assert_eq!(stage.fleet.replicas[0].alias("production").await.unwrap(), None);
 }
 
@@ -231,8 +210,7 @@ async fn a_replica_that_is_gone_leaves_the_intent_open_and_clients_untouched() {
 async fn a_rollback_is_the_same_change_backwards() {
     let mut stage = Stage::new(Alias::Native).await;
     stage.carry_out().await.unwrap();
-    let (from, to) = (stage.change.to.clone(), stage.change.from.clone());
-    stage.change = Change { from: from.clone(), to };
+    stage.intent = stage.registry.rollback("worse", 3).unwrap();
     stage.panel.likelihood = {
         let forward = stage.panel.likelihood.clone();
         Arc::new(move |who, answers| forward(if who == Who::Incumbent { Who::New } else { who }, answers))
@@ -240,7 +218,8 @@ async fn a_rollback_is_the_same_change_backwards() {
     stage.panel.hypotheses = vec![Who::Base, Who::Incumbent];
     assert!(matches!(stage.carry_out().await.unwrap(), Outcome::Done { .. }));
     assert_eq!(stage.aliases().await, both("base"));
-    stage.fleet.retire(&from).await.unwrap();
+    assert_eq!(stage.book(), *ABORTED);
+    stage.fleet.retire(&stage.to).await.unwrap();
     assert_eq!(stage.adapters().await, 0);
 }
 
@@ -250,9 +229,9 @@ async fn in_place_the_stable_name_is_loaded_from_the_new_folder() {
     stage.carry_out().await.unwrap();
     let cards = stage.fleet.replicas[1].models().await.unwrap();
     let stable = cards.iter().find(|card| card.id == "production").unwrap();
-    assert_eq!(stable.root, stage.change.to.folder.as_ref().map(|f| f.display().to_string()));
+    assert_eq!(stable.root, stage.to.folder.as_ref().map(|f| f.display().to_string()));
 
-    for (killed_after, adapters) in [(3, 0), (4, 4)] {
+    for (killed_after, adapters) in [(2, 0), (3, 4)] {
         let stage = Stage::new(Alias::Inplace).await;
         stage.killed_after(killed_after).await;
         stage.recover().await.unwrap();
@@ -265,7 +244,7 @@ async fn clients_that_read_the_name_need_no_alias() {
     let stage = Stage::new(Alias::Clients).await;
     stage.carry_out().await.unwrap();
     assert_eq!((stage.adapters().await, stage.aliases().await), (2, vec![None, None]));
-    for (killed_after, adapters) in [(5, 0), (6, 2)] {
+    for (killed_after, adapters) in [(4, 0), (5, 2)] {
         let stage = Stage::new(Alias::Clients).await;
         stage.killed_after(killed_after).await;
         stage.recover().await.unwrap();
@@ -276,13 +255,12 @@ async fn clients_that_read_the_name_need_no_alias() {
 #[tokio::test]
 async fn a_restarted_replica_gets_the_current_version_back() {
     let stage = Stage::new(Alias::Native).await;
-    let current = &stage.change.to;
+    let current = &stage.to;
     assert_eq!(stage.fleet.reconcile(current).await.unwrap().len(), 2);
     assert_eq!(stage.fleet.reconcile(current).await.unwrap().len(), 0);
-    assert_eq!((stage.adapters().await, stage.aliases().await), (2, both("tao-1")));
+    assert_eq!((stage.adapters().await, stage.aliases().await), (2, both(&stage.to.name)));
     let second = &stage.fleet.replicas[1];
-    second.move_alias("production", Some("tao-1"), "base").await.unwrap();
+    second.move_alias("production", Some(&stage.to.name), "base").await.unwrap();
     assert_eq!(stage.fleet.reconcile(current).await.unwrap(), [second.url()]);
-    assert_eq!(stage.aliases().await, both("tao-1"));
-    assert_eq!(stage.servers.len(), 2);
+    assert_eq!(stage.aliases().await, both(&stage.to.name));
 }
