@@ -57,8 +57,8 @@ impl ChatTemplate {
             messages => messages.iter().map(to_jinja).collect::<Vec<_>>(),
             tools => tools.map(to_jinja),
             add_generation_prompt => true,
-            bos_token => self.bos,
-            eos_token => self.eos,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
         };
         let template = environment.get_template(NAME).map_err(|e| fault(format!("{e:#}")))?;
         template.render(variables).map_err(|e| fault(format!("{e:#}")))
@@ -116,7 +116,7 @@ fn compile(source: &str) -> Result<Environment<'static>, Error> {
 fn to_json(value: JinjaValue, options: Kwargs) -> Result<JinjaValue, Error> {
     let indent: Option<usize> = options.get("indent")?;
     // minijinja's own filter escapes for HTML; reading its JSON undoes that.
-    let plain = filters::tojson(&value, None, Kwargs::from_iter([]))?.to_string();
+    let plain = filters::tojson(&value, None, Kwargs::from_iter::<[(String, JinjaValue); 0]>([]))?.to_string();
     let value: Value = serde_json::from_str(&plain).map_err(unwritable)?;
     let text = match indent {
         Some(width) => write_json(&value, PrettyFormatter::with_indent(" ".repeat(width).as_bytes())),

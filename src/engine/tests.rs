@@ -122,7 +122,7 @@ fn tiny_models_of_every_architecture_match_transformers_and_peft() {
 #[test]
 fn smollm2_matches_transformers() {
     let file = "SmolLM2-135M-Instruct.Q4_1.gguf";
-    let Some(path) = crate::engine::tests::model_file(file) else {
+    let Some(path) = model_file(file) else {
         let required = std::env::var("TAOD_REQUIRE").unwrap_or_default();
         assert!(!required.split(',').any(|r| r == "models"), "TAOD_REQUIRE names models, but {file} is not there");
         println!("skipped: {file} is not in TAOD_MODELS nor in the user's cache");
@@ -234,7 +234,8 @@ fn groups_may_come_and_go_while_the_batch_runs() {
 #[test]
 fn memory_stays_flat_over_ten_thousand_steps() {
     let model = load(&fixture("tiny-llama"));
-    let mut batcher = Batcher::new(&model, None, BatchLimits::default()).unwrap();
+    let limits = BatchLimits { max_sequences: 4, ..BatchLimits::default() };
+    let mut batcher = Batcher::new(&model, None, limits).unwrap();
     let mut run = |steps: usize| {
         for step in 0..steps {
             if batcher.free() >= 4 {
