@@ -152,7 +152,9 @@ mod tests {
 
     #[test]
     fn the_search_finds_what_brute_force_finds() {
-        let texts = texts(1200);
+        let mut texts = texts(1200);
+        texts.sort_unstable();
+        texts.dedup();
         let sets: Vec<Shingles> = texts.iter().map(|text| Shingles::of(text)).collect();
         let settings = Settings::default();
         let mut index = NearIndex::new(&settings);
