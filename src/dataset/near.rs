@@ -142,7 +142,7 @@ mod tests {
         let text = |i: usize| {
             let family = i / 4;
             let word = |j: usize| {
-                let changed = i % 4 > 0 && pick(i, j, "change") % 100 < 6 * (i % 4);
+                let changed = !i.is_multiple_of(4) && pick(i, j, "change") % 100 < 6 * (i % 4);
                 WORDS[if changed { pick(i, j, "new") } else { pick(family, j, "word") } % WORDS.len()]
             };
             (0..12 + pick(family, 0, "length") % 30).map(word).collect::<Vec<_>>().join(" ")
