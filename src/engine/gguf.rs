@@ -1,0 +1,163 @@
+//! Tensors of a `.gguf` file, dequantised to f32 and in Hugging Face's order.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{Content, Value as GgufValue};
+use candle_core::{Device, Tensor};
+
+use super::config::ModelConfig;
+use super::error::EngineError;
+
+const DOWNLOAD_AGAIN: &str = "download or convert the file again";
+
+/// An open GGUF file: its header is read, its tensors are read on demand.
+pub(crate) struct Gguf {
+    path: PathBuf,
+    pub(crate) content: Content,
+}
+
+impl Gguf {
+    pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
+        let mut reader = open(path)?;
+        let content = Content::read(&mut reader).map_err(|e| EngineError::file(path, e, DOWNLOAD_AGAIN))?;
+        Ok(Gguf { path: path.to_path_buf(), content })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn config(&self) -> Result<ModelConfig, EngineError> {
+        let divisors = match self.read("rope_freqs.weight")? {
+            Some(tensor) => Some(tensor.to_vec1()?),
+            None => None,
+        };
+        ModelConfig::from_gguf(&self.content, divisors, &self.path)
+    }
+
+    /// Returns a tensor by its Hugging Face name, or `None` where the file does not hold it.
+    pub(crate) fn tensor(&self, name: &str, config: &ModelConfig) -> Result<Option<Tensor>, EngineError> {
+        let own = own_name(name);
+        let Some(tensor) = self.read(&own)? else { return Ok(None) };
+        // llama.cpp's converter interleaves the two halves that rotary embedding rotates, for this architecture only.
+        let architecture = self.content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
+        let heads = match (architecture.map(String::as_str), own.rsplit('.').nth(1)) {
+            (Some("llama"), Some("attn_q")) => config.heads,
+            (Some("llama"), Some("attn_k")) => config.kv_heads,
+            _ => return Ok(Some(tensor)),
+        };
+        Ok(Some(unpermute(&tensor, heads)?))
+    }
+
+    /// Returns a text of the metadata.
+    pub(crate) fn text(&self, key: &str) -> Option<String> {
+        self.content.metadata.get(key).and_then(|v| v.to_string().ok()).cloned()
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> Option<bool> {
+        self.content.metadata.get(key).and_then(|v| v.to_bool().ok())
+    }
+
+    pub(crate) fn texts(&self, key: &str) -> Option<Vec<String>> {
+        self.list(key, |v| v.to_string().ok().cloned())
+    }
+
+    pub(crate) fn numbers(&self, key: &str) -> Option<Vec<f32>> {
+        self.list(key, |v| v.to_f32().ok())
+    }
+
+    pub(crate) fn counts(&self, key: &str) -> Option<Vec<u64>> {
+        self.list(key, |v| v.to_u64().ok().or(v.to_i64().ok().map(|i| i as u64)).or(v.to_i32().ok().map(|i| i as u64)))
+    }
+
+    /// Returns the text of a special token: `bos` or `eos`.
+    pub(crate) fn special(&self, name: &str) -> Option<String> {
+        let id = self.count(&format!("tokenizer.ggml.{name}_token_id"))?;
+        self.texts("tokenizer.ggml.tokens")?.get(id as usize).cloned()
+    }
+
+    /// Returns the declared ids that end an answer.
+    pub(crate) fn end_ids(&self) -> Vec<u32> {
+        let id = |name: &str| self.count(&format!("tokenizer.ggml.{name}_token_id")).map(|id| id as u32);
+        ["eos", "eot", "eom"].iter().filter_map(|name| id(name)).collect()
+    }
+
+    fn count(&self, key: &str) -> Option<u64> {
+        self.content.metadata.get(key).and_then(|v| v.to_u64().ok())
+    }
+
+    fn list<T>(&self, key: &str, item: impl Fn(&GgufValue) -> Option<T>) -> Option<Vec<T>> {
+        self.content.metadata.get(key).and_then(|v| v.to_vec().ok())?.iter().map(item).collect()
+    }
+
+    fn read(&self, own: &str) -> Result<Option<Tensor>, EngineError> {
+        let Some(info) = self.content.tensor_infos.get(own) else { return Ok(None) };
+        let mut reader = open(&self.path)?;
+        let quantised = info
+            .read(&mut reader, self.content.tensor_data_offset, &Device::Cpu)
+            .map_err(|e| EngineError::tensor(&self.path, own, format!("cannot be read: {e}"), DOWNLOAD_AGAIN))?;
+        Ok(Some(quantised.dequantize(&Device::Cpu)?))
+    }
+}
+
+fn open(path: &Path) -> Result<BufReader<File>, EngineError> {
+    let file = File::open(path).map_err(|e| EngineError::file(path, e, "give a .gguf file that can be read"))?;
+    Ok(BufReader::with_capacity(1 << 20, file))
+}
+
+/// Returns llama.cpp's name of a tensor of Hugging Face.
+fn own_name(name: &str) -> String {
+    const TOP: [(&str, &str); 3] =
+        [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+    const IN_LAYER: [(&str, &str); 11] = [
+        ("input_layernorm", "attn_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    let (stem, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
+    if let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        let own = IN_LAYER.iter().find(|(hf, _)| *hf == part).map_or(part, |(_, own)| own);
+        return format!("blk.{layer}.{own}.{kind}");
+    }
+    let own = TOP.iter().find(|(hf, _)| *hf == stem).map_or(stem, |(_, own)| own);
+    format!("{own}.{kind}")
+}
+
+/// Undoes the converter's `reshape(heads, 2, dim/2, ..).swapaxes(1, 2)` on the rows.
+fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
+    let dims = tensor.dims().to_vec();
+    let half = dims[0] / heads / 2;
+    let columns = dims.get(1).copied().unwrap_or(1);
+    let split = tensor.reshape((heads, half, 2, columns))?;
+    Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_translated() {
+        assert_eq!(own_name("model.layers.12.self_attn.q_proj.bias"), "blk.12.attn_q.bias");
+        assert_eq!(own_name("model.embed_tokens.weight"), "token_embd.weight");
+        assert_eq!(own_name("lm_head.weight"), "output.weight");
+    }
+
+    #[test]
+    fn interleaved_rows_come_back_in_halves() {
+        // Two heads of dimension 4: the converter stores rows 0,2,1,3 of each head.
+        let stored = Tensor::new(&[[0f32], [2.], [1.], [3.], [4.], [6.], [5.], [7.]], &Device::Cpu).unwrap();
+        let rows: Vec<f32> = unpermute(&stored, 2).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(rows, [0., 1., 2., 3., 4., 5., 6., 7.]);
+    }
+}

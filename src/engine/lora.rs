@@ -1,0 +1,390 @@
+//! LoRA adapters in PEFT's format: read, checked against the base, made empty, written.
+//!
+//! An adapter here is detached: plain f32 tensors without a gradient, so that sampling and scoring keep no history.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::config::ModelConfig;
+use super::error::EngineError;
+use super::model::{Model, ModelIdentity};
+use super::safetensors::Shard;
+use crate::durable;
+
+const CONFIG_FILE: &str = "adapter_config.json";
+const TENSOR_FILE: &str = "adapter_model.safetensors";
+const BASE_NOTE: &str = "base_model_sha256";
+const NOT_A_PEFT_FOLDER: &str = "give a folder with adapter_config.json and adapter_model.safetensors as PEFT writes it";
+const OTHER_BASE: &str = "give the model that the adapter was trained on";
+
+/// The seven linear layers of a decoder layer that an adapter can change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Linear {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Linear {
+    /// Every linear layer, in the order of the forward pass.
+    pub const ALL: [Linear; 7] =
+        [Linear::Q, Linear::K, Linear::V, Linear::O, Linear::Gate, Linear::Up, Linear::Down];
+
+    /// Returns the module's path inside its layer, as PEFT writes it.
+    pub fn peft_name(self) -> &'static str {
+        match self {
+            Linear::Q => "self_attn.q_proj",
+            Linear::K => "self_attn.k_proj",
+            Linear::V => "self_attn.v_proj",
+            Linear::O => "self_attn.o_proj",
+            Linear::Gate => "mlp.gate_proj",
+            Linear::Up => "mlp.up_proj",
+            Linear::Down => "mlp.down_proj",
+        }
+    }
+
+    /// Returns the module's own name, as PEFT's `target_modules` lists it.
+    pub fn target_name(self) -> &'static str {
+        self.peft_name().rsplit('.').next().unwrap_or_default()
+    }
+
+    /// Returns the widths of its input and its output.
+    pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+        match self {
+            Linear::Q => (hidden, config.query_size()),
+            Linear::K | Linear::V => (hidden, config.kv_size()),
+            Linear::O => (config.query_size(), hidden),
+            Linear::Gate | Linear::Up => (hidden, wide),
+            Linear::Down => (wide, hidden),
+        }
+    }
+
+    /// Returns PEFT's key of one of its matrices, such as `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
+    pub fn peft_key(self, layer: usize, factor: Factor) -> String {
+        format!("base_model.model.model.layers.{layer}.{}.{}.weight", self.peft_name(), factor.as_str())
+    }
+}
+
+/// Which of the two matrices of a LoRA pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Factor {
+    /// `[rank, in]`.
+    A,
+    /// `[out, rank]`.
+    B,
+}
+
+impl Factor {
+    fn as_str(self) -> &'static str {
+        match self {
+            Factor::A => "lora_A",
+            Factor::B => "lora_B",
+        }
+    }
+}
+
+/// What an adapter changes and how strongly.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraSpec {
+    pub rank: usize,
+    pub alpha: f64,
+    pub targets: Vec<Linear>,
+    pub use_rslora: bool,
+}
+
+impl LoraSpec {
+    /// Returns the factor on `B A x`: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA.
+    pub fn scaling(&self) -> f64 {
+        scaling(self.alpha, self.rank, self.use_rslora)
+    }
+}
+
+fn scaling(alpha: f64, rank: usize, use_rslora: bool) -> f64 {
+    if use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+}
+
+/// The change of one linear layer: `y += scale * B (A x)`.
+#[derive(Debug, Clone)]
+pub struct LoraPair {
+    /// `[rank, in]`, detached f32.
+    pub a: Tensor,
+    /// `[out, rank]`, detached f32.
+    pub b: Tensor,
+    pub scale: f64,
+    pub rank: usize,
+}
+
+/// A LoRA adapter, ready for sampling and scoring.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// The folder's name.
+    pub name: String,
+    pub spec: LoraSpec,
+    /// SHA-256 of `adapter_model.safetensors`; of nothing for an adapter that was never on disk.
+    pub sha256: String,
+    layers: Vec<[Option<LoraPair>; 7]>,
+}
+
+impl Adapter {
+    /// Reads a PEFT folder and checks it against the model it will change.
+    pub fn load(dir: &Path, model: &Model) -> Result<Self, EngineError> {
+        let fault = |problem: String| EngineError::adapter(dir, problem, NOT_A_PEFT_FOLDER);
+        let config: PeftConfig = durable::read_json(&dir.join(CONFIG_FILE)).map_err(|e| fault(e.to_string()))?;
+        config.check(dir)?;
+        let path = dir.join(TENSOR_FILE);
+        let sha256 = durable::sha256_file(&path).map_err(|e| fault(e.to_string()))?;
+        let shard = Shard::open(&path)?;
+        check_base(dir, &shard, model.identity())?;
+        let mut layers = Vec::with_capacity(model.config().layers);
+        for layer in 0..model.config().layers {
+            let mut pairs = [const { None }; 7];
+            for (pair, linear) in pairs.iter_mut().zip(Linear::ALL) {
+                *pair = config.pair(dir, &shard, layer, linear, model.config())?;
+            }
+            layers.push(pairs);
+        }
+        check_complete(dir, &shard, &layers)?;
+        let targets = Linear::ALL.into_iter().filter(|l| layers.iter().any(|p| p[*l as usize].is_some())).collect();
+        let spec = LoraSpec { rank: config.r, alpha: config.lora_alpha, targets, use_rslora: config.use_rslora };
+        let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Adapter { name, spec, sha256, layers })
+    }
+
+    /// Returns an adapter that changes nothing: A and B are 0.
+    pub fn zero(model: &Model, spec: &LoraSpec) -> Result<Self, EngineError> {
+        let pair = |linear: Linear| -> Result<Option<LoraPair>, EngineError> {
+            if !spec.targets.contains(&linear) {
+                return Ok(None);
+            }
+            let (input, output) = linear.shape(model.config());
+            let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+            let (a, b) = (zeros((spec.rank, input))?, zeros((output, spec.rank))?);
+            Ok(Some(LoraPair { a, b, scale: spec.scaling(), rank: spec.rank }))
+        };
+        let mut layers = Vec::with_capacity(model.config().layers);
+        for _ in 0..model.config().layers {
+            let mut pairs = [const { None }; 7];
+            for (slot, linear) in pairs.iter_mut().zip(Linear::ALL) {
+                *slot = pair(linear)?;
+            }
+            layers.push(pairs);
+        }
+        let sha256 = hex::encode(Sha256::digest(b""));
+        Ok(Adapter { name: "zero".to_string(), spec: spec.clone(), sha256, layers })
+    }
+
+    /// Returns an adapter over tensors in memory, keyed as PEFT keys them. The tensors are detached.
+    pub fn from_tensors(
+        name: &str,
+        model: &Model,
+        spec: &LoraSpec,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self, EngineError> {
+        let mut adapter = Self::zero(model, spec)?;
+        adapter.name = name.to_string();
+        for (layer, pairs) in adapter.layers.iter_mut().enumerate() {
+            for (pair, linear) in pairs.iter_mut().zip(Linear::ALL) {
+                let Some(pair) = pair else { continue };
+                for (factor, slot) in [(Factor::A, &mut pair.a), (Factor::B, &mut pair.b)] {
+                    let key = linear.peft_key(layer, factor);
+                    let tensor = tensors.get(&key).filter(|t| t.dims() == slot.dims());
+                    let problem = || EngineError::adapter(Path::new(name), format!("{key} is missing"), OTHER_BASE);
+                    *slot = tensor.ok_or_else(problem)?.detach();
+                }
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// Returns the change of one linear layer, if the adapter changes it.
+    pub fn get(&self, layer: usize, linear: Linear) -> Option<&LoraPair> {
+        self.layers.get(layer)?[linear as usize].as_ref()
+    }
+}
+
+/// The fields of `adapter_config.json` that change what an adapter computes.
+#[derive(Debug, Deserialize)]
+struct PeftConfig {
+    #[serde(default)]
+    peft_type: String,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    rank_pattern: BTreeMap<String, usize>,
+    #[serde(default)]
+    alpha_pattern: BTreeMap<String, f64>,
+    /// Everything else; what changes the computation in a way that is not built is refused.
+    #[serde(flatten)]
+    rest: HashMap<String, Value>,
+}
+
+impl PeftConfig {
+    fn check(&self, dir: &Path) -> Result<(), EngineError> {
+        if self.peft_type != "LORA" {
+            let problem = format!("peft_type is {:?}, not LORA", self.peft_type);
+            return Err(EngineError::adapter(dir, problem, "train a LoRA adapter"));
+        }
+        if self.r == 0 {
+            return Err(EngineError::adapter(dir, "r is 0", "train a LoRA adapter of rank 1 or more"));
+        }
+        for key in ["use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save"] {
+            let on = match self.rest.get(key) {
+                None | Some(Value::Null | Value::Bool(false)) => false,
+                Some(Value::Array(items)) => !items.is_empty(),
+                Some(_) => true,
+            };
+            if on {
+                return Err(EngineError::adapter(dir, format!("uses {key}"), "train plain LoRA on the linear layers"));
+            }
+        }
+        match self.rest.get("bias").and_then(Value::as_str) {
+            None | Some("none") => Ok(()),
+            Some(bias) => Err(EngineError::adapter(dir, format!("trains bias {bias}"), "train with bias none")),
+        }
+    }
+
+    fn pair(
+        &self,
+        dir: &Path,
+        shard: &Shard,
+        layer: usize,
+        linear: Linear,
+        config: &ModelConfig,
+    ) -> Result<Option<LoraPair>, EngineError> {
+        let module = format!("model.layers.{layer}.{}", linear.peft_name());
+        let rank = matching(&self.rank_pattern, &module).unwrap_or(self.r);
+        let alpha = matching(&self.alpha_pattern, &module).unwrap_or(self.lora_alpha);
+        let (input, output) = linear.shape(config);
+        let read = |factor: Factor, shape: [usize; 2]| -> Result<Option<Tensor>, EngineError> {
+            let key = linear.peft_key(layer, factor);
+            match shard.tensor(&key)? {
+                Some(tensor) if tensor.dims() != shape => {
+                    let problem = format!("{key} has shape {:?} where {shape:?} is expected", tensor.dims());
+                    Err(EngineError::adapter(dir, problem, OTHER_BASE))
+                }
+                found => Ok(found),
+            }
+        };
+        match (read(Factor::A, [rank, input])?, read(Factor::B, [output, rank])?) {
+            (Some(a), Some(b)) => Ok(Some(LoraPair { a, b, scale: scaling(alpha, rank, self.use_rslora), rank })),
+            (None, None) => Ok(None),
+            _ => Err(EngineError::adapter(dir, format!("{module} has one of two matrices"), NOT_A_PEFT_FOLDER)),
+        }
+    }
+}
+
+/// Returns the value of the first pattern that ends a module's path, as PEFT matches them.
+fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
+    let matches = |pattern: &str| match Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")) {
+        Ok(regex) => regex.is_match(module),
+        Err(_) => false,
+    };
+    patterns.iter().find(|(pattern, _)| matches(pattern)).map(|(_, value)| *value)
+}
+
+/// Refuses an adapter that records the hash of another base.
+fn check_base(dir: &Path, shard: &Shard, base: &ModelIdentity) -> Result<(), EngineError> {
+    match shard.notes().get(BASE_NOTE) {
+        Some(hash) if *hash != base.sha256 => {
+            let problem = format!("was trained on weights {hash}, but {} is {}", base.name, base.sha256);
+            Err(EngineError::adapter(dir, problem, OTHER_BASE))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses tensors that no linear layer of the model takes, and an adapter that changes nothing of it.
+fn check_complete(dir: &Path, shard: &Shard, layers: &[[Option<LoraPair>; 7]]) -> Result<(), EngineError> {
+    let taken = layers.iter().flatten().flatten().count() * 2;
+    let names = shard.names();
+    if taken == names.len() && taken > 0 {
+        return Ok(());
+    }
+    let known = |name: &String| {
+        (0..layers.len()).any(|i| {
+            Linear::ALL.iter().any(|l| *name == l.peft_key(i, Factor::A) || *name == l.peft_key(i, Factor::B))
+        })
+    };
+    let stranger = names.iter().find(|name| !known(name)).map_or("(none)", String::as_str);
+    let problem = format!("{} of {} tensors fit the model; {stranger} does not", taken, names.len());
+    Err(EngineError::adapter(dir, problem, OTHER_BASE))
+}
+
+/// Writes an adapter as PEFT does: `adapter_model.safetensors`, then `adapter_config.json`, each whole or absent.
+///
+/// `tensors` are keyed as [`Linear::peft_key`] does. The base's hash is noted beside the tensors, where PEFT and vLLM
+/// ignore it and [`Adapter::load`] checks it.
+pub fn save_peft(
+    dir: &Path,
+    base: &ModelIdentity,
+    spec: &LoraSpec,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<(), EngineError> {
+    let fault = |e: String| EngineError::adapter(dir, e, "check that the folder can be written and the disk has room");
+    durable::create_folder(dir).map_err(|e| fault(e.to_string()))?;
+    // A map of one metadata pair after PEFT's own keeps the bytes a function of the inputs.
+    let bytes = serialise(tensors, &base.sha256)?;
+    durable::write(&dir.join(TENSOR_FILE), &bytes).map_err(|e| fault(e.to_string()))?;
+    durable::write_json(&dir.join(CONFIG_FILE), &peft_config(&base.name, spec)).map_err(|e| fault(e.to_string()))
+}
+
+/// Returns the safetensors bytes of f32 tensors: names sorted, so that equal tensors give equal bytes.
+///
+/// Written by hand because the crate takes its metadata as a `HashMap`, whose order changes from run to run.
+fn serialise(tensors: &BTreeMap<String, Tensor>, base_sha256: &str) -> Result<Vec<u8>, EngineError> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".to_string(), json!({ "format": "pt", BASE_NOTE: base_sha256 }));
+    let mut data = Vec::new();
+    for (name, tensor) in tensors {
+        let start = data.len();
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        let entry = json!({ "dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, data.len()] });
+        header.insert(name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header);
+    bytes.extend(data);
+    Ok(bytes)
+}
+
+/// Returns the keys that PEFT, vLLM and mistral.rs accept, sorted as PEFT sorts them.
+fn peft_config(base_name: &str, spec: &LoraSpec) -> Value {
+    let alpha = if spec.alpha.fract() == 0.0 { json!(spec.alpha as i64) } else { json!(spec.alpha) };
+    let targets: Vec<&str> = spec.targets.iter().map(|t| t.target_name()).collect();
+    json!({
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": spec.use_rslora,
+    })
+}

@@ -1,0 +1,112 @@
+//! A loaded model: weights, tokenizer and chat template, shared by everything that runs it.
+
+use std::sync::{Arc, OnceLock};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::config::ModelConfig;
+use super::decoder::Decoder;
+use super::error::EngineError;
+use super::rope::Rope;
+use super::source::ModelSource;
+use super::template::ChatTemplate;
+use super::tokenizer::Tokenizer;
+use super::weights::Weights;
+use crate::record::Message;
+
+/// What names a model exactly, in manifests and adapters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelIdentity {
+    /// Hub id, or the last part of the path.
+    pub name: String,
+    pub architecture: String,
+    /// SHA-256 of the weight file, or of the hashes of all shards.
+    pub sha256: String,
+    pub tokenizer_sha256: String,
+    pub template_sha256: String,
+}
+
+/// A loaded model. Cloning shares it.
+#[derive(Clone)]
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    config: ModelConfig,
+    identity: ModelIdentity,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    weights: Weights,
+    rope: Rope,
+    /// The weights laid out for inference, made when first needed: training does without this second copy.
+    decoder: OnceLock<Decoder>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Model").field(&self.0.identity).finish()
+    }
+}
+
+impl Model {
+    /// Loads a model as f32 on the CPU. `model` is a folder in Hugging Face layout, a `.gguf` file or a hub id.
+    pub fn load(model: &str) -> Result<Self, EngineError> {
+        let source = ModelSource::parse(model)?;
+        let files = source.resolve()?;
+        let config = files.config()?;
+        let tokenizer = Tokenizer::load(&files)?;
+        let template = ChatTemplate::load(&files, &source.name())?;
+        let identity = ModelIdentity {
+            name: source.name(),
+            architecture: config.architecture.as_str().to_string(),
+            sha256: files.weights_sha256()?,
+            tokenizer_sha256: tokenizer.sha256().to_string(),
+            template_sha256: template.sha256(),
+        };
+        let weights = Weights::load(&files, &config)?;
+        let rope = Rope::new(&config)?;
+        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, rope, decoder: OnceLock::new() })))
+    }
+
+    /// Returns the shape and the constants.
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
+    /// Returns the name and the hashes.
+    pub fn identity(&self) -> &ModelIdentity {
+        &self.0.identity
+    }
+
+    /// Returns the tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.0.tokenizer
+    }
+
+    /// Returns the frozen weights.
+    pub fn weights(&self) -> &Weights {
+        &self.0.weights
+    }
+
+    /// Returns the rotary tables.
+    pub fn rope(&self) -> &Rope {
+        &self.0.rope
+    }
+
+    /// Returns the model laid out for inference.
+    pub(crate) fn decoder(&self) -> Result<&Decoder, EngineError> {
+        if let Some(decoder) = self.0.decoder.get() {
+            return Ok(decoder);
+        }
+        let decoder = Decoder::new(self.config(), self.weights(), self.rope())?;
+        Ok(self.0.decoder.get_or_init(|| decoder))
+    }
+
+    /// Returns the token ids of a conversation, ending where the assistant's answer begins.
+    ///
+    /// The chat template writes every special token itself, so the tokenizer adds none.
+    pub fn prompt_ids(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>, EngineError> {
+        let text = self.0.template.render(messages, tools)?;
+        self.0.tokenizer.encode(&text)
+    }
+}
