@@ -8,9 +8,7 @@ use super::*;
 use crate::record::{Kind, derive_seed, prompt_hash};
 
 fn workloads() -> Vec<WorkloadView> {
-    let view =
-        |name: &str, has_rules| WorkloadView { name: name.into(), house_rules: "Reply in JSON.".into(), has_rules };
-    vec![view("w", true), view("bare", false)]
+    vec![WorkloadView { name: "w".into(), house_rules: "Reply in JSON.".into() }]
 }
 
 fn row(offset: i64, messages: &[Message]) -> QueryRow {
