@@ -32,14 +32,13 @@ pub struct QueryRow {
     pub truncated: bool,
 }
 
-/// What a dataset needs to know of a workload.
+/// What a dataset needs to know of a workload whose answers can be scored. Prompts of any other are left out as
+/// `no_rules`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkloadView {
     pub name: String,
     /// Text that every prompt of the workload carries; it is not compared.
     pub house_rules: String,
-    /// False where no rule scores its answers: such prompts are left out as `no_rules`.
-    pub has_rules: bool,
 }
 
 /// What became of the rows.
@@ -226,7 +225,7 @@ fn reason_of_text(prompt: &Prompt, workloads: &[WorkloadView], settings: &Settin
     let texts: usize = prompt.messages.iter().map(|message| message.plain_text().chars().count()).sum();
     let tools = prompt.tools.as_ref().map_or(0, |tools| tools.to_string().chars().count());
     let last_user = prompt.messages.iter().rev().find(|message| message.role == "user");
-    let has_rules = workloads.iter().any(|w| w.has_rules && prompt.workload.as_deref() == Some(w.name.as_str()));
+    let has_rules = workloads.iter().any(|w| prompt.workload.as_deref() == Some(w.name.as_str()));
     match last_user {
         _ if prompt.messages.is_empty() => Some("empty"),
         None => Some("no_user_turn"),

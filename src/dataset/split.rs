@@ -74,6 +74,11 @@ impl<P> SplitOf<P> {
     }
 
     /// Returns the prompts in the order of the log.
+    pub fn prompts(&self) -> &[Prompt] {
+        &self.prompts
+    }
+
+    /// Iterates over the prompts in the order of the log.
     pub fn iter(&self) -> std::slice::Iter<'_, Prompt> {
         self.prompts.iter()
     }

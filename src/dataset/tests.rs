@@ -8,9 +8,7 @@ use super::*;
 use crate::record::{Kind, derive_seed, prompt_hash};
 
 fn workloads() -> Vec<WorkloadView> {
-    let view =
-        |name: &str, has_rules| WorkloadView { name: name.into(), house_rules: "Reply in JSON.".into(), has_rules };
-    vec![view("w", true), view("bare", false)]
+    vec![WorkloadView { name: "w".into(), house_rules: "Reply in JSON.".into() }]
 }
 
 fn row(offset: i64, messages: &[Message]) -> QueryRow {
@@ -80,7 +78,7 @@ fn in_split(split: Split) -> Vec<usize> {
 
 /// Two questions and a third that is near both.
 fn bridge(a: usize, b: usize) -> (Vec<Message>, Vec<Message>, Vec<Message>) {
-    let (left, right, shared) = (question(a), question(b), (900..906).map(question).collect::<Vec<_>>().join(" "));
+    let (left, right, shared) = (question(a), question(b), (900..902).map(question).collect::<Vec<_>>().join(" "));
     let half = |text: &str| text.split(' ').take(3).collect::<Vec<_>>().join(" ");
     (
         ask(&format!("{} {shared} {}", half(&left), half(&question(907)))),
@@ -340,8 +338,7 @@ fn a_stored_dataset_is_read_back_and_has_the_same_bytes_each_time() {
 #[test]
 fn a_planted_gate_prompt_is_in_no_training_file() {
     let folder = tempfile::tempdir().unwrap();
-    let gate = in_split(Split::Gate)[0];
-    let canary = format!("{} zzcanaryzz", question(gate));
+    let canary = format!("{} zzcanaryzz", question(700));
     let hash_in_gate = |text: &str| Split::of(&prompt_hash(&ask(text), None), &Settings::default()) == Split::Gate;
     let text = (0..200).map(|i| format!("{canary} {i}")).find(|text| hash_in_gate(text)).unwrap();
     let mut rows = questions(120);

@@ -233,10 +233,10 @@ fn word_truth(word: &str) -> Option<bool> {
 /// nanoseconds. The unit is the one that puts it into this century; no two do.
 pub(super) fn time(value: &Value) -> Option<i64> {
     if let Some(number) = number(value) {
-        let seconds = [1.0, 1e3, 1e6, 1e9].iter().map(|unit| number / unit).find(|s| TIMES.contains(s))?;
-        // An integer of microseconds is exact already; a float of seconds is rounded to them.
-        let exact = integer(value).filter(|&n| TIMES.contains(&(n as f64 / 1e6)));
-        return Some(exact.unwrap_or((seconds * 1e6).round() as i64));
+        let unit = [1.0, 1e3, 1e6, 1e9].into_iter().find(|unit| TIMES.contains(&(number / unit)))?;
+        // A float of seconds is rounded to microseconds; integers of any unit are exact.
+        let exact = integer(value).map(|n| (i128::from(n) * 1_000_000 / unit as i128) as i64);
+        return Some(exact.unwrap_or((number / unit * 1e6).round() as i64));
     }
     let text = value.as_str()?.trim();
     let zoned = DateTime::parse_from_rfc3339(text).ok().map(|time| time.timestamp_micros());

@@ -131,11 +131,11 @@ fn read_parameters(query: &mut Query, fields: &mut Fields) {
 /// Takes start and end; the end is the start plus the duration, so no column of its own is needed.
 fn read_times(query: &mut Query, fields: &mut Fields) {
     query.event_time_us = fields.time(&["startTime"]);
-    if let (Some(start), Some(end)) = (query.event_time_us, fields.get("endTime").and_then(super::fields::time)) {
-        if end >= start {
-            query.duration_ms = Some((end - start) as f64 / 1e3);
-            fields.take("endTime");
-        }
+    if let (Some(start), Some(end)) = (query.event_time_us, fields.get("endTime").and_then(super::fields::time))
+        && end >= start
+    {
+        query.duration_ms = Some((end - start) as f64 / 1e3);
+        fields.take("endTime");
     }
 }
 
