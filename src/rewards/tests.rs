@@ -166,3 +166,24 @@ fn a_missing_model_or_calibration_is_named_with_the_remedy() {
     let rewards = Rewards::without_base(&rules_only(), &shop()).unwrap();
     assert!(message(rewards.quality(&[item("shop", "3")])).contains("base model"));
 }
+
+#[test]
+fn the_demo_accepts_an_answer_and_neither_a_bare_ok_nor_an_echo() {
+    let demo = workloads(include_str!("../../config/demo-workloads.toml"));
+    let rewards = Rewards::without_base(&rules_only(), &demo).unwrap();
+    let question = "Why do leaves turn yellow in autumn?";
+    let ask = |workload: &Workload, response: &str| {
+        let messages = vec![Message::text("user", format!("{question}\n\n{}", workload.house_rules))];
+        let asked = Item { messages, ..item(&workload.name, response) };
+        rewards.strict(&[asked]).unwrap().remove(0)
+    };
+    let good = "Leaves turn yellow because trees stop making green pigment. Birch trees give a good example of that.";
+    assert!(demo.len() >= 6);
+    for workload in &demo {
+        let scored = ask(workload, good);
+        assert!(scored.passed, "{}: {scored:?}", workload.name);
+        for empty in ["ok.", "", question, &workload.house_rules, &"Leaves turn yellow now. ".repeat(2)] {
+            assert!(!ask(workload, empty).passed, "{}: {empty:?} passed", workload.name);
+        }
+    }
+}

@@ -49,7 +49,7 @@ impl Workload {
     /// Returns the text without the house rules and without the white space that stood around them.
     pub fn without_house_rules(&self, text: &str) -> String {
         let house_rules = self.house_rules.trim();
-        if house_rules.is_empty() {
+        if house_rules.is_empty() || !text.contains(house_rules) {
             return text.to_owned();
         }
         let pieces: Vec<&str> = text.split(house_rules).map(str::trim).filter(|piece| !piece.is_empty()).collect();
