@@ -28,7 +28,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let raw = gemm_rate()?;
     let threads = rayon::current_num_threads();
     println!("{threads} threads, gemm [576, 576] x [576, 1536]: {raw:.0} GFLOP per processor second");
-    println!("{:>6} {:>9} {:>9} {:>14} {:>12} {:>9}", "step", "forward", "backward", "tokens/s (*)", "GFLOP/CPU s", "of gemm");
+    println!(
+        "{:>6} {:>9} {:>9} {:>14} {:>12} {:>9}",
+        "step", "forward", "backward", "tokens/s (*)", "GFLOP/CPU s", "of gemm"
+    );
     for step in 0..5 {
         let mut gradients = lora.zero_gradients();
         let (began, cpu) = (Instant::now(), cpu_seconds());

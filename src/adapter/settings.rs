@@ -109,7 +109,10 @@ impl Settings {
             return Err(format!("{key} is {value}; set it to 0 or more"));
         }
         if !(0.0..1.0).contains(&self.min_reward) {
-            return Err(format!("min_reward is {}; rewards lie in [0, 1], so set it from 0 to below 1", self.min_reward));
+            return Err(format!(
+                "min_reward is {}; rewards lie in [0, 1], so set it from 0 to below 1",
+                self.min_reward
+            ));
         }
         if self.targets.is_empty() {
             return Err("targets is empty; name at least one of q, k, v, o, gate, up, down".to_string());

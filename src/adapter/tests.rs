@@ -20,7 +20,13 @@ impl Tiny {
         Frozen { config: &self.config, weights: &self.weights, identity: &self.identity }
     }
 
-    fn tune(&self, samples: &[Sample], start: Option<&Path>, settings: &Settings, out: &Path) -> Result<Outcome, TuneError> {
+    fn tune(
+        &self,
+        samples: &[Sample],
+        start: Option<&Path>,
+        settings: &Settings,
+        out: &Path,
+    ) -> Result<Outcome, TuneError> {
         tune_frozen(self.frozen(), samples, start, settings, 7, out, &Progress::silent())
     }
 }
@@ -32,7 +38,8 @@ fn sample(group: &str, prompt: &[u32], completion: &[u32], reward: f64) -> Sampl
 
 /// Twelve groups of four samples each, of which some reward one token.
 fn samples() -> Vec<Sample> {
-    let completion = |g: u32, s: u32| -> Vec<u32> { (0..2 + (g + s) % 4).map(|t| (g * 5 + s * 11 + t * 7) % 48).collect() };
+    let completion =
+        |g: u32, s: u32| -> Vec<u32> { (0..2 + (g + s) % 4).map(|t| (g * 5 + s * 11 + t * 7) % 48).collect() };
     (0..12)
         .flat_map(|g| {
             (0..4).map(move |s| {

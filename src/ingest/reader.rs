@@ -227,7 +227,7 @@ fn headers_json(record: &Record) -> Option<String> {
 /// Returns the RFC 8785 JSON of the messages.
 fn canonical(messages: &[Message]) -> String {
     // It fails only for numbers that no f64 holds, which serde_json does not keep either.
-    serde_json_canonicalizer::to_string(messages).unwrap_or_else(|_| json!(messages).to_string())
+    serde_json_canonicalizer::to_string(&messages).unwrap_or_else(|_| json!(messages).to_string())
 }
 
 /// Returns the language of the last user turn as an ISO 639-3 code, where it can be told.

@@ -144,7 +144,7 @@ async fn two_writers_of_other_positions_both_land() {
     let folder = tempfile::tempdir().unwrap();
     let (mut a, mut b) = (local(folder.path()).await, local(folder.path()).await);
     let other = TxnStep { app_id: "other".into(), expect: None, set: 1 };
-    let (first, second) = tokio::join!(a.append_rows(&[usage(1)], &[step(None, 1)]), async {
+    let (first, second) = tokio::join!(async { a.append_rows(&[usage(1)], &[step(None, 1)]).await }, async {
         b.append_rows(&[usage(2)], &[other]).await
     });
     let mut versions = [first.unwrap().version, second.unwrap().version];

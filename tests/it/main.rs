@@ -6,5 +6,7 @@ mod cli;
 mod config;
 mod dashboards;
 mod docs;
+mod ingest;
 mod layers;
 mod metrics;
+mod readers;

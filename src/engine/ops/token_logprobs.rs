@@ -1,8 +1,8 @@
 //! Log-probs of given tokens from hidden states, through a frozen output layer.
 //!
 //! Logits over the whole vocabulary exist for a few rows at a time only. The gradient of a log-prob with respect to its
-//! hidden row, `W[target] - p W`, needs just what the chunk holds at that moment, and a backward pass only multiplies it
-//! by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
+//! hidden row, `W[target] - p W`, needs just what the chunk holds at that moment, and a backward pass only multiplies
+//! it by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
 //! logits a second time.
 
 use candle_core::{Result, Tensor, bail};

@@ -118,7 +118,6 @@ pub fn models() -> Option<PathBuf> {
 }
 
 /// Returns the Python that has the independent readers of Delta tables.
-#[expect(dead_code, reason = "used by the tests of the tables as they are added")]
 pub fn readers() -> Option<PathBuf> {
     let python = cache().join("readers/bin/python");
     has("readers", python.is_file(), "run `tools/setup.sh test`").then_some(python)
