@@ -14,6 +14,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return cli::usage(&error),
     };
+    // Before anything touches the engine: its thread pools read the limit once.
+    taod::engine::init_threads(None);
     let screen = Screen::detect();
     let outcome = cli::start_logs(&cli.global, &screen).and_then(|()| cli::run(cli, &screen));
     cli::exit(outcome)

@@ -28,7 +28,7 @@ pub enum Command {
     },
 }
 
-pub(super) fn run(global: &Global, command: Command) -> anyhow::Result<Exit> {
+pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let loaded = global.load()?;
     let mut out = std::io::stdout().lock();
     match command {
@@ -39,7 +39,7 @@ pub(super) fn run(global: &Global, command: Command) -> anyhow::Result<Exit> {
         Command::Show { json: true } => writeln!(out, "{:#}", loaded.to_json())?,
         Command::Show { json: false } => write!(out, "{}", loaded.show())?,
         Command::Explain { key, json } => {
-            let keys = loaded.explain(&key)?;
+            let keys = loaded.explain(key)?;
             match json {
                 true => writeln!(out, "{}", serde_json::to_string_pretty(&keys)?)?,
                 false => keys.iter().try_for_each(|key| explain(&mut out, key))?,

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::Args;
 
 use super::lines::Output;
 use super::{Exit, Global, Screen, runtime, signals};
+use crate::config::Config;
 use crate::daemon;
 use crate::demo;
 use crate::round::child::{self, Launch};
@@ -61,9 +63,9 @@ pub struct Demo {
     /// Where everything goes; without it state.dir of the config. An earlier demo there is not overwritten.
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
-    /// AlpacaEval's instructions, a JSON array of objects with "instruction".
+    /// AlpacaEval's instructions, a JSON array of objects with "instruction"; without it the file that `make models` fetched.
     #[arg(long, value_name = "FILE", env = "TAOD_DEMO_PROMPTS")]
-    pub prompts: PathBuf,
+    pub prompts: Option<PathBuf>,
     /// How many instructions are asked.
     #[arg(long, default_value_t = 430, value_name = "N")]
     pub calls: usize,
@@ -112,7 +114,10 @@ pub(super) fn run_demo(global: &Global, args: &Demo, screen: &Screen) -> anyhow:
     if let Some(dir) = &args.dir {
         config.state.dir = dir.clone();
     }
-    let options = demo::Options { control: args.control, prompts: args.prompts.clone(), calls: args.calls };
+    use_fetched(&mut config);
+    let prompts = args.prompts.clone().unwrap_or_else(|| models().join("alpaca_eval_gpt4_baseline.json"));
+    ensure!(prompts.is_file(), "no prompts at {}; run `make models`, or give --prompts", prompts.display());
+    let options = demo::Options { control: args.control, prompts, calls: args.calls };
     let report = runtime()?.block_on(demo::run(config, &options, &screen.progress()))?;
     let mut out = Output::stdout();
     match args.json {
@@ -129,4 +134,22 @@ fn exit_of(outcome: &Outcome) -> Exit {
         Outcome::Refused { .. } => Exit::Refused,
         Outcome::Open { .. } => Exit::Open,
     }
+}
+
+/// Names the model and the scorer that `make models` fetched, where the config names no others.
+fn use_fetched(config: &mut Config) {
+    let defaults = Config::default();
+    if config.model.path == defaults.model.path {
+        config.model.path = models().join("SmolLM2-135M-Instruct.Q4_1.gguf").display().to_string();
+    }
+    if config.rewards.similarity.model == defaults.rewards.similarity.model {
+        config.rewards.similarity.model = models().join("all-MiniLM-L6-v2");
+    }
+}
+
+/// Returns the folder that `make models` fills.
+fn models() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()).map_or_else(home, PathBuf::from);
+    cache.join("taod/models")
 }

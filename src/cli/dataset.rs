@@ -50,12 +50,12 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
         }
         Command::Export { which, split } => {
             let dataset = load(&config, which)?;
-            let prompts = match split {
-                Split::Train => dataset.train.prompts(),
-                Split::Gate => dataset.gate.prompts(),
-                Split::Audit => dataset.audit.prompts(),
+            let mut prompts = match split {
+                Split::Train => dataset.train.iter(),
+                Split::Gate => dataset.gate.iter(),
+                Split::Audit => dataset.audit.iter(),
             };
-            prompts.iter().try_for_each(|prompt| out.line(prompt))?;
+            prompts.try_for_each(|prompt| out.line(prompt))?;
         }
     }
     out.flush()?;

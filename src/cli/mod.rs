@@ -6,6 +6,7 @@
 //!
 //! One file per family of commands, all of one shape: the arguments, then a `run` that calls the stage.
 
+mod adapters;
 mod answers;
 mod config;
 mod daemon;
@@ -87,6 +88,9 @@ pub enum Command {
     /// The gate's evidence alone, or a trial in words.
     #[command(subcommand)]
     Gate(gate::Command),
+    /// List, verify, promote or withdraw adapters.
+    #[command(subcommand)]
+    Adapters(adapters::Command),
     /// Check, show or explain the config.
     #[command(subcommand)]
     Config(config::Command),
@@ -127,6 +131,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Tune(args) => tune::run(global, args, screen),
         Command::Eval(args) => eval::run(global, args, screen),
         Command::Gate(command) => gate::run(global, command),
+        Command::Adapters(command) => adapters::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
     }

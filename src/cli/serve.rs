@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::{Exit, Global, runtime, signals};
 use crate::engine::Model;
-use crate::serve;
+use crate::serve::{self, log::CallLog};
 
 /// Serve the model over OpenAI's chat interface, with adapters loaded at run time, and log every call to Kafka.
 #[derive(Debug, Args)]
@@ -23,6 +23,7 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
     if let Some(address) = &args.listen {
         settings.address = address.clone();
     }
+    let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
     let model = Model::load(args.model.as_ref().unwrap_or(&config.model.path))?;
     runtime()?.block_on(async {
         let mut shutdown = signals::shutdown()?;
@@ -31,7 +32,7 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
             .map_err(|source| serve::ServeError::Listen { address: settings.address.clone(), source })?;
         tracing::info!(address = %listener.local_addr()?, "serving");
         let stop = async move { drop(shutdown.wait_for(|told| *told).await) };
-        anyhow::Ok(serve::serve(listener, model, &settings, stop).await?)
+        anyhow::Ok(serve::serve(listener, model, &settings, log, stop).await?)
     })?;
     Ok(Exit::Done)
 }

@@ -8,7 +8,7 @@ use toml::{Table, Value};
 use crate::harness::{assert_golden, files, taod, taod_in, text};
 
 /// Keys that the demo must leave at their defaults: its promotion is to be the real gate's.
-const NEVER_IN_DEMO: &[&str] = &["gate.alpha", "gate.temperature", "gate.margin"];
+const NEVER_IN_DEMO: &[&str] = &["gate.alpha", "gate.margin", "decoding.temperature"];
 
 fn load(path: &str) -> Config {
     Loaded::from_layers(Some((path.into(), text(path))), vec![]).unwrap_or_else(|e| panic!("{e}")).config
