@@ -16,6 +16,7 @@ pub mod lora;
 mod math;
 mod matmul;
 mod model;
+pub mod ops;
 mod rope;
 mod safetensors;
 mod sampler;
@@ -26,6 +27,7 @@ mod template;
 mod tests;
 mod threads;
 mod tokenizer;
+pub mod train;
 mod weights;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};

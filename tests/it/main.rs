@@ -8,3 +8,4 @@ mod dashboards;
 mod docs;
 mod layers;
 mod metrics;
+mod training;
