@@ -78,15 +78,12 @@ pub struct Outcome {
     /// Groups that trained nothing: no sample above `min_reward`.
     pub groups_none_above: usize,
     /// Completion tokens trained on, over all epochs.
-    pub tokens: usize,
+    pub tokens: u64,
     /// Mean divergence from the base over the last epoch's tokens, in nats.
     pub kl_sample: f32,
     /// The PEFT folder.
     #[serde(skip)]
     pub adapter_dir: PathBuf,
-    /// The checkpoint that a further iteration starts from.
-    #[serde(skip)]
-    pub checkpoint_dir: PathBuf,
 }
 
 impl Outcome {
@@ -131,6 +128,13 @@ pub enum TuneError {
     File(#[from] FileError),
 }
 
+impl TuneError {
+    /// Returns true where the samples were usable but none is better than its siblings: an ordinary outcome of a night.
+    pub fn is_nothing_to_learn(&self) -> bool {
+        matches!(self, TuneError::Nothing { .. })
+    }
+}
+
 impl From<candle_core::Error> for TuneError {
     fn from(error: candle_core::Error) -> Self {
         TuneError::Engine(error.into())
@@ -147,8 +151,8 @@ pub struct Frozen<'a> {
 
 /// Trains an adapter on scored samples and writes it to `out/adapter` as a PEFT folder, `out/outcome.json` last.
 ///
-/// `start` is the checkpoint folder of the iteration before, whose matrices and moments this one continues; without it
-/// the adapter starts from no change. A run that was killed goes on from `out/checkpoint`; one that is finished returns
+/// `start` is the `out` folder of the iteration before, whose matrices and moments this one continues; without it the
+/// adapter starts from no change. A run that was killed goes on from `out/checkpoint`; one that is finished returns
 /// its outcome at once.
 pub fn tune(
     model: &Model,
@@ -175,7 +179,7 @@ pub fn tune_frozen(
 ) -> Result<Outcome, TuneError> {
     check(settings, frozen.config)?;
     let selection = batches::select(samples, settings, frozen.config)?;
-    let start = start.map(Checkpoint::load).transpose()?;
+    let start = start.map(|before| Checkpoint::load(&before.join(CHECKPOINT))).transpose()?;
     let origin = Origin::new(frozen.identity, settings, seed, samples, start.as_ref())?;
     let folder = out.join(CHECKPOINT);
     let resumed = Checkpoint::load_if_there(&folder)?;
@@ -199,7 +203,6 @@ pub fn tune_frozen(
 impl Outcome {
     fn at(mut self, out: &Path) -> Self {
         self.adapter_dir = out.join(ADAPTER);
-        self.checkpoint_dir = out.join(CHECKPOINT);
         self
     }
 }

@@ -97,15 +97,17 @@ fn expect_golden(name: &str, frozen: Frozen) {
     // The golden run starts from matrices of its own: hand them over as the checkpoint of an iteration before.
     let lora = lora(frozen.config, &golden.spec());
     let origin = Origin::new(frozen.identity, &settings, 0, &[], None).unwrap();
-    save(folder.path(), &origin, &lora, &AdamW::new(&lora.values), &[], &[]).unwrap();
-    let (start, out) = (Some(folder.path()), folder.path().join("out"));
+    let before = folder.path().join("before");
+    fs::create_dir_all(before.join(CHECKPOINT)).unwrap();
+    save(&before.join(CHECKPOINT), &origin, &lora, &AdamW::new(&lora.values), &[], &[]).unwrap();
+    let (start, out) = (Some(before.as_path()), folder.path().join("out"));
     let outcome = tune_frozen(frozen, &samples, start, &settings, 0, &out, &Progress::silent()).unwrap();
     assert_eq!(outcome.steps.len(), t.steps);
     for (log, (loss, norm)) in outcome.steps.iter().zip(golden.losses.iter().zip(&golden.grad_norms)) {
         assert!((log.loss - loss).abs() < 1e-3, "{name} step {}: {} PyTorch {loss}", log.step, log.loss);
         assert!((log.grad_norm - norm).abs() < 1e-2 * norm, "{name} step {}: {} {norm}", log.step, log.grad_norm);
     }
-    let last = Checkpoint::load(&outcome.checkpoint_dir).unwrap().matrices();
+    let last = Checkpoint::load(&out.join(CHECKPOINT)).unwrap().matrices();
     for (key, expected) in &golden.last {
         let found: Vec<f32> = last[key].flatten_all().unwrap().to_vec1().unwrap();
         expected.expect(key, &found, 1e-2);
@@ -199,18 +201,19 @@ fn a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one() {
 fn a_second_iteration_continues_matrices_and_moments() {
     let folder = tempfile::tempdir().unwrap();
     let (tiny, samples, settings) = (tiny(), samples(), settings());
-    let first = tiny.tune(&samples, None, &settings, &folder.path().join("1")).unwrap();
-    let start = Some(first.checkpoint_dir.as_path());
-    let second = tiny.tune(&samples, start, &settings, &folder.path().join("2")).unwrap();
+    let outs = ["1", "2", "3"].map(|name| folder.path().join(name));
+    let first = tiny.tune(&samples, None, &settings, &outs[0]).unwrap();
+    let start = Some(outs[0].as_path());
+    let second = tiny.tune(&samples, start, &settings, &outs[1]).unwrap();
     assert!(second.steps[0].kl_sample > 0.0 && second.steps[0].loss < first.steps[0].loss);
-    let updates = |o: &Outcome| {
-        let checkpoint = Checkpoint::load(&o.checkpoint_dir).unwrap();
+    let updates = |out: &Path| {
+        let checkpoint = Checkpoint::load(&out.join(CHECKPOINT)).unwrap();
         let lora = LoraMatrices::restored(&tiny.config, &settings.lora(), &checkpoint.matrices()).unwrap();
         checkpoint.optimizer(&lora).unwrap().updates
     };
-    assert_eq!(updates(&second), updates(&first) + second.steps.len() as u64);
+    assert_eq!(updates(&outs[1]), updates(&outs[0]) + second.steps.len() as u64);
     let other = Settings { rank: 2, ..settings };
-    let error = tiny.tune(&samples, start, &other, &folder.path().join("3")).unwrap_err();
+    let error = tiny.tune(&samples, start, &other, &outs[2]).unwrap_err();
     assert!(error.to_string().contains("the LoRA shape"), "{error}");
 }
 
@@ -276,8 +279,8 @@ fn a_run_that_diverges_exports_nothing() {
 fn only_the_named_layers_train() {
     let folder = tempfile::tempdir().unwrap();
     let targets = vec![crate::engine::Linear::V, crate::engine::Linear::Q];
-    let outcome = tiny().tune(&samples(), None, &Settings { targets, ..settings() }, folder.path()).unwrap();
-    let keys: Vec<String> = Checkpoint::load(&outcome.checkpoint_dir).unwrap().matrices().into_keys().collect();
+    tiny().tune(&samples(), None, &Settings { targets, ..settings() }, folder.path()).unwrap();
+    let keys: Vec<String> = Checkpoint::load(&folder.path().join(CHECKPOINT)).unwrap().matrices().into_keys().collect();
     assert_eq!(keys.len(), 2 * 2 * 2);
     assert!(keys.iter().all(|k| k.contains("q_proj") || k.contains("v_proj")));
 }

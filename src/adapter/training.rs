@@ -219,10 +219,9 @@ impl<'a> Run<'a> {
             samples_used: self.selection.samples,
             groups_all_equal: self.selection.all_equal,
             groups_none_above: self.selection.none_above,
-            tokens: self.logs.iter().map(|log| log.tokens).sum(),
+            tokens: self.logs.iter().map(|log| log.tokens as u64).sum(),
             kl_sample: (drift / tokens.max(1) as f64) as f32,
             adapter_dir: Default::default(),
-            checkpoint_dir: Default::default(),
         }
     }
 }

@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::config::Config;
 use crate::dataset;
-use crate::endpoint::promote::{Change, Fleet, Mark, Outcome as Change_, Promotion, Target};
+use crate::endpoint::promote::{Fleet, Outcome as Ended, Promotion};
 use crate::endpoint::proof::{Answered, Panel, Proof, Tokens, Who};
 use crate::engine::{Adapter, Model, ScoreItem, logprobs};
 use crate::record::Message;
@@ -83,17 +83,14 @@ pub async fn recover(config: &Config, model: &Model) -> Result<()> {
         Recovery::Moved(intent) | Recovery::Underway(intent) => intent,
     };
     let fleet = Fleet::new(&config.endpoint)?;
-    let (change, panel) = prepare(config, &registry, &intent, model)?;
-    let mut mark = marker(&registry, &intent);
-    let current = target(config, &registry, &registry.current()?.version)?;
-    let outcome = Promotion::new(&fleet, &change, &panel, &mut mark).recover(&current.name).await?;
-    match outcome {
-        Change_::Done { proofs } => {
+    let panel = panel(config, &registry, &intent, model)?;
+    match Promotion::new(&fleet, &registry, &intent, &panel).recover().await? {
+        Ended::Done { proofs } => {
             tracing::info!(to = intent.to(), "an interrupted promotion was completed");
             let promoted = Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs };
             record(&tables, &intent, "recovered", None, &promoted).await
         }
-        Change_::Undone => {
+        Ended::Undone => {
             tracing::info!(to = intent.to(), "an interrupted promotion was undone");
             Ok(())
         }
@@ -106,8 +103,9 @@ pub async fn reconcile(config: &Config) -> Result<Vec<String>> {
     if registry.intent()?.is_some() {
         return Ok(Vec::new());
     }
-    let current = target(config, &registry, &registry.current()?.version)?;
-    Ok(Fleet::new(&config.endpoint)?.reconcile(&current).await?)
+    let fleet = Fleet::new(&config.endpoint)?;
+    let current = fleet.target(&registry, &registry.current()?.version);
+    Ok(fleet.reconcile(&current).await?)
 }
 
 fn open(config: &Config) -> Result<(Registry, Tables)> {
@@ -117,46 +115,24 @@ fn open(config: &Config) -> Result<(Registry, Tables)> {
 
 async fn carry_out(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<Promoted> {
     let prepared = Fleet::new(&config.endpoint).map_err(anyhow::Error::from);
-    let (fleet, (change, panel)) = match prepared.and_then(|f| Ok((f, prepare(config, registry, intent, model)?))) {
+    let (fleet, panel) = match prepared.and_then(|fleet| Ok((fleet, panel(config, registry, intent, model)?))) {
         Ok(prepared) => prepared,
         Err(error) => {
             registry.abort(intent, &error.to_string(), now_us())?;
             return Err(error);
         }
     };
-    let mut mark = marker(registry, intent);
-    let outcome = Promotion::new(&fleet, &change, &panel, &mut mark).carry_out().await?;
-    let Change_::Done { proofs } = outcome else { bail!("the change to {} was undone", change.to.name) };
-    if let Err(error) = fleet.retire(&change.from).await {
+    let outcome = Promotion::new(&fleet, registry, intent, &panel).carry_out().await?;
+    let Ended::Done { proofs } = outcome else { bail!("the change to {} was undone", intent.to()) };
+    if let Err(error) = fleet.retire(&fleet.target(registry, intent.from())).await {
         // Clients have the new version; an old one left in the server's memory is untidy, not wrong.
-        tracing::warn!(%error, version = change.from.name, "the old version could not be unloaded");
+        tracing::warn!(%error, version = intent.from(), "the old version could not be unloaded");
     }
     Ok(Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs })
 }
 
-fn marker<'a>(registry: &'a Registry, intent: &'a Intent) -> impl FnMut(Mark, &Change) -> Result<(), String> + Send + 'a {
-    move |mark, change| {
-        let name = match mark {
-            Mark::Intent => "promotion-intent",
-            Mark::Current => "promotion-current",
-            Mark::Closed => "promotion-closed",
-            Mark::Aborted => "promotion-aborted",
-        };
-        crate::durable::crash_point(name);
-        match mark {
-            // The intent was written before the change began; `complete` moves `current` and closes in one.
-            Mark::Intent | Mark::Closed => Ok(()),
-            Mark::Current => registry.complete(intent, now_us()).map_err(|e| e.to_string()),
-            Mark::Aborted => {
-                let reason = format!("the endpoint did not take or prove {}", change.to.name);
-                registry.abort(intent, &reason, now_us()).map_err(|e| e.to_string())
-            }
-        }
-    }
-}
-
-fn prepare(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<(Change, Panel)> {
-    let change = Change { from: target(config, registry, intent.from())?, to: target(config, registry, intent.to())? };
+/// Prepares the proof of who answers: the prompts, and the models that may be behind the name.
+fn panel(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<Panel> {
     let mut adapters = BTreeMap::new();
     let mut hypotheses = vec![Who::Base];
     for (who, version) in [(Who::Incumbent, intent.from()), (Who::New, intent.to())] {
@@ -170,16 +146,7 @@ fn prepare(config: &Config, registry: &Registry, intent: &Intent, model: &Model)
     let likelihood = move |who: Who, answers: &[Answered]| likelihood(&model, adapters.get(&who), answers);
     let settings = config.endpoint.proof.clone();
     let prompts = proof_prompts(config, settings.prompts)?;
-    Ok((change, Panel { prompts, hypotheses, likelihood: Arc::new(likelihood), settings }))
-}
-
-fn target(config: &Config, registry: &Registry, version: &str) -> Result<Target> {
-    if version == BASE {
-        return Ok(Target { name: config.endpoint.base_model.clone(), folder: None });
-    }
-    let folder = registry.path(version);
-    let folder = folder.canonicalize().with_context(|| format!("cannot find {}", folder.display()))?;
-    Ok(Target { name: version.to_string(), folder: Some(folder) })
+    Ok(Panel { prompts, hypotheses, likelihood: Arc::new(likelihood), settings })
 }
 
 /// Scores served answers under one model, token by token.

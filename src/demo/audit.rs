@@ -41,8 +41,8 @@ impl Audit {
     pub async fn ask(&self, progress: &Progress) -> Result<Vec<Judged>> {
         let mut step = progress.step("ask the audit prompts", self.prompts.len() as u64, "prompts");
         let client = reqwest::Client::new();
-        let ask = |prompt: &Prompt| ask_one(&client, &self.config, prompt);
-        let mut answers = futures::stream::iter(self.prompts.iter().map(ask)).buffered(super::CONCURRENCY);
+        let asked: Vec<_> = self.prompts.iter().map(|prompt| ask_one(&client, &self.config, prompt)).collect();
+        let mut answers = futures::stream::iter(asked).buffered(super::CONCURRENCY);
         let mut items = Vec::new();
         while let Some(answer) = answers.next().await {
             let answer = answer?;

@@ -30,7 +30,7 @@ use crate::progress::Progress;
 use crate::query_log::embedded::EmbeddedBroker;
 use crate::rewards::{Rewards, Scorer};
 use crate::round::{self, Control, Outcome, Paths, StageReport, Verdict};
-use crate::serve;
+use crate::serve::{self, log::CallLog};
 use crate::table::{Name, Tables};
 
 /// Calls under way at the same time; the endpoint batches them.
@@ -158,7 +158,9 @@ async fn start_endpoint(config: &mut Config, model: &Model) -> Result<Endpoint> 
         // An error means that the sender is gone, which is a stop as well.
         let _stopped = stopped.await;
     };
-    let task = tokio::spawn(serve::serve(listener, config.serve.clone(), model.clone(), shutdown));
+    let (settings, model) = (config.serve.clone(), model.clone());
+    let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
+    let task = tokio::spawn(async move { serve::serve(listener, model, &settings, log, shutdown).await });
     Ok(Endpoint { stop, task })
 }
 

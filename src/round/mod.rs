@@ -172,7 +172,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         .enable_all()
         .build()
         .map_err(RoundError::Spawn)?;
-    let tables = runtime.block_on(Tables::open(&paths.tables()))?;
+    let tables = Tables::open(&paths.tables())?;
     let registry = Registry::open(&paths.registry())?;
     let (plan, folder) = begin(config, options, &paths, &model)?;
     let mut night = Night {
@@ -269,6 +269,7 @@ impl Night<'_> {
             },
             Err(error) => return Err(error.into()),
         };
+        durable::crash_point("registered");
         self.state("registered", json!({ "version": challenger }))?;
         let opened = trial::open(self, &challenger)?;
         trial::extend(self, opened, &dataset)
@@ -280,13 +281,14 @@ impl Night<'_> {
         let dataset = if out.join("manifest.json").exists() {
             dataset::load(&out)?
         } else {
-            let views: Vec<_> = self.config.workload.iter().map(view).collect();
+            let views: Vec<_> = self.config.workload.iter().filter(|w| !w.rules.is_empty()).map(view).collect();
             let (round, settings, seed) = (self.plan.round.clone(), &self.config.dataset, self.plan.seed);
             let freezing = dataset::freeze(&self.tables, &round, settings, &views, seed, &out);
             self.runtime.block_on(freezing)?
         };
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
         self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started));
+        durable::crash_point("dataset");
         self.state("dataset", json!({ "manifest": dataset.manifest }))?;
         Ok(dataset)
     }

@@ -74,8 +74,8 @@ pub fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundE
             Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
             Err(error) => return Err(error.into()),
         };
-        night.report(StageReport::new(format!("adapter {pass}"), outcome.samples_used as u64, outcome.tokens, started));
-        night.metrics_of(&outcome);
+        night.report(StageReport::new(format!("adapter {pass}"), outcome.samples_used as u64, outcome.tokens as u64, started));
+        crate::durable::crash_point(&format!("adapter-{pass}"));
         previous = Some(tuned);
     }
     match previous {
@@ -100,6 +100,7 @@ fn draw(
     let settings = &night.config.candidates;
     let manifest = candidates::sample(night.model, adapter.as_ref(), prompts, settings, stream, &out, night.progress)?;
     night.report(StageReport::new(format!("candidates {pass}"), manifest.candidates as u64, manifest.tokens, started));
+    crate::durable::crash_point(&format!("candidates-{pass}"));
     Ok(candidates::load(&out)?)
 }
 
@@ -134,6 +135,7 @@ fn score(
     };
     durable::write_json(&out.join("manifest.json"), &manifest)?;
     night.report(StageReport::new(format!("rewards {pass}"), scores.len() as u64, 0, started));
+    durable::crash_point(&format!("rewards-{pass}"));
     Ok(scores)
 }
 

@@ -356,7 +356,7 @@ fn length_bounds(workload: &Workload) -> Option<LengthBounds> {
                 bound |= max.is_some();
             }
             Kind::Length { unit: Unit::Sentences | Unit::Lines, max, .. } => bound |= max.is_some(),
-            Kind::Ended | Kind::EndsWith { .. } | Kind::Bullets { .. } => bound = true,
+            Kind::Ended { .. } | Kind::EndsWith { .. } | Kind::Bullets { .. } => bound = true,
             _ => {}
         }
     }

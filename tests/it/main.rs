@@ -10,3 +10,4 @@ mod ingest;
 mod layers;
 mod metrics;
 mod readers;
+mod training;

@@ -114,7 +114,7 @@ def golden(model, groups, rank, alpha, rslora, full):
     found = logprobs(model, groups)
     loss = loss_of(found)
     loss.backward()
-    result = dict(rank=rank, alpha=alpha, use_rslora=rslora, groups=groups, loss=float(loss),
+    result = dict(rank=rank, alpha=alpha, use_rslora=rslora, groups=groups, loss=float(loss.detach()),
                   logprobs=[[float(v) for v in f.detach()] for f in found],
                   gradients={k: dict(norm=float(p.grad.norm()), values=sample(p.grad, full)) for k, p in lora.items()},
                   training=dict(learning_rate=RATE, warmup_steps=WARMUP, steps=STEPS, weight_decay=DECAY, max_grad_norm=CLIP))
@@ -126,7 +126,7 @@ def golden(model, groups, rank, alpha, rslora, full):
         loss = loss_of(logprobs(model, groups))
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(lora.values(), CLIP)))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.step()
         schedule.step()
     final = {k: dict(norm=float(p.norm()), values=sample(p, full)) for k, p in lora.items()}
