@@ -132,8 +132,7 @@ impl Checkpoint {
         if found != manifest.sha256 {
             return Err(fault(format!("its SHA-256 is {found}, the manifest says {}", manifest.sha256)));
         }
-        let tensors =
-            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| fault(e.to_string()))?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| fault(e.to_string()))?;
         let Manifest { origin, sha256, updates, steps, base_logprobs, .. } = manifest;
         Ok(Checkpoint { origin, sha256, steps, base_logprobs, updates, tensors })
     }
@@ -148,7 +147,8 @@ impl Checkpoint {
 
     /// Returns the matrices by PEFT key.
     pub fn matrices(&self) -> BTreeMap<String, Tensor> {
-        let matrix = |(key, tensor): (&String, &Tensor)| Some((key.strip_prefix("value.")?.to_string(), tensor.clone()));
+        let matrix =
+            |(key, tensor): (&String, &Tensor)| Some((key.strip_prefix("value.")?.to_string(), tensor.clone()));
         self.tensors.iter().filter_map(matrix).collect()
     }
 

@@ -1,9 +1,9 @@
 //! Training: scored samples in, a LoRA adapter in PEFT's format out.
 //!
 //! [`tune`] is one iteration of a round: it chooses samples ([`losses`]), packs them into steps ([`batches`]), trains
-//! ([`training`]) and exports. Everything random derives from the seed, checkpoints hold the optimizer's moments, and so
-//! a run that was killed and resumed ends with the bytes of an undisturbed one. A run that diverges ends in an error
-//! before anything is exported.
+//! and exports. Everything random derives from the seed and checkpoints hold the optimizer's moments, so a run that was
+//! killed and resumed ends with the bytes of an undisturbed one. A run that diverges ends in an error before anything
+//! is exported.
 
 pub mod batches;
 pub mod checkpoint;
@@ -120,7 +120,10 @@ pub enum TuneError {
     NoGradient { tensor: String },
     #[error("{what} is {value} at step {step}, so training was given up; lower tuning.learning_rate")]
     NotFinite { what: &'static str, value: f64, step: usize },
-    #[error("{what} is {value:.4} nats a token at step {step}, past tuning.{key} = {bound}; lower tuning.learning_rate or tuning.epochs")]
+    #[error(
+        "{what} is {value:.4} nats a token at step {step}, past tuning.{key} = {bound}; lower tuning.learning_rate or \
+         tuning.epochs"
+    )]
     Collapsed { what: &'static str, value: f64, step: usize, key: &'static str, bound: f64 },
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -35,7 +35,7 @@ pub struct Settings {
     /// Samples per optimizer step. Samples of one prompt stay together, so a step may hold a few more. At least 1.
     pub batch_samples: usize,
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
-    /// Memory grows by about 1.5 MB per row for a model of 135M parameters. At least 1.
+    /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
     /// How many of a prompt's samples train, best first. At least 1.
     pub best_per_prompt: usize,
@@ -109,7 +109,10 @@ impl Settings {
             return Err(format!("{key} is {value}; set it to 0 or more"));
         }
         if !(0.0..1.0).contains(&self.min_reward) {
-            return Err(format!("min_reward is {}; rewards lie in [0, 1], so set it from 0 to below 1", self.min_reward));
+            return Err(format!(
+                "min_reward is {}; rewards lie in [0, 1], so set it from 0 to below 1",
+                self.min_reward
+            ));
         }
         if self.targets.is_empty() {
             return Err("targets is empty; name at least one of q, k, v, o, gate, up, down".to_string());

@@ -8,7 +8,7 @@ use crate::adapter::checkpoint::save;
 use crate::adapter::optimizer::AdamW;
 use crate::engine::Architecture;
 use crate::engine::train::LoraMatrices;
-use crate::engine::train::fixture::{Golden, GoldenTensor, Tiny, lora};
+use crate::engine::train::fixture::{Golden, Tiny, lora};
 use crate::progress::Observer;
 
 fn tiny() -> Tiny {
@@ -20,7 +20,13 @@ impl Tiny {
         Frozen { config: &self.config, weights: &self.weights, identity: &self.identity }
     }
 
-    fn tune(&self, samples: &[Sample], start: Option<&Path>, settings: &Settings, out: &Path) -> Result<Outcome, TuneError> {
+    fn tune(
+        &self,
+        samples: &[Sample],
+        start: Option<&Path>,
+        settings: &Settings,
+        out: &Path,
+    ) -> Result<Outcome, TuneError> {
         tune_frozen(self.frozen(), samples, start, settings, 7, out, &Progress::silent())
     }
 }
@@ -32,7 +38,8 @@ fn sample(group: &str, prompt: &[u32], completion: &[u32], reward: f64) -> Sampl
 
 /// Twelve groups of four samples each, of which some reward one token.
 fn samples() -> Vec<Sample> {
-    let completion = |g: u32, s: u32| -> Vec<u32> { (0..2 + (g + s) % 4).map(|t| (g * 5 + s * 11 + t * 7) % 48).collect() };
+    let completion =
+        |g: u32, s: u32| -> Vec<u32> { (0..2 + (g + s) % 4).map(|t| (g * 5 + s * 11 + t * 7) % 48).collect() };
     (0..12)
         .flat_map(|g| {
             (0..4).map(move |s| {
@@ -62,50 +69,74 @@ fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
     files
 }
 
+/// Runs the training of a golden file and compares each step and the matrices that it ends with.
+fn expect_golden(name: &str, frozen: Frozen) {
+    let golden = Golden::read(name);
+    let folder = tempfile::tempdir().unwrap();
+    let mut samples = Vec::new();
+    for (i, group) in golden.groups.iter().enumerate() {
+        let good = group.completions.iter().map(|c| sample(&i.to_string(), &group.prompt, c, 1.0));
+        samples.extend(good);
+        samples.push(sample(&i.to_string(), &group.prompt, &[1], 0.0));
+    }
+    let t = &golden.training;
+    let settings = Settings {
+        rank: golden.rank,
+        alpha: golden.alpha,
+        use_rslora: golden.use_rslora,
+        learning_rate: t.learning_rate,
+        warmup_steps: t.warmup_steps,
+        weight_decay: t.weight_decay,
+        max_grad_norm: t.max_grad_norm,
+        epochs: t.steps,
+        batch_samples: golden.logprobs.len(),
+        best_per_prompt: 3,
+        max_kl: 100.0,
+        ..Settings::default()
+    };
+    // The golden run starts from matrices of its own: hand them over as the checkpoint of an iteration before.
+    let lora = lora(frozen.config, &golden.spec());
+    let origin = Origin::new(frozen.identity, &settings, 0, &[], None).unwrap();
+    save(folder.path(), &origin, &lora, &AdamW::new(&lora.values), &[], &[]).unwrap();
+    let (start, out) = (Some(folder.path()), folder.path().join("out"));
+    let outcome = tune_frozen(frozen, &samples, start, &settings, 0, &out, &Progress::silent()).unwrap();
+    assert_eq!(outcome.steps.len(), t.steps);
+    for (log, (loss, norm)) in outcome.steps.iter().zip(golden.losses.iter().zip(&golden.grad_norms)) {
+        assert!((log.loss - loss).abs() < 1e-3, "{name} step {}: {} PyTorch {loss}", log.step, log.loss);
+        assert!((log.grad_norm - norm).abs() < 1e-2 * norm, "{name} step {}: {} {norm}", log.step, log.grad_norm);
+    }
+    let last = Checkpoint::load(&outcome.checkpoint_dir).unwrap().matrices();
+    for (key, expected) in &golden.last {
+        let found: Vec<f32> = last[key].flatten_all().unwrap().to_vec1().unwrap();
+        expected.expect(key, &found, 1e-2);
+    }
+}
+
 #[test]
 fn ten_steps_agree_with_pytorch() {
     for kind in [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3] {
-        let (golden, tiny) = (Golden::read(kind.as_str()), Tiny::new(kind));
-        let folder = tempfile::tempdir().unwrap();
-        let mut samples = Vec::new();
-        for (i, group) in golden.groups.iter().enumerate() {
-            let good = group.completions.iter().map(|c| sample(&i.to_string(), &group.prompt, c, 1.0));
-            samples.extend(good);
-            samples.push(sample(&i.to_string(), &group.prompt, &[1], 0.0));
-        }
-        let t = &golden.training;
-        let settings = Settings {
-            rank: golden.rank,
-            alpha: golden.alpha,
-            use_rslora: golden.use_rslora,
-            learning_rate: t.learning_rate,
-            warmup_steps: t.warmup_steps,
-            weight_decay: t.weight_decay,
-            max_grad_norm: t.max_grad_norm,
-            epochs: t.steps,
-            batch_samples: 5,
-            best_per_prompt: 3,
-            max_kl: 100.0,
-            ..Settings::default()
-        };
-        // The golden run starts from matrices of its own: hand them over as the checkpoint of an iteration before.
-        let lora = lora(&tiny.config, &golden.spec());
-        let origin = Origin::new(&tiny.identity, &settings, 0, &[], None).unwrap();
-        save(folder.path(), &origin, &lora, &AdamW::new(&lora.values), &[], &[]).unwrap();
-        let out = folder.path().join("out");
-        let outcome = tiny.tune(&samples, Some(folder.path()), &settings, &out).unwrap();
-        assert_eq!(outcome.steps.len(), t.steps);
-        for (log, (loss, norm)) in outcome.steps.iter().zip(golden.losses.iter().zip(&golden.grad_norms)) {
-            assert!((log.loss - loss).abs() < 1e-3, "{kind:?} step {}: {} PyTorch {loss}", log.step, log.loss);
-            assert!((log.grad_norm - norm).abs() < 1e-2 * norm, "{kind:?} step {}: {} {norm}", log.step, log.grad_norm);
-        }
-        let last = Checkpoint::load(&outcome.checkpoint_dir).unwrap().matrices();
-        for (key, expected) in &golden.last {
-            let expected: &GoldenTensor = expected;
-            let found: Vec<f32> = last[key].flatten_all().unwrap().to_vec1().unwrap();
-            expected.expect(key, &found, 1e-2);
-        }
+        expect_golden(kind.as_str(), Tiny::new(kind).frozen());
     }
+}
+
+#[test]
+fn ten_steps_on_smollm2_agree_with_pytorch() {
+    let Some(model) = smollm2() else { return };
+    let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
+    expect_golden("smollm2", frozen);
+}
+
+/// Returns the demo's model where this machine has it. `TAOD_REQUIRE=models` makes its absence a failure.
+fn smollm2() -> Option<Model> {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let models = std::env::var("TAOD_MODELS").unwrap_or(format!("{home}/.cache/taod/models"));
+    let file = Path::new(&models).join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let required = std::env::var("TAOD_REQUIRE").is_ok_and(|list| list.split(',').any(|item| item == "models"));
+    if !file.exists() && !required {
+        eprintln!("skipped: {} is not there", file.display());
+        return None;
+    }
+    Some(Model::load(&file.display().to_string()).unwrap())
 }
 
 #[test]
@@ -249,4 +280,38 @@ fn only_the_named_layers_train() {
     let keys: Vec<String> = Checkpoint::load(&outcome.checkpoint_dir).unwrap().matrices().into_keys().collect();
     assert_eq!(keys.len(), 2 * 2 * 2);
     assert!(keys.iter().all(|k| k.contains("q_proj") || k.contains("v_proj")));
+}
+
+/// Notes the resident memory of this process after each step, in KB.
+#[derive(Default)]
+struct Memory(std::sync::Mutex<Vec<u64>>);
+
+impl Observer for Memory {
+    fn begin(&self, _: &str, _: u64, _: &str) {}
+    fn end(&self, _: &str, _: &str) {}
+    fn advance(&self, _: &str, _: u64, _: &str) {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        self.0.lock().unwrap().push(line.split_whitespace().nth(1).unwrap().parse().unwrap());
+    }
+}
+
+#[test]
+fn memory_stays_flat_over_steps() {
+    // Other tests share this process and its memory, so this one runs again in a process of its own.
+    if std::env::var_os("TAOD_TEST_ALONE").is_none() {
+        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+        alone.args(["--exact", "adapter::tests::memory_stays_flat_over_steps"]).env("TAOD_TEST_ALONE", "1");
+        let output = alone.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let settings = Settings { epochs: 150, learning_rate: 1e-4, checkpoint_steps: 10_000, ..settings() };
+    let memory = Arc::new(Memory::default());
+    let progress = Progress::to(memory.clone());
+    tune_frozen(tiny().frozen(), &samples(), None, &settings, 7, folder.path(), &progress).unwrap();
+    let noted = memory.0.lock().unwrap();
+    let (early, late) = (noted[noted.len() / 4], noted[noted.len() - 1]);
+    assert!(noted.len() > 900 && late < early + 2048, "{early} KB early, {late} KB after {} steps", noted.len());
 }

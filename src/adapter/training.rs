@@ -141,7 +141,10 @@ impl<'a> Run<'a> {
     fn check_gradients(&self, gradients: &[Vec<f32>]) -> Result<(), TuneError> {
         let still = |g: &Vec<f32>| g.iter().all(|v| *v == 0.0);
         let pairs = self.lora.matrices.chunks(2).zip(gradients.chunks(2));
-        match pairs.filter_map(|(matrices, gradients)| Some((matrices.last()?, gradients.last()?))).find(|(_, g)| still(g)) {
+        match pairs
+            .filter_map(|(matrices, gradients)| Some((matrices.last()?, gradients.last()?)))
+            .find(|(_, g)| still(g))
+        {
             Some((matrix, _)) => Err(TuneError::NoGradient { tensor: matrix.key.clone() }),
             None => Ok(()),
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::gguf_file::Content;
+use candle_core::quantized::gguf_file::{Content, Value as GgufValue};
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
@@ -49,6 +49,47 @@ impl Gguf {
             _ => return Ok(Some(tensor)),
         };
         Ok(Some(unpermute(&tensor, heads)?))
+    }
+
+    /// Returns a text of the metadata.
+    pub(crate) fn text(&self, key: &str) -> Option<String> {
+        self.content.metadata.get(key).and_then(|v| v.to_string().ok()).cloned()
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> Option<bool> {
+        self.content.metadata.get(key).and_then(|v| v.to_bool().ok())
+    }
+
+    pub(crate) fn texts(&self, key: &str) -> Option<Vec<String>> {
+        self.list(key, |v| v.to_string().ok().cloned())
+    }
+
+    pub(crate) fn numbers(&self, key: &str) -> Option<Vec<f32>> {
+        self.list(key, |v| v.to_f32().ok())
+    }
+
+    pub(crate) fn counts(&self, key: &str) -> Option<Vec<u64>> {
+        self.list(key, |v| v.to_u64().ok().or(v.to_i64().ok().map(|i| i as u64)).or(v.to_i32().ok().map(|i| i as u64)))
+    }
+
+    /// Returns the text of a special token: `bos` or `eos`.
+    pub(crate) fn special(&self, name: &str) -> Option<String> {
+        let id = self.count(&format!("tokenizer.ggml.{name}_token_id"))?;
+        self.texts("tokenizer.ggml.tokens")?.get(id as usize).cloned()
+    }
+
+    /// Returns the declared ids that end an answer.
+    pub(crate) fn end_ids(&self) -> Vec<u32> {
+        let id = |name: &str| self.count(&format!("tokenizer.ggml.{name}_token_id")).map(|id| id as u32);
+        ["eos", "eot", "eom"].iter().filter_map(|name| id(name)).collect()
+    }
+
+    fn count(&self, key: &str) -> Option<u64> {
+        self.content.metadata.get(key).and_then(|v| v.to_u64().ok())
+    }
+
+    fn list<T>(&self, key: &str, item: impl Fn(&GgufValue) -> Option<T>) -> Option<Vec<T>> {
+        self.content.metadata.get(key).and_then(|v| v.to_vec().ok())?.iter().map(item).collect()
     }
 
     fn read(&self, own: &str) -> Result<Option<Tensor>, EngineError> {

@@ -4,23 +4,39 @@
 //! `train` differentiates through it with the ops of `ops`. All four compute with the same frozen [`Weights`] and an
 //! [`Adapter`] beside them; nothing ever merges an adapter into the weights.
 
+mod attention;
+mod cache;
 mod config;
+mod decoder;
+mod draw;
 mod error;
 mod gguf;
+mod gguf_tokenizer;
 pub mod lora;
+mod math;
+mod matmul;
 mod model;
 mod rope;
 mod safetensors;
+mod sampler;
+mod score;
 mod source;
 mod template;
+#[cfg(test)]
+mod tests;
+mod threads;
 mod tokenizer;
 mod weights;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use draw::SamplingSettings;
 pub use error::EngineError;
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, save_peft};
 pub use model::{Model, ModelIdentity};
 pub use rope::Rope;
+pub use sampler::{BatchLimits, Batcher, Completion, Event, Group, generate};
+pub use score::{ScoreItem, divergence, logprobs};
 pub use source::ModelSource;
+pub use threads::{available, init_threads};
 pub use tokenizer::Tokenizer;
 pub use weights::{LayerWeights, Weights};

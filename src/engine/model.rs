@@ -1,11 +1,12 @@
 //! A loaded model: weights, tokenizer and chat template, shared by everything that runs it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::ModelConfig;
+use super::decoder::Decoder;
 use super::error::EngineError;
 use super::rope::Rope;
 use super::source::ModelSource;
@@ -37,6 +38,14 @@ struct Inner {
     template: ChatTemplate,
     weights: Weights,
     rope: Rope,
+    /// The weights laid out for inference, made when first needed: training does without this second copy.
+    decoder: OnceLock<Decoder>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Model").field(&self.0.identity).finish()
+    }
 }
 
 impl Model {
@@ -56,7 +65,7 @@ impl Model {
         };
         let weights = Weights::load(&files, &config)?;
         let rope = Rope::new(&config)?;
-        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, rope })))
+        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, rope, decoder: OnceLock::new() })))
     }
 
     /// Returns the shape and the constants.
@@ -82,6 +91,15 @@ impl Model {
     /// Returns the rotary tables.
     pub fn rope(&self) -> &Rope {
         &self.0.rope
+    }
+
+    /// Returns the model laid out for inference.
+    pub(crate) fn decoder(&self) -> Result<&Decoder, EngineError> {
+        if let Some(decoder) = self.0.decoder.get() {
+            return Ok(decoder);
+        }
+        let decoder = Decoder::new(self.config(), self.weights(), self.rope())?;
+        Ok(self.0.decoder.get_or_init(|| decoder))
     }
 
     /// Returns the token ids of a conversation, ending where the assistant's answer begins.

@@ -17,11 +17,11 @@ use self::layer::{Batch, Layer, Saved};
 use super::config::ModelConfig;
 use super::error::EngineError;
 use super::lora::{Factor, Linear, LoraSpec};
+use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
 use super::ops::linear::Pair;
 use super::ops::pointwise::{RmsNorm, Rotation};
 use super::ops::token_logprobs::{Slopes, TokenLogprobs, token_logprobs};
-use super::ops::Values;
 use super::rope::Rope;
 use super::weights::Weights;
 
@@ -36,11 +36,6 @@ impl GroupTokens<'_> {
     /// Returns how many rows the group takes in a packed batch: the last token of a completion is only a target.
     pub fn rows(&self) -> usize {
         self.prompt.len() + self.completions.iter().map(|c| c.len().saturating_sub(1)).sum::<usize>()
-    }
-
-    /// Returns how many completion tokens the group has.
-    pub fn targets(&self) -> usize {
-        self.completions.iter().map(|c| c.len()).sum()
     }
 }
 
@@ -158,11 +153,7 @@ impl<'a> Base<'a> {
     }
 
     /// Runs the model with `lora` and keeps what [`Pass::backward`] needs.
-    pub fn forward<'p>(
-        &'p self,
-        lora: &'p LoraMatrices,
-        groups: &[GroupTokens],
-    ) -> Result<Pass<'p>, EngineError> {
+    pub fn forward<'p>(&'p self, lora: &'p LoraMatrices, groups: &[GroupTokens]) -> Result<Pass<'p>, EngineError> {
         let packed = Packed::new(groups)?;
         let batch = self.batch(&packed)?;
         let mut saved = Vec::with_capacity(self.config.layers);
@@ -190,12 +181,7 @@ impl<'a> Base<'a> {
     }
 
     /// Returns the results of all targets, and the hidden rows that predict them, before the last norm.
-    fn logprobs(
-        &self,
-        packed: &Packed,
-        x: &[f32],
-        slopes: Slopes,
-    ) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
+    fn logprobs(&self, packed: &Packed, x: &[f32], slopes: Slopes) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
         let predicting = gather(x, packed.predicting.iter().copied(), self.config.hidden_size);
         let hidden = RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.forward(&predicting);
         let tokens = token_logprobs(&hidden, &self.weights.lm_head, &packed.targets, slopes)?;
@@ -287,8 +273,7 @@ struct Packed {
 
 impl Packed {
     fn new(groups: &[GroupTokens]) -> Result<Self, EngineError> {
-        let mut packed =
-            Packed { ids: vec![], positions: vec![], groups: vec![], predicting: vec![], targets: vec![] };
+        let mut packed = Packed { ids: vec![], positions: vec![], groups: vec![], predicting: vec![], targets: vec![] };
         for group in groups {
             if group.prompt.is_empty() || group.completions.iter().any(|c| c.is_empty()) {
                 return Err(EngineError::request("a prompt or a completion has no tokens; leave it out"));

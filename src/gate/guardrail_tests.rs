@@ -5,7 +5,7 @@ use crate::gate::rows::Kl as Divergence;
 /// `n` observations made by `change` from a neutral one.
 fn many(n: usize, change: impl Fn(usize, &mut Observation)) -> Vec<Observation> {
     let make = |i: usize| {
-        let mut o = observation(&format!("c{i}"), if i % 3 == 0 { 1.0 } else { 0.0 }, 0.0);
+        let mut o = observation(&format!("c{i}"), if i.is_multiple_of(3) { 1.0 } else { 0.0 }, 0.0);
         change(i, &mut o);
         o
     };

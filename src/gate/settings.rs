@@ -62,7 +62,7 @@ impl Settings {
         if !(0.0..1.0).contains(&self.margin) {
             return Err(format!("margin {} is not in [0, 1): use a value such as 0.005", self.margin));
         }
-        if !(self.futility < 0.0) {
+        if self.futility.is_nan() || self.futility >= 0.0 {
             return Err(format!("futility {} is not below 0: use a value such as -2", self.futility));
         }
         if self.kl_prompts < self.guardrails.min_prompts {

@@ -68,7 +68,7 @@ pub struct By<L, M> {
 
 impl<L: Label, M> By<L, M> {
     /// Returns the handle of one label value.
-    pub fn of(&self, label: L) -> &M {
+    pub fn get(&self, label: L) -> &M {
         &self.metrics[label.index()]
     }
 }

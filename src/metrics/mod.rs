@@ -186,8 +186,8 @@ mod tests {
     #[test]
     fn a_value_lands_on_its_own_label() {
         let metrics = Metrics::new().unwrap();
-        metrics.gate.trials.of(TrialOutcome::Refused).inc();
-        metrics.gate.guardrails.of(Guardrail::Quality).set(-1);
+        metrics.gate.trials.get(TrialOutcome::Refused).inc();
+        metrics.gate.guardrails.get(Guardrail::Quality).set(-1);
         let text = metrics.render().unwrap();
         assert!(text.contains("taod_gate_trials_total{outcome=\"refused\"} 1\n"), "{text}");
         assert!(text.contains("taod_gate_trials_total{outcome=\"promoted\"} 0\n"), "{text}");

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::record::{FinishReason, Message};
 
 use super::Settings;
-use super::worker::{Refusal, Sampling};
+use super::job::{Refusal, Sampling};
 
 /// An answer that is not a success, in OpenAI's envelope.
 #[derive(Debug, Clone, PartialEq)]

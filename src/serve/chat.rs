@@ -18,8 +18,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::record::derive_seed;
 
 use super::api::{Answer, ApiError, ChatRequest, Choice};
+use super::job::{Command, Event, Job};
 use super::log::{COPIED_HEADERS, Call};
-use super::worker::{Command, Event, Job};
 use super::{Server, bytes};
 
 /// Names the version that answered, also where the stable name was asked for.

@@ -8,7 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::record::FinishReason;
 
 use super::api::Sampled;
-use super::worker::Event;
+use super::job::Event;
 
 /// Turns the tokens of one request's samples into events for the connection that waits for them.
 pub(crate) struct Emitter {

@@ -12,6 +12,7 @@ mod adapters;
 mod api;
 mod chat;
 mod emit;
+mod job;
 pub mod log;
 mod worker;
 
@@ -33,10 +34,12 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
+use crate::engine::Model;
+
 use adapters::{AliasRequest, LoadRequest, Names, UnloadRequest};
 use api::ApiError;
+use job::Command;
 use log::CallLog;
-use worker::Command;
 
 /// What an operator sets of the embedded endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -56,7 +59,7 @@ pub struct Settings {
     pub max_requests: usize,
     /// Sequences decoded in one batch, 1 or more.
     pub max_sequences: usize,
-    /// Samples (`n`) that one request may ask for, 1 to max_sequences.
+    /// Samples (`n`) that one request may ask for, from 1 to max_sequences.
     pub max_samples: usize,
     /// New tokens that one sample may have, 1 or more; also the default where a request names none.
     pub max_tokens: usize,
@@ -136,27 +139,35 @@ pub(crate) struct Base {
 /// Everything that the connections share.
 pub(crate) struct Server {
     settings: Settings,
-    context: usize,
     names: Mutex<Names>,
     /// Held while an adapter is loaded or unloaded, so that names and engine change together.
     changing: tokio::sync::Mutex<()>,
     engine: Sender<Command>,
     places: Arc<Semaphore>,
-    log: CallLog,
+    log: Arc<CallLog>,
+    /// Its other half resolves when the last connection or stream has let go of the server.
+    _alive: oneshot::Sender<()>,
 }
 
 impl Server {
-    fn new(base: &Base, settings: &Settings, engine: Sender<Command>, log: CallLog) -> Self {
+    fn new(
+        base: &Base,
+        settings: &Settings,
+        engine: Sender<Command>,
+        log: Arc<CallLog>,
+    ) -> (Self, oneshot::Receiver<()>) {
         let created = chrono::Utc::now().timestamp();
-        Server {
+        let (alive, over) = oneshot::channel();
+        let server = Server {
             settings: settings.clone(),
-            context: base.context,
             names: Mutex::new(Names::new(&base.name, &base.root, base.context, created)),
             changing: tokio::sync::Mutex::new(()),
             engine,
             places: Arc::new(Semaphore::new(settings.max_requests)),
             log,
-        }
+            _alive: alive,
+        };
+        (server, over)
     }
 
     /// Returns the names. No code panics while it holds them, so a poisoned lock is still whole.
@@ -169,7 +180,46 @@ impl Server {
     }
 }
 
-/// Answers connections until `shutdown` completes, then lets requests under way finish; `engine` takes the jobs.
+/// Serves `model` at `listener` until `shutdown` completes; then requests under way are finished and the log flushed.
+pub async fn serve(
+    listener: TcpListener,
+    model: Model,
+    settings: &Settings,
+    log: CallLog,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let name = model.identity().name.clone();
+    let served = if settings.base_model.is_empty() { name.clone() } else { settings.base_model.clone() };
+    let base = Base { name: served, root: name, context: model.config().max_positions };
+    let engine = worker::start(model, settings).map_err(|e| ServeError::Engine(e.to_string()))?;
+    run(listener, &base, settings, log, engine, shutdown).await
+}
+
+/// Serves with whatever takes the commands of `engine`.
+async fn run(
+    listener: TcpListener,
+    base: &Base,
+    settings: &Settings,
+    log: CallLog,
+    engine: Sender<Command>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let log = Arc::new(log);
+    let (server, over) = Server::new(base, settings, engine, log.clone());
+    let result = answer(listener, Arc::new(server), shutdown).await;
+    // A stream is logged a moment after its connection has ended.
+    if tokio::time::timeout(LAST_WORDS, over).await.is_err() {
+        tracing::warn!("streams were still under way when the server stopped; they are not logged");
+    }
+    let flushed = tokio::task::spawn_blocking(move || log.flush(LAST_WORDS)).await;
+    flushed.map_err(|e| ServeError::Engine(e.to_string()))?;
+    result
+}
+
+/// Time that the log gets to take its last records.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// Answers connections until `shutdown` completes, then gives the requests under way the time to drain.
 async fn answer(
     listener: TcpListener,
     server: Arc<Server>,

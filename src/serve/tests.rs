@@ -12,7 +12,7 @@ use super::*;
 use crate::record::{FinishReason, last_user_text};
 use api::Sampled;
 use emit::{Emitter, Wish};
-use worker::{Event, Job, Refusal, room};
+use job::{Event, Job, Refusal, room};
 
 pub(crate) const CONTEXT: usize = 120;
 const END: u32 = 256;
@@ -50,15 +50,12 @@ impl Fake {
         let lock = busy.clone();
         std::thread::spawn(move || engine_thread(&commands, &lock));
         let base = Base { name: "base".into(), root: "/models/base".into(), context: CONTEXT };
-        let server = Arc::new(Server::new(&base, &settings, engine, log));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = tokio::spawn(async move {
-            let shared = server.clone();
-            answer(listener, server, async { stopped.await.unwrap_or_default() }).await.unwrap();
-            tokio::task::spawn_blocking(move || shared.log.flush(Duration::from_secs(10))).await.unwrap();
-        });
+        let shutdown = async { stopped.await.unwrap_or_default() };
+        let serving =
+            tokio::spawn(async move { run(listener, &base, &settings, log, engine, shutdown).await.unwrap() });
         Fake { url, busy, stop: Some(stop), serving: Some(serving), adapters }
     }
 
@@ -104,7 +101,7 @@ fn engine_thread(commands: &Receiver<Command>, busy: &Mutex<()>) {
                 let text = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
                 let config: Value = serde_json::from_str(&text).unwrap();
                 let outcome = match config["r"].as_u64() {
-                    Some(rank) if rank > 8 => Err(worker::rank_too_high(rank as usize, 8)),
+                    Some(rank) if rank > 8 => Err(job::rank_too_high(rank as usize, 8)),
                     _ => {
                         voices.insert(name, config["voice"].as_str().unwrap().to_owned());
                         Ok(())

@@ -316,7 +316,8 @@ mod tests {
 
     #[test]
     fn groups_with_a_gap_are_refused() {
-        let gap = vec![GroupRows { prompt: 0..3, completions: vec![] }, GroupRows { prompt: 4..5, completions: vec![] }];
+        let gap =
+            vec![GroupRows { prompt: 0..3, completions: vec![] }, GroupRows { prompt: 4..5, completions: vec![] }];
         assert!(Attention::new(gap, HEADS).is_err());
     }
 }

@@ -1,8 +1,8 @@
 //! Log-probs of given tokens from hidden states, through a frozen output layer.
 //!
 //! Logits over the whole vocabulary exist for a few rows at a time only. The gradient of a log-prob with respect to its
-//! hidden row, `W[target] - p W`, needs just what the chunk holds at that moment, and a backward pass only multiplies it
-//! by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
+//! hidden row, `W[target] - p W`, needs just what the chunk holds at that moment, and a backward pass only multiplies
+//! it by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
 //! logits a second time.
 
 use candle_core::{Result, Tensor, bail};
@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
 use super::{LANES, Values, exp, largest};
 
-/// Rows whose logits are held at once: 25 MB for a vocabulary of 49,152.
-const ROWS: usize = 128;
+/// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
+const ROWS: usize = 256;
 
 /// Whether the slopes for a backward pass are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -107,7 +107,8 @@ impl Layer<'_> {
         let norm = self.norm(&w.attn_norm)?;
         let normed = norm.forward(&x);
         let wanted = self.index > 0;
-        for (linear, d, into) in [(Linear::Q, dq, Into::Fresh), (Linear::K, dk, Into::Sum), (Linear::V, dv, Into::Sum)] {
+        for (linear, d, into) in [(Linear::Q, dq, Into::Fresh), (Linear::K, dk, Into::Sum), (Linear::V, dv, Into::Sum)]
+        {
             self.linear_backward(linear, &normed, &d, wanted.then_some((&mut d_normed, into)), gradients)?;
         }
         if !wanted {

@@ -1,0 +1,319 @@
+//! The forward pass for sampling and scoring: everything laid out for speed, nothing kept for gradients.
+//!
+//! A forward pass takes *runs*: pieces of several sequences, one token long in decoding and a prompt long in prefill,
+//! and multiplies all their rows by each weight matrix at once. Only attention looks at which row belongs to which.
+
+use rayon::prelude::*;
+
+use super::attention::View;
+use super::cache::{Cache, Pool, Shape};
+use super::config::ModelConfig;
+use super::error::EngineError;
+use super::lora::{Adapter, Linear};
+use super::math;
+use super::matmul::{Packed, Product};
+use super::rope::Rope;
+use super::weights::{LayerWeights, Weights};
+
+/// A model laid out for inference.
+pub(crate) struct Decoder {
+    config: ModelConfig,
+    embed: Vec<f32>,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    head: Packed,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+struct Layer {
+    attn_norm: Vec<f32>,
+    qkv: Packed,
+    qkv_bias: Option<Vec<f32>>,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
+    o: Packed,
+    mlp_norm: Vec<f32>,
+    gate_up: Packed,
+    down: Packed,
+}
+
+/// Tokens to read next in one sequence.
+pub(crate) struct Run<'a> {
+    pub(crate) cache: &'a mut Cache,
+    pub(crate) tokens: &'a [u32],
+}
+
+/// The rows of a run's own place in the batch.
+#[derive(Clone, Copy)]
+struct Row {
+    run: usize,
+    /// Place inside the run.
+    offset: usize,
+}
+
+impl Decoder {
+    pub(crate) fn new(config: &ModelConfig, weights: &Weights, rope: &Rope) -> Result<Self, EngineError> {
+        let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let layers = weights.layers.par_iter().map(|l| Layer::new(config, l)).collect::<Result<_, EngineError>>()?;
+        Ok(Decoder {
+            config: config.clone(),
+            embed: flat(&weights.embed)?,
+            layers,
+            norm: flat(&weights.norm)?,
+            head: Packed::new(&[&weights.lm_head])?,
+            cos: flat(&rope.cos)?,
+            sin: flat(&rope.sin)?,
+        })
+    }
+
+    /// Returns the layout of its cache pages.
+    pub(crate) fn shape(&self) -> Shape {
+        Shape::new(&self.config)
+    }
+
+    pub(crate) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    /// Returns the panels of the output layer.
+    pub(crate) fn head(&self) -> &Packed {
+        &self.head
+    }
+
+    /// Reads the runs' tokens into their caches and returns the last layer's rows, `[rows, hidden]`, normed.
+    pub(crate) fn forward(&self, adapter: Option<&LoraPack>, runs: &mut [Run], pool: &mut Pool) -> Vec<f32> {
+        let hidden = self.config.hidden_size;
+        let rows: Vec<Row> = runs
+            .iter()
+            .enumerate()
+            .flat_map(|(run, r)| (0..r.tokens.len()).map(move |offset| Row { run, offset }))
+            .collect();
+        for run in runs.iter_mut() {
+            run.cache.reserve(run.tokens.len(), pool);
+        }
+        let mut x = vec![0.0; rows.len() * hidden];
+        for (x, token) in x.chunks_exact_mut(hidden).zip(runs.iter().flat_map(|r| r.tokens)) {
+            x.copy_from_slice(&self.embed[*token as usize * hidden..][..hidden]);
+        }
+        for (i, layer) in self.layers.iter().enumerate() {
+            let lora = adapter.map(|a| &a.layers[i]);
+            self.attention(i, layer, lora, runs, &rows, &mut x);
+            self.mlp(layer, lora, &mut x);
+        }
+        for run in runs.iter_mut() {
+            run.cache.advance(run.tokens.len());
+        }
+        self.normed(&x, &self.norm)
+    }
+
+    /// Returns the logits of rows that [`Decoder::forward`] returned.
+    pub(crate) fn logits(&self, hidden: &[f32]) -> Product {
+        self.head.apply(hidden, hidden.len() / self.config.hidden_size)
+    }
+
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let hidden = self.config.hidden_size;
+        let mut out = vec![0.0; x.len()];
+        let rows = out.par_chunks_exact_mut(hidden).with_min_len(16).zip(x.par_chunks_exact(hidden));
+        rows.for_each(|(out, x)| math::rms_norm(x, weight, self.config.rms_eps, out));
+        out
+    }
+
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer,
+        lora: Option<&LayerLora>,
+        runs: &mut [Run],
+        rows: &[Row],
+        x: &mut [f32],
+    ) {
+        let c = &self.config;
+        let normed = self.normed(x, &layer.attn_norm);
+        let mut product = layer.qkv.apply(&normed, rows.len());
+        add_low_rank(lora.and_then(|l| l.qkv.as_ref()), &normed, &mut product);
+        let mut q = vec![0.0; rows.len() * c.query_size()];
+        self.place(index, layer, runs, &product, &mut q);
+
+        let group = c.heads / c.kv_heads * c.head_dim;
+        let mut attended = vec![0.0; q.len()];
+        let runs = &*runs;
+        let work = attended.par_chunks_exact_mut(group).zip(q.par_chunks_exact(group)).enumerate();
+        work.with_min_len(4).for_each_init(Vec::new, |scratch, (at, (out, q))| {
+            let (row, head) = (rows[at / c.kv_heads], at % c.kv_heads);
+            let cache = &*runs[row.run].cache;
+            let prefix = cache.prefix().map(|p| (p, p.len()));
+            let own = Some((cache.own(), cache.own().len() + row.offset + 1));
+            View { layer: index, head, parts: [prefix, own], head_dim: c.head_dim }.attend(q, out, scratch);
+        });
+        let mut product = layer.o.apply(&attended, rows.len());
+        add_low_rank(lora.and_then(|l| l.o.as_ref()), &attended, &mut product);
+        add_rows(x, &product, c.hidden_size);
+    }
+
+    /// Finishes queries, keys and values (bias, norm, rotation), writes keys and values to the caches.
+    fn place(&self, index: usize, layer: &Layer, runs: &mut [Run], product: &Product, q: &mut [f32]) {
+        let c = &self.config;
+        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let mut work = Vec::with_capacity(runs.len());
+        let (mut first, mut rest) = (0, q);
+        for run in runs.iter_mut() {
+            let (head, tail) = rest.split_at_mut(run.tokens.len() * c.query_size());
+            let rows = run.tokens.len();
+            work.push((first, run, head));
+            first += rows;
+            rest = tail;
+        }
+        work.into_par_iter().with_min_len(4).for_each_init(Vec::new, |row, (first, run, q)| {
+            row.resize(c.query_size() + 2 * c.kv_size(), 0.0);
+            for (offset, q) in q.chunks_exact_mut(c.query_size()).enumerate() {
+                product.copy_row(first + offset, row);
+                let position = run.cache.len() + offset;
+                self.finish(layer, position, row);
+                for (q, value) in q.iter_mut().zip(&*row) {
+                    *q = value * scale;
+                }
+                let (keys, values) = row[c.query_size()..].split_at(c.kv_size());
+                let own = run.cache.own().len() + offset;
+                run.cache.own_mut().write(index, own, keys, values);
+            }
+        });
+    }
+
+    fn finish(&self, layer: &Layer, position: usize, row: &mut [f32]) {
+        let c = &self.config;
+        if let Some(bias) = &layer.qkv_bias {
+            row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+        }
+        let half = c.head_dim / 2;
+        let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
+        for (i, head) in row.chunks_exact_mut(c.head_dim).take(c.heads + c.kv_heads).enumerate() {
+            let norm = if i < c.heads { &layer.q_norm } else { &layer.k_norm };
+            if let Some(norm) = norm {
+                math::rms_norm_in_place(head, norm, c.rms_eps);
+            }
+            math::rotate(head, cos, sin);
+        }
+    }
+
+    fn mlp(&self, layer: &Layer, lora: Option<&LayerLora>, x: &mut [f32]) {
+        let (hidden, wide) = (self.config.hidden_size, self.config.intermediate_size);
+        let rows = x.len() / hidden;
+        let normed = self.normed(x, &layer.mlp_norm);
+        let mut product = layer.gate_up.apply(&normed, rows);
+        add_low_rank(lora.and_then(|l| l.gate_up.as_ref()), &normed, &mut product);
+        let mut active = vec![0.0; rows * wide];
+        let work = active.par_chunks_exact_mut(wide).with_min_len(4).enumerate();
+        work.for_each_init(
+            || vec![0.0; 2 * wide],
+            |both, (i, out)| {
+                product.copy_row(i, both);
+                let (gate, up) = both.split_at(wide);
+                pulp::Arch::new().dispatch(|| math::swiglu(gate, up, out));
+            },
+        );
+        let mut product = layer.down.apply(&active, rows);
+        add_low_rank(lora.and_then(|l| l.down.as_ref()), &active, &mut product);
+        add_rows(x, &product, hidden);
+    }
+}
+
+/// Adds a product to the residual rows.
+fn add_rows(x: &mut [f32], product: &Product, hidden: usize) {
+    x.par_chunks_exact_mut(hidden).with_min_len(16).enumerate().for_each(|(i, x)| {
+        for (at, piece) in product.row(i) {
+            x[at..].iter_mut().zip(piece).for_each(|(x, y)| *x += y);
+        }
+    });
+}
+
+impl Layer {
+    fn new(config: &ModelConfig, w: &LayerWeights) -> Result<Self, EngineError> {
+        let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let optional = |t: &Option<candle_core::Tensor>| t.as_ref().map(flat).transpose();
+        let biases = [(&w.q_bias, config.query_size()), (&w.k_bias, config.kv_size()), (&w.v_bias, config.kv_size())];
+        let mut qkv_bias = Vec::new();
+        for (bias, width) in biases {
+            qkv_bias.extend(optional(bias)?.unwrap_or_else(|| vec![0.0; width]));
+        }
+        Ok(Layer {
+            attn_norm: flat(&w.attn_norm)?,
+            qkv: Packed::new(&[&w.q, &w.k, &w.v])?,
+            qkv_bias: biases.iter().any(|(b, _)| b.is_some()).then_some(qkv_bias),
+            q_norm: optional(&w.q_norm)?,
+            k_norm: optional(&w.k_norm)?,
+            o: Packed::new(&[&w.o])?,
+            mlp_norm: flat(&w.mlp_norm)?,
+            gate_up: Packed::new(&[&w.gate, &w.up])?,
+            down: Packed::new(&[&w.down])?,
+        })
+    }
+}
+
+/// An adapter laid out for inference: for each of the four products of a layer, the stacked A's and a block matrix of
+/// the B's, already scaled.
+pub(crate) struct LoraPack {
+    layers: Vec<LayerLora>,
+}
+
+struct LayerLora {
+    qkv: Option<LowRank>,
+    o: Option<LowRank>,
+    gate_up: Option<LowRank>,
+    down: Option<LowRank>,
+}
+
+struct LowRank {
+    a: Packed,
+    b: Packed,
+}
+
+impl LoraPack {
+    pub(crate) fn new(config: &ModelConfig, adapter: &Adapter) -> Result<Self, EngineError> {
+        let layer = |i: usize| -> Result<LayerLora, EngineError> {
+            Ok(LayerLora {
+                qkv: LowRank::new(config, adapter, i, &[Linear::Q, Linear::K, Linear::V])?,
+                o: LowRank::new(config, adapter, i, &[Linear::O])?,
+                gate_up: LowRank::new(config, adapter, i, &[Linear::Gate, Linear::Up])?,
+                down: LowRank::new(config, adapter, i, &[Linear::Down])?,
+            })
+        };
+        Ok(LoraPack { layers: (0..config.layers).map(layer).collect::<Result<_, _>>()? })
+    }
+}
+
+impl LowRank {
+    fn new(
+        config: &ModelConfig,
+        adapter: &Adapter,
+        layer: usize,
+        linears: &[Linear],
+    ) -> Result<Option<Self>, EngineError> {
+        let pairs: Vec<_> = linears.iter().map(|l| adapter.get(layer, *l)).collect();
+        let stacked: Vec<_> = pairs.iter().flatten().map(|p| &p.a).collect();
+        if stacked.is_empty() {
+            return Ok(None);
+        }
+        let a = Packed::new(&stacked)?;
+        let outputs = linears.iter().map(|l| l.shape(config).1).sum();
+        let mut b = Packed::zeros(a.outputs(), outputs);
+        let (mut output, mut input) = (0, 0);
+        for (linear, pair) in linears.iter().zip(pairs) {
+            if let Some(pair) = pair {
+                let values = pair.b.flatten_all()?.to_vec1::<f32>()?;
+                b.fill(output, input, &values, pair.rank, pair.scale as f32);
+                input += pair.rank;
+            }
+            output += linear.shape(config).1;
+        }
+        Ok(Some(LowRank { a, b }))
+    }
+}
+
+fn add_low_rank(low_rank: Option<&LowRank>, x: &[f32], product: &mut Product) {
+    if let Some(LowRank { a, b }) = low_rank {
+        let down = a.apply(x, product.rows()).to_rows();
+        b.add_to(&down, product);
+    }
+}

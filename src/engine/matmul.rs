@@ -1,0 +1,272 @@
+//! Multiplication of a few activation rows by a frozen weight matrix that was laid out for it once.
+//!
+//! Decoding multiplies 16 to 128 rows by the same weights at every token. A general matrix product first rearranges
+//! the weights for its inner loop, at each call, which costs as much as a third of the product at these sizes. Here the
+//! weights are rearranged once, into panels of [`WIDTH`] outputs, and the inner loop reads them in a straight line.
+//!
+//! Every output is one sum over the inputs in order, whatever rows stand beside it: a sequence gets the same numbers in
+//! any batch and with any number of threads.
+
+use candle_core::Tensor;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::error::EngineError;
+
+/// Outputs of one panel: two AVX-512 registers, four of AVX2.
+pub(crate) const WIDTH: usize = 32;
+
+/// Floats of one cache line, at which panels start.
+const LINE: usize = 16;
+
+/// One or several stacked `[out, in]` matrices, as panels of `[in][WIDTH]`; missing outputs of the last are 0.
+pub(crate) struct Packed {
+    data: Vec<f32>,
+    /// Where the first cache line starts in `data`.
+    start: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Packed {
+    /// Lays out matrices with the same inputs, their outputs one after the other.
+    pub(crate) fn new(weights: &[&Tensor]) -> Result<Self, EngineError> {
+        let inputs = weights.first().map_or(Ok(0), |w| w.dim(1))?;
+        let outputs = weights.iter().map(|w| w.dim(0)).sum::<Result<usize, _>>()?;
+        let mut packed = Packed::zeros(inputs, outputs);
+        let mut first = 0;
+        for weight in weights {
+            let rows = weight.dim(0)?;
+            packed.fill(first, 0, &weight.flatten_all()?.to_vec1::<f32>()?, inputs, 1.0);
+            first += rows;
+        }
+        Ok(packed)
+    }
+
+    pub(crate) fn zeros(inputs: usize, outputs: usize) -> Self {
+        let data = vec![0.0; outputs.div_ceil(WIDTH) * WIDTH * inputs + LINE];
+        let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Packed { data, start, inputs, outputs }
+    }
+
+    /// Writes a row-major `[rows, columns]` matrix, scaled, at an output and an input.
+    pub(crate) fn fill(&mut self, output: usize, input: usize, values: &[f32], columns: usize, scale: f32) {
+        let (start, inputs) = (self.start, self.inputs);
+        for (row, values) in values.chunks_exact(columns).enumerate() {
+            let (panel, lane) = ((output + row) / WIDTH, (output + row) % WIDTH);
+            let panel = &mut self.data[start + (panel * inputs + input) * WIDTH..][..columns * WIDTH];
+            for (slot, value) in panel.iter_mut().skip(lane).step_by(WIDTH).zip(values) {
+                *slot = value * scale;
+            }
+        }
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Returns the number of panels.
+    pub(crate) fn panels(&self) -> usize {
+        self.outputs.div_ceil(WIDTH)
+    }
+
+    /// Returns `x * W^T` for row-major rows.
+    pub(crate) fn apply(&self, x: &[f32], rows: usize) -> Product {
+        self.apply_panels(x, rows, 0..self.panels())
+    }
+
+    /// Returns the columns of some panels of `x * W^T`.
+    pub(crate) fn apply_panels(&self, x: &[f32], rows: usize, panels: std::ops::Range<usize>) -> Product {
+        let columns = self.outputs.min(panels.end * WIDTH).saturating_sub(panels.start * WIDTH);
+        let mut product = Product { data: vec![0.0; panels.len() * rows * WIDTH], rows, columns };
+        self.accumulate(x, panels.start, &mut product);
+        product
+    }
+
+    /// Adds `x * W^T` to a product of the same shape.
+    pub(crate) fn add_to(&self, x: &[f32], product: &mut Product) {
+        self.accumulate(x, 0, product);
+    }
+
+    fn accumulate(&self, x: &[f32], first: usize, product: &mut Product) {
+        let (arch, inputs, rows) = (Arch::new(), self.inputs, product.rows);
+        if rows == 0 || inputs == 0 {
+            return;
+        }
+        product.data.par_chunks_exact_mut(rows * WIDTH).enumerate().for_each(|(at, out)| {
+            let panel = &self.data[self.start + (first + at) * inputs * WIDTH..][..inputs * WIDTH];
+            arch.dispatch(Panel { x, inputs, panel, out });
+        });
+    }
+}
+
+/// A product, panel after panel, each `[rows][WIDTH]`.
+pub(crate) struct Product {
+    data: Vec<f32>,
+    rows: usize,
+    columns: usize,
+}
+
+impl Product {
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Returns the pieces of one row in order, each with the column it starts at.
+    pub(crate) fn row(&self, row: usize) -> impl Iterator<Item = (usize, &[f32])> {
+        let panels = self.data.chunks_exact(self.rows * WIDTH).enumerate();
+        panels.map(move |(at, panel)| {
+            let width = WIDTH.min(self.columns - at * WIDTH);
+            (at * WIDTH, &panel[row * WIDTH..][..width])
+        })
+    }
+
+    /// Copies one row.
+    pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
+        for (at, piece) in self.row(row) {
+            out[at..at + piece.len()].copy_from_slice(piece);
+        }
+    }
+
+    /// Copies one row into a buffer, which takes the row's length.
+    pub(crate) fn read_row(&self, row: usize, out: &mut Vec<f32>) {
+        out.resize(self.columns, 0.0);
+        self.copy_row(row, out);
+    }
+
+    /// Returns all rows, row-major.
+    pub(crate) fn to_rows(&self) -> Vec<f32> {
+        let mut rows = vec![0.0; self.rows * self.columns];
+        if self.columns > 0 {
+            rows.par_chunks_exact_mut(self.columns).enumerate().for_each(|(i, out)| self.copy_row(i, out));
+        }
+        rows
+    }
+}
+
+/// One panel times all rows, added to `out`.
+struct Panel<'a> {
+    x: &'a [f32],
+    inputs: usize,
+    panel: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Panel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // Accumulators fill the registers: 24 of 32 with AVX-512 and NEON, 12 of 16 with AVX2.
+        match S::F32_LANES {
+            16 => self.tiles::<S, 2>(simd, 12),
+            8 => self.tiles::<S, 4>(simd, 3),
+            4 => self.tiles::<S, 8>(simd, 3),
+            _ => self.tiles::<S, 32>(simd, 1),
+        }
+    }
+}
+
+impl Panel<'_> {
+    #[inline(always)]
+    fn tiles<S: Simd, const VECTORS: usize>(self, simd: S, most: usize) {
+        let panel = S::as_simd_f32s(self.panel).0;
+        let mut x = self.x;
+        let mut out = S::as_mut_simd_f32s(self.out).0;
+        while !out.is_empty() {
+            // Tiles of nearly equal height: a last one of one row would wait for the memory alone.
+            let left = out.len() / VECTORS;
+            let rows = left.div_ceil(left.div_ceil(most));
+            let (head, tail) = out.split_at_mut(rows * VECTORS);
+            match rows {
+                1 => tile::<S, 1, VECTORS>(simd, x, self.inputs, panel, head),
+                2 => tile::<S, 2, VECTORS>(simd, x, self.inputs, panel, head),
+                3 => tile::<S, 3, VECTORS>(simd, x, self.inputs, panel, head),
+                4 => tile::<S, 4, VECTORS>(simd, x, self.inputs, panel, head),
+                5 => tile::<S, 5, VECTORS>(simd, x, self.inputs, panel, head),
+                6 => tile::<S, 6, VECTORS>(simd, x, self.inputs, panel, head),
+                7 => tile::<S, 7, VECTORS>(simd, x, self.inputs, panel, head),
+                8 => tile::<S, 8, VECTORS>(simd, x, self.inputs, panel, head),
+                9 => tile::<S, 9, VECTORS>(simd, x, self.inputs, panel, head),
+                10 => tile::<S, 10, VECTORS>(simd, x, self.inputs, panel, head),
+                11 => tile::<S, 11, VECTORS>(simd, x, self.inputs, panel, head),
+                _ => tile::<S, 12, VECTORS>(simd, x, self.inputs, panel, head),
+            }
+            x = &x[rows * self.inputs..];
+            out = tail;
+        }
+    }
+}
+
+/// Adds the product of `ROWS` rows and one panel; the sums stay in registers.
+#[inline(always)]
+fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    x: &[f32],
+    inputs: usize,
+    panel: &[S::f32s],
+    out: &mut [S::f32s],
+) {
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|i| &x[i * inputs..][..inputs]);
+    let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+    for (k, weights) in panel.chunks_exact(VECTORS).enumerate() {
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let value = simd.splat_f32s(row[k]);
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum = simd.mul_add_e_f32s(value, *weight, *sum);
+            }
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
+        *out = simd.add_f32s(*out, *sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn the_product_is_that_of_candle_for_every_number_of_rows() {
+        let (inputs, first, second) = (37, 50, 23);
+        let device = Device::Cpu;
+        let a = Tensor::from_vec(numbers(first * inputs, 1), (first, inputs), &device).unwrap();
+        let b = Tensor::from_vec(numbers(second * inputs, 2), (second, inputs), &device).unwrap();
+        let packed = Packed::new(&[&a, &b]).unwrap();
+        let stacked = Tensor::cat(&[&a, &b], 0).unwrap();
+        for rows in 1..30 {
+            let x = numbers(rows * inputs, 3);
+            let expected = Tensor::from_slice(&x, (rows, inputs), &device).unwrap().matmul(&stacked.t().unwrap());
+            let expected: Vec<f32> = expected.unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let got = packed.apply(&x, rows).to_rows();
+            let worst = got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
+            assert!(got.len() == expected.len() && worst < 1e-5, "{rows} rows: {worst}");
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_in_any_batch() {
+        let weight = Tensor::from_vec(numbers(64 * 40, 1), (64, 40), &Device::Cpu).unwrap();
+        let packed = Packed::new(&[&weight]).unwrap();
+        let x = numbers(17 * 40, 2);
+        let all = packed.apply(&x, 17).to_rows();
+        for row in 0..17 {
+            assert_eq!(packed.apply(&x[row * 40..][..40], 1).to_rows(), all[row * 64..][..64]);
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Batched sampling: prompts are read once for all their samples, and a sample that ends makes room for the next.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::cache::{Cache, Pool, Segment};
+use super::decoder::{Decoder, LoraPack, Run};
+use super::draw::{Drawn, SamplingSettings, draw};
+use super::error::EngineError;
+use super::lora::Adapter;
+use super::model::Model;
+use crate::record::FinishReason;
+
+/// The samples of one prompt.
+#[derive(Debug, Clone)]
+pub struct Group {
+    /// Chosen by the caller; comes back in every event.
+    pub id: u64,
+    pub prompt: Vec<u32>,
+    /// One per sample; a sample depends on its seed and on nothing beside it in the batch.
+    pub seeds: Vec<u64>,
+    pub sampling: SamplingSettings,
+}
+
+/// One finished sample. `token_ids` end with the closing token exactly when `finish_reason` is stop.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    pub token_ids: Vec<u32>,
+    /// Log-softmax of the raw logits at temperature 1.
+    pub logprobs: Vec<f32>,
+    /// Log-probabilities under the distribution drawn from.
+    pub sampler_logprobs: Vec<f32>,
+    pub finish_reason: FinishReason,
+    /// The text without special tokens.
+    pub text: String,
+}
+
+/// What a step of the batch brought.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Token { group: u64, sample: usize, token: u32, logprob: f32 },
+    Done { group: u64, sample: usize, completion: Completion },
+}
+
+/// How much is computed at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Sequences that are decoded together.
+    pub max_sequences: usize,
+    /// Prompt tokens read in one forward pass.
+    pub max_rows: usize,
+}
+
+impl Default for BatchLimits {
+    fn default() -> Self {
+        BatchLimits { max_sequences: 64, max_rows: 512 }
+    }
+}
+
+/// A running batch. Groups are pushed at any time; each step reads waiting prompts and adds a token to every sequence.
+pub struct Batcher<'a> {
+    model: &'a Model,
+    decoder: &'a Decoder,
+    adapter: Option<LoraPack>,
+    limits: BatchLimits,
+    pool: Pool,
+    /// Groups whose samples have not all started, in order of arrival.
+    waiting: VecDeque<Waiting>,
+    active: Vec<Active>,
+}
+
+struct Waiting {
+    group: Group,
+    /// Samples started so far.
+    started: usize,
+    prompt: Option<Prompt>,
+}
+
+/// A prompt that has been read: its cache and the logits after it, which every sample's first token is drawn from.
+struct Prompt {
+    prefix: Arc<Segment>,
+    logits: Vec<f32>,
+}
+
+struct Active {
+    group: u64,
+    sample: usize,
+    cache: Cache,
+    rng: ChaCha8Rng,
+    sampling: SamplingSettings,
+    /// Most new tokens, by the settings and by the context.
+    limit: usize,
+    drawn: Vec<Drawn>,
+}
+
+impl<'a> Batcher<'a> {
+    /// Prepares a batch over a model, with an adapter or without.
+    pub fn new(model: &'a Model, adapter: Option<&Adapter>, limits: BatchLimits) -> Result<Self, EngineError> {
+        if limits.max_sequences == 0 || limits.max_rows == 0 {
+            return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
+        }
+        let decoder = model.decoder()?;
+        let adapter = adapter.map(|a| LoraPack::new(model.config(), a)).transpose()?;
+        let pool = Pool::new(decoder.shape());
+        Ok(Batcher { model, decoder, adapter, limits, pool, waiting: VecDeque::new(), active: Vec::new() })
+    }
+
+    /// Adds a group to those waiting. A group that could not run is refused here, not later.
+    pub fn push(&mut self, group: Group) -> Result<(), EngineError> {
+        group.sampling.check()?;
+        check_tokens(self.model, &group.prompt)?;
+        if group.prompt.is_empty() {
+            return Err(EngineError::request("the prompt has no tokens; give at least one message"));
+        }
+        let context = self.model.config().max_positions;
+        if group.prompt.len() >= context {
+            return Err(EngineError::PromptTooLong { tokens: group.prompt.len(), context });
+        }
+        if !group.seeds.is_empty() {
+            self.waiting.push_back(Waiting { group, started: 0, prompt: None });
+        }
+        Ok(())
+    }
+
+    /// Returns true when nothing runs and nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.active.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Returns how many more samples would start at once.
+    pub fn free(&self) -> usize {
+        let waiting: usize = self.waiting.iter().map(|w| w.group.seeds.len() - w.started).sum();
+        self.limits.max_sequences.saturating_sub(self.active.len() + waiting)
+    }
+
+    /// Drops all samples of a group without an event.
+    pub fn cancel(&mut self, group: u64) {
+        self.waiting.retain(|w| w.group.id != group);
+        let (gone, kept) = std::mem::take(&mut self.active).into_iter().partition(|a| a.group == group);
+        self.active = kept;
+        let gone: Vec<Active> = gone;
+        gone.into_iter().for_each(|a| self.pool.reclaim(a.cache));
+    }
+
+    /// Starts what fits, then adds one token to every running sequence.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let mut events = Vec::new();
+        self.decode(&mut events);
+        self.read_prompts();
+        self.start(&mut events);
+        Ok(events)
+    }
+
+    /// Reads the prompts of the next groups that have room, as many as fit into one pass and at least one.
+    fn read_prompts(&mut self) {
+        let mut room = self.limits.max_sequences.saturating_sub(self.active.len());
+        let mut rows = self.limits.max_rows;
+        let mut chosen = Vec::new();
+        for waiting in &mut self.waiting {
+            let fits = rows >= waiting.group.prompt.len() || chosen.is_empty();
+            if room == 0 || !fits {
+                break;
+            }
+            room = room.saturating_sub(waiting.group.seeds.len() - waiting.started);
+            if waiting.prompt.is_none() {
+                rows = rows.saturating_sub(waiting.group.prompt.len());
+                chosen.push(waiting);
+            }
+        }
+        if chosen.is_empty() {
+            return;
+        }
+        let mut caches: Vec<Cache> = chosen.iter().map(|_| Cache::new(self.decoder.shape())).collect();
+        let tokens: Vec<&[u32]> = chosen.iter().map(|w| w.group.prompt.as_slice()).collect();
+        let mut last: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
+        let adapter = self.adapter.as_ref();
+        read(self.decoder, adapter, &mut caches, &tokens, self.limits.max_rows, &mut self.pool, |i, place, row| {
+            if place + 1 == tokens[i].len() {
+                last[i] = row.to_vec();
+            }
+        });
+        let logits = self.decoder.logits(&last.concat());
+        for (i, (waiting, cache)) in chosen.into_iter().zip(caches).enumerate() {
+            let mut row = vec![0.0; logits.columns()];
+            logits.copy_row(i, &mut row);
+            waiting.prompt = Some(Prompt { prefix: cache.into_prefix(), logits: row });
+        }
+    }
+
+    /// Starts samples of groups whose prompt is read, in order, and draws their first token.
+    fn start(&mut self, events: &mut Vec<Event>) {
+        let first = self.active.len();
+        let mut logits: Vec<Arc<Vec<f32>>> = Vec::new();
+        while let Some(waiting) = self.waiting.front_mut() {
+            let Some(prompt) = &waiting.prompt else { break };
+            let room = self.limits.max_sequences - self.active.len();
+            let samples = waiting.started..waiting.group.seeds.len().min(waiting.started + room);
+            let row = Arc::new(prompt.logits.clone());
+            for sample in samples.clone() {
+                self.active.push(Active::new(&waiting.group, sample, &prompt.prefix, self.model));
+                logits.push(row.clone());
+            }
+            waiting.started = samples.end;
+            if waiting.started < waiting.group.seeds.len() {
+                break;
+            }
+            self.waiting.pop_front();
+        }
+        let started = self.active[first..].par_iter_mut().zip(&logits);
+        started.for_each_init(Vec::new, |scratch, (active, logits)| active.draw(logits, scratch));
+        self.settle(first, events);
+    }
+
+    fn decode(&mut self, events: &mut Vec<Event>) {
+        if self.active.is_empty() {
+            return;
+        }
+        let last: Vec<[u32; 1]> = self.active.iter().map(|a| [a.drawn.last().map_or(0, |d| d.token)]).collect();
+        let runs = self.active.iter_mut().zip(&last);
+        let mut runs: Vec<Run> = runs.map(|(a, tokens)| Run { cache: &mut a.cache, tokens }).collect();
+        let hidden = self.decoder.forward(self.adapter.as_ref(), &mut runs, &mut self.pool);
+        let logits = self.decoder.logits(&hidden);
+        let work = self.active.par_iter_mut().enumerate();
+        work.for_each_init(
+            || (vec![0.0; logits.columns()], Vec::new()),
+            |(row, scratch), (i, active)| {
+                logits.copy_row(i, row);
+                active.draw(row, scratch);
+            },
+        );
+        self.settle(0, events);
+    }
+
+    /// Reports the newest token of the sequences from `first` on and takes out those that ended.
+    fn settle(&mut self, first: usize, events: &mut Vec<Event>) {
+        for active in self.active.split_off(first) {
+            let (group, sample) = (active.group, active.sample);
+            if let Some(Drawn { token, logprob, .. }) = active.drawn.last().copied() {
+                events.push(Event::Token { group, sample, token, logprob });
+            }
+            match active.finish_reason(self.model) {
+                None => self.active.push(active),
+                Some(reason) => {
+                    let completion = active.completion(reason, self.model);
+                    events.push(Event::Done { group, sample, completion });
+                    self.pool.reclaim(active.cache);
+                }
+            }
+        }
+    }
+}
+
+impl Active {
+    fn new(group: &Group, sample: usize, prefix: &Arc<Segment>, model: &Model) -> Self {
+        let room = model.config().max_positions - group.prompt.len();
+        Active {
+            group: group.id,
+            sample,
+            cache: Cache::after(prefix),
+            rng: ChaCha8Rng::seed_from_u64(group.seeds[sample]),
+            sampling: group.sampling.clone(),
+            limit: group.sampling.max_tokens.min(room),
+            drawn: Vec::new(),
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32], scratch: &mut Vec<f32>) {
+        self.drawn.push(draw(logits, &self.sampling, &mut self.rng, scratch));
+    }
+
+    fn finish_reason(&self, model: &Model) -> Option<FinishReason> {
+        let last = self.drawn.last()?;
+        if model.tokenizer().is_end(last.token) {
+            Some(FinishReason::Stop)
+        } else {
+            (self.drawn.len() >= self.limit).then_some(FinishReason::Length)
+        }
+    }
+
+    fn completion(&self, finish_reason: FinishReason, model: &Model) -> Completion {
+        let token_ids: Vec<u32> = self.drawn.iter().map(|d| d.token).collect();
+        let text = model.tokenizer().decode(&token_ids);
+        Completion {
+            token_ids,
+            logprobs: self.drawn.iter().map(|d| d.logprob).collect(),
+            sampler_logprobs: self.drawn.iter().map(|d| d.sampler_logprob).collect(),
+            finish_reason,
+            text,
+        }
+    }
+}
+
+/// Refuses ids that the model has no embedding for.
+pub(crate) fn check_tokens(model: &Model, tokens: &[u32]) -> Result<(), EngineError> {
+    let vocab = model.config().vocab;
+    match tokens.iter().find(|t| **t as usize >= vocab) {
+        Some(token) => Err(EngineError::request(format!("token id {token} is outside the vocabulary of {vocab}"))),
+        None => Ok(()),
+    }
+}
+
+/// Reads whole token lists into their caches, `max_rows` a pass, and hands over each row as (list, place, hidden).
+pub(crate) fn read(
+    decoder: &Decoder,
+    adapter: Option<&LoraPack>,
+    caches: &mut [Cache],
+    tokens: &[&[u32]],
+    max_rows: usize,
+    pool: &mut Pool,
+    mut take: impl FnMut(usize, usize, &[f32]),
+) {
+    let mut places = vec![0; tokens.len()];
+    loop {
+        let mut room = max_rows;
+        let mut runs = Vec::new();
+        let mut spans = Vec::new();
+        for (i, cache) in caches.iter_mut().enumerate() {
+            let piece = (tokens[i].len() - places[i]).min(room);
+            if piece > 0 {
+                spans.push((i, places[i]..places[i] + piece));
+                runs.push(Run { cache, tokens: &tokens[i][places[i]..places[i] + piece] });
+                places[i] += piece;
+                room -= piece;
+            }
+        }
+        if runs.is_empty() {
+            return;
+        }
+        let hidden = decoder.forward(adapter, &mut runs, pool);
+        let places = spans.into_iter().flat_map(|(i, span)| span.map(move |place| (i, place)));
+        for ((i, place), row) in places.zip(hidden.chunks_exact(decoder.hidden_size())) {
+            take(i, place, row);
+        }
+    }
+}
+
+/// Samples all groups and returns their completions, in the order of the groups and of their seeds.
+pub fn generate(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    groups: Vec<Group>,
+    limits: &BatchLimits,
+    on_done: &mut dyn FnMut(u64, usize, &Completion),
+) -> Result<Vec<Vec<Completion>>, EngineError> {
+    let ids: Vec<u64> = groups.iter().map(|g| g.id).collect();
+    let mut completions: Vec<Vec<Option<Completion>>> = groups.iter().map(|g| vec![None; g.seeds.len()]).collect();
+    let mut batcher = Batcher::new(model, adapter, limits.clone())?;
+    // Inside the batch a group is known by its place, so that ids need not differ.
+    for (place, group) in groups.into_iter().enumerate() {
+        batcher.push(Group { id: place as u64, ..group })?;
+    }
+    while !batcher.is_empty() {
+        for event in batcher.step()? {
+            if let Event::Done { group, sample, completion } = event {
+                on_done(ids[group as usize], sample, &completion);
+                completions[group as usize][sample] = Some(completion);
+            }
+        }
+    }
+    Ok(completions.into_iter().map(|samples| samples.into_iter().flatten().collect()).collect())
+}
