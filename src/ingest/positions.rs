@@ -66,26 +66,24 @@ impl Positions {
     ) -> Result<(BTreeMap<i32, i64>, Known), TableError> {
         queries.refresh().await?;
         letters.refresh().await?;
+        let ids: Vec<String> = partitions.iter().map(|p| self.settings.app_id(*p)).collect();
+        let late_ids: Vec<String> = ids.iter().map(|id| late_id(id)).collect();
+        let stored = queries.txns(&ids).await?;
+        let dead = letters.txns(&ids).await?;
+        let late = letters.txns(&late_ids).await?;
         let (mut starts, mut known) = (BTreeMap::new(), Known::new());
-        for &partition in partitions {
-            let app_id = self.settings.app_id(partition);
-            let stored = match queries.txn(&app_id).await? {
-                Some(stored) => stored,
-                None => {
-                    // Added to the topic after this member connected: it begins at its beginning.
-                    let step = TxnStep { app_id: app_id.clone(), expect: None, set: 0 };
-                    queries.append(&[], &[step]).await?;
-                    0
-                }
-            };
-            let dead = letters.txn(&app_id).await?;
-            let late = letters.txn(&late_id(&app_id)).await?;
-            if dead.is_some_and(|dead| dead > stored) {
-                known.insert(partition, self.dead_from(partition, stored, letters).await?);
+        for (i, (&partition, app_id)) in partitions.iter().zip(ids).enumerate() {
+            if stored[i].is_none() {
+                // Added to the topic after this member connected: it begins at its beginning.
+                queries.append(&[], &[TxnStep { app_id, expect: None, set: 0 }]).await?;
             }
-            let position = Position { stored, next: stored, at_end: false, letters: dead, late };
+            let next = stored[i].unwrap_or(0);
+            if dead[i].is_some_and(|dead| dead > next) {
+                known.insert(partition, self.dead_from(partition, next, letters).await?);
+            }
+            let position = Position { stored: next, next, at_end: false, letters: dead[i], late: late[i] };
             self.held.insert(partition, position);
-            starts.insert(partition, stored);
+            starts.insert(partition, next);
         }
         Ok((starts, known))
     }
