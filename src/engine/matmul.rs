@@ -161,40 +161,44 @@ impl WithSimd for Panel<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // Accumulators fill the registers: 24 of 32 with AVX-512 and NEON, 12 of 16 with AVX2.
+        // Sums fill the registers: 24 of 32 with AVX-512 and NEON, 12 of 16 with AVX2.
         match S::F32_LANES {
-            16 => self.tiles::<S, 2>(simd, 12),
-            8 => self.tiles::<S, 4>(simd, 3),
-            4 => self.tiles::<S, 8>(simd, 3),
-            _ => self.tiles::<S, 32>(simd, 1),
+            16 => self.tiles::<S, 2, 2>(simd, 12),
+            8 => self.tiles::<S, 4, 2>(simd, 6),
+            4 => self.tiles::<S, 8, 2>(simd, 12),
+            _ => self.tiles::<S, 32, 2>(simd, 2),
         }
     }
 }
 
 impl Panel<'_> {
+    /// Cuts the rows into tiles of at most `most` rows. A panel line has `LINE` vectors, a tile takes `VECTORS` of it.
     #[inline(always)]
-    fn tiles<S: Simd, const VECTORS: usize>(self, simd: S, most: usize) {
+    fn tiles<S: Simd, const LINE: usize, const VECTORS: usize>(self, simd: S, most: usize) {
         let panel = S::as_simd_f32s(self.panel).0;
         let mut x = self.x;
         let mut out = S::as_mut_simd_f32s(self.out).0;
         while !out.is_empty() {
             // Tiles of nearly equal height: a last one of one row would wait for the memory alone.
-            let left = out.len() / VECTORS;
+            let left = out.len() / LINE;
             let rows = left.div_ceil(left.div_ceil(most));
-            let (head, tail) = out.split_at_mut(rows * VECTORS);
-            match rows {
-                1 => tile::<S, 1, VECTORS>(simd, x, self.inputs, panel, head),
-                2 => tile::<S, 2, VECTORS>(simd, x, self.inputs, panel, head),
-                3 => tile::<S, 3, VECTORS>(simd, x, self.inputs, panel, head),
-                4 => tile::<S, 4, VECTORS>(simd, x, self.inputs, panel, head),
-                5 => tile::<S, 5, VECTORS>(simd, x, self.inputs, panel, head),
-                6 => tile::<S, 6, VECTORS>(simd, x, self.inputs, panel, head),
-                7 => tile::<S, 7, VECTORS>(simd, x, self.inputs, panel, head),
-                8 => tile::<S, 8, VECTORS>(simd, x, self.inputs, panel, head),
-                9 => tile::<S, 9, VECTORS>(simd, x, self.inputs, panel, head),
-                10 => tile::<S, 10, VECTORS>(simd, x, self.inputs, panel, head),
-                11 => tile::<S, 11, VECTORS>(simd, x, self.inputs, panel, head),
-                _ => tile::<S, 12, VECTORS>(simd, x, self.inputs, panel, head),
+            let (head, tail) = out.split_at_mut(rows * LINE);
+            for first in (0..LINE).step_by(VECTORS) {
+                let mut tile = Tile::<S, LINE, VECTORS> { simd, x, inputs: self.inputs, panel, first, out: head };
+                match rows {
+                    1 => tile.add::<1>(),
+                    2 => tile.add::<2>(),
+                    3 => tile.add::<3>(),
+                    4 => tile.add::<4>(),
+                    5 => tile.add::<5>(),
+                    6 => tile.add::<6>(),
+                    7 => tile.add::<7>(),
+                    8 => tile.add::<8>(),
+                    9 => tile.add::<9>(),
+                    10 => tile.add::<10>(),
+                    11 => tile.add::<11>(),
+                    _ => tile.add::<12>(),
+                }
             }
             x = &x[rows * self.inputs..];
             out = tail;
@@ -202,27 +206,36 @@ impl Panel<'_> {
     }
 }
 
-/// Adds the product of `ROWS` rows and one panel; the sums stay in registers.
-#[inline(always)]
-fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
+/// A few rows and the vectors from `first` of each panel line.
+struct Tile<'a, S: Simd, const LINE: usize, const VECTORS: usize> {
     simd: S,
-    x: &[f32],
+    x: &'a [f32],
     inputs: usize,
-    panel: &[S::f32s],
-    out: &mut [S::f32s],
-) {
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|i| &x[i * inputs..][..inputs]);
-    let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-    for (k, weights) in panel.chunks_exact(VECTORS).enumerate() {
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            let value = simd.splat_f32s(row[k]);
-            for (sum, weight) in sums.iter_mut().zip(weights) {
-                *sum = simd.mul_add_e_f32s(value, *weight, *sum);
+    panel: &'a [S::f32s],
+    first: usize,
+    out: &'a mut [S::f32s],
+}
+
+impl<S: Simd, const LINE: usize, const VECTORS: usize> Tile<'_, S, LINE, VECTORS> {
+    /// Adds the product; the sums stay in registers.
+    #[inline(always)]
+    fn add<const ROWS: usize>(&mut self) {
+        let rows: [&[f32]; ROWS] = std::array::from_fn(|i| &self.x[i * self.inputs..][..self.inputs]);
+        let mut sums = [[self.simd.splat_f32s(0.0); VECTORS]; ROWS];
+        for (k, line) in self.panel.chunks_exact(LINE).enumerate() {
+            let weights = &line[self.first..self.first + VECTORS];
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                let value = self.simd.splat_f32s(row[k]);
+                for (sum, weight) in sums.iter_mut().zip(weights) {
+                    *sum = self.simd.mul_add_e_f32s(value, *weight, *sum);
+                }
             }
         }
-    }
-    for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
-        *out = simd.add_f32s(*out, *sum);
+        for (line, sums) in self.out.chunks_exact_mut(LINE).zip(sums) {
+            for (out, sum) in line[self.first..].iter_mut().zip(sums) {
+                *out = self.simd.add_f32s(*out, sum);
+            }
+        }
     }
 }
 
