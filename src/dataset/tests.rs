@@ -147,6 +147,7 @@ fn the_order_of_the_rows_does_not_matter() {
     let mut rows = questions(300);
     rows.extend((0..60).map(|i| row(400 + i, &ask(&format!("{} please", question(i as usize * 3))))));
     rows.extend([row(500, &a), row(501, &b), row(502, &both)]);
+    rows.extend((0..20).map(|i| row(600 + i, &ask(&question(i as usize)))));
     let known = run(rows[..150].to_vec(), vec![]).new_splits;
     let straight = run(rows.clone(), known.clone());
     for seed in 0..5u64 {
