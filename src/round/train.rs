@@ -53,6 +53,9 @@ struct ScoreManifest {
 
 /// Runs all passes of training on the dataset's train split.
 pub fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundError> {
+    if let Some(reason) = dataset.manifest.shortfall() {
+        return Ok(Trained::Nothing { reason });
+    }
     let covered = |p: &&Prompt| night.rewards.covers(p.workload.as_deref());
     let prompts: Vec<&Prompt> = dataset.train.prompts().iter().filter(covered).collect();
     if prompts.is_empty() {
