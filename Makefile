@@ -3,10 +3,6 @@ SHELL := /bin/bash
 CARGO := cargo
 # One profile for everything, so that the dependencies build once.
 FLAGS := --release --locked
-MODELS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod/models
-DEMO_ENV = TAOD__MODEL__PATH=$(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf \
-	TAOD__REWARDS__SIMILARITY__MODEL=$(MODELS)/all-MiniLM-L6-v2 \
-	TAOD_DEMO_PROMPTS=$(MODELS)/alpaca_eval_gpt4_baseline.json
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
 .PHONY: help demo test test-full check build bench models setup setup-test
@@ -20,7 +16,7 @@ help:
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
-	$(DEMO_ENV) $(BIN) demo --config config/demo.toml $(ARGS)
+	$(BIN) demo --config config/demo.toml $(ARGS)
 
 build: setup
 	$(CARGO) build $(FLAGS) --bin taod
