@@ -194,7 +194,9 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_refused_with_their_value() {
-        for (bad, word) in [(settings(-1.0, 1.0, 0), "-1"), (settings(f64::NAN, 1.0, 0), "NaN"), (settings(1.0, 0.0, 0), "top_p 0")] {
+        for (bad, word) in
+            [(settings(-1.0, 1.0, 0), "-1"), (settings(f64::NAN, 1.0, 0), "NaN"), (settings(1.0, 0.0, 0), "top_p 0")]
+        {
             assert!(bad.check().unwrap_err().to_string().contains(word));
         }
     }

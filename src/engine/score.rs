@@ -31,11 +31,7 @@ pub struct ScoreItem<'a> {
 }
 
 /// Returns the log-probabilities of each item's completion tokens, at temperature 1.
-pub fn logprobs(
-    model: &Model,
-    adapter: Option<&Adapter>,
-    items: &[ScoreItem],
-) -> Result<Vec<Vec<f32>>, EngineError> {
+pub fn logprobs(model: &Model, adapter: Option<&Adapter>, items: &[ScoreItem]) -> Result<Vec<Vec<f32>>, EngineError> {
     let scorer = Scorer::new(model, adapter)?;
     score(model, items, |batch| {
         let targets: Vec<u32> = batch.iter().flat_map(|item| item.completion.iter().copied()).collect();

@@ -92,7 +92,8 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         logits_off = logits_off.max(worst(&logits[..case.logits.len()], &case.logits));
         let scored = logprobs(model, None, &[case.item()]).unwrap();
         logprobs_off = logprobs_off.max(worst(&scored[0], &case.logprobs));
-        let group = Group { id: 1, prompt: case.prompt_ids.clone(), seeds: vec![1], sampling: greedy(case.greedy.len()) };
+        let group =
+            Group { id: 1, prompt: case.prompt_ids.clone(), seeds: vec![1], sampling: greedy(case.greedy.len()) };
         let sampled = generate(model, None, vec![group], &BatchLimits::default(), &mut |_, _, _| {}).unwrap();
         assert_eq!(sampled[0][0].token_ids, case.greedy, "{name}");
     }
@@ -319,7 +320,11 @@ fn a_broken_model_is_refused_with_the_file_and_the_remedy() {
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("\"model_type\": \"llama\"", "\"model_type\": \"gemma3\"")).unwrap();
-    assert!(error().contains("gemma3 is not supported") && error().contains("llama, mistral, qwen2, qwen3"), "{}", error());
+    assert!(
+        error().contains("gemma3 is not supported") && error().contains("llama, mistral, qwen2, qwen3"),
+        "{}",
+        error()
+    );
     std::fs::write(&config, text.replace("\"hidden_size\": 64", "\"hidden_size\": 32")).unwrap();
     assert!(error().contains("model.embed_tokens.weight has shape [340, 64]"), "{}", error());
 }
