@@ -11,22 +11,24 @@
 
 // Leaves: used by every stage, use nothing of ours.
 pub mod durable;
+pub mod health;
 pub mod metrics;
 pub mod progress;
 pub mod record;
+pub mod secret;
 
 // Stages, in the order of the flow.
-pub mod query_log;
-pub mod engine;
-pub mod table;
-pub mod dataset;
-pub mod candidates;
-pub mod rewards;
 pub mod adapter;
-pub mod gate;
-pub mod registry;
+pub mod candidates;
+pub mod dataset;
 pub mod endpoint;
+pub mod engine;
+pub mod gate;
+pub mod query_log;
+pub mod registry;
+pub mod rewards;
 pub mod serve;
+pub mod table;
 
 // What an operator sets, made of the stages' own settings.
 pub mod config;

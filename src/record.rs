@@ -206,9 +206,10 @@ mod tests {
 
     #[test]
     fn text_parts_are_joined() {
-        let message: Message =
-            serde_json::from_str(r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url"},{"type":"text","text":"b"}]}"#)
-                .unwrap();
+        let message: Message = serde_json::from_str(
+            r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url"},{"type":"text","text":"b"}]}"#,
+        )
+        .unwrap();
         assert_eq!(message.plain_text(), "a\nb");
     }
 }

@@ -1,0 +1,147 @@
+//! When rounds start: a cron expression in a time zone, and what becomes of runs that were missed.
+//!
+//! Pure: the caller passes the time in. A missed run is caught up once, however many were missed: after a week of
+//! downtime one round over all that arrived is what is wanted, not seven.
+
+use std::str::FromStr;
+
+use chrono::{DateTime, Utc};
+use chrono_tz::Tz;
+use croner::Cron;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// When the daemon starts a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Cron expression with five fields (minute, hour, day of month, month, day of week) in `time_zone`.
+    pub cron: String,
+    /// IANA name of the time zone in which `cron` is read, such as `Europe/Vienna`.
+    pub time_zone: String,
+    /// Whether a new round may train while a trial is still open. Off: the open trial is extended first, every night.
+    pub train_while_open: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { cron: "0 2 * * *".into(), time_zone: "UTC".into(), train_while_open: false }
+    }
+}
+
+impl Settings {
+    /// Checks that the expression and the zone can be read and that a run will ever come.
+    pub fn validate(&self) -> Result<(), String> {
+        Schedule::new(self).map(drop)
+    }
+}
+
+/// A schedule that can be asked for its next run.
+#[derive(Debug, Clone)]
+pub struct Schedule {
+    cron: Cron,
+    zone: Tz,
+}
+
+impl Schedule {
+    /// Reads the settings; an error names the key, the value and the remedy.
+    pub fn new(settings: &Settings) -> Result<Self, String> {
+        let Settings { cron, time_zone, .. } = settings;
+        let zone = Tz::from_str(time_zone).map_err(|_| {
+            format!("time_zone {time_zone:?} is not an IANA time zone; write one such as \"UTC\" or \"Europe/Vienna\"")
+        })?;
+        let parsed = Cron::from_str(cron).map_err(|e| {
+            format!(
+                "cron {cron:?} cannot be read ({}); write five fields such as \"0 2 * * *\"",
+                lower_first(&e.to_string())
+            )
+        })?;
+        let schedule = Schedule { cron: parsed, zone };
+        match schedule.next_after(DateTime::UNIX_EPOCH) {
+            Some(_) => Ok(schedule),
+            None => Err(format!("cron {cron:?} never comes; write a day that exists, such as \"0 2 * * *\"")),
+        }
+    }
+
+    /// Returns the first run strictly after `now`. A local time that daylight saving skips runs at the next one that exists.
+    pub fn next_after(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let local = now.with_timezone(&self.zone);
+        self.cron.find_next_occurrence(&local, false).ok().map(|next| next.with_timezone(&Utc))
+    }
+
+    /// Returns when the next run starts: the first one after the last start, which lies in the past (so: at once) when
+    /// runs were missed. Without a last start nothing was missed, and the first run is the next one after `now`.
+    pub fn due(&self, last_start: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        // A clock that was set back must not hold the schedule up until the old time comes again.
+        let last_start = last_start.map_or(now, |last| last.min(now));
+        self.next_after(last_start)
+    }
+}
+
+fn lower_first(text: &str) -> String {
+    let mut letters = text.trim_end_matches('.').chars();
+    letters.next().map(|c| c.to_lowercase().chain(letters).collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule(cron: &str, zone: &str) -> Schedule {
+        Schedule::new(&Settings { cron: cron.into(), time_zone: zone.into(), ..Settings::default() }).unwrap()
+    }
+
+    fn at(text: &str) -> DateTime<Utc> {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_next_run_is_strictly_later_and_in_the_zone() {
+        let nightly = schedule("30 2 * * *", "Europe/Vienna");
+        assert_eq!(nightly.next_after(at("2026-01-10T01:29:59Z")), Some(at("2026-01-10T01:30:00Z")));
+        assert_eq!(nightly.next_after(at("2026-01-10T01:30:00Z")), Some(at("2026-01-11T01:30:00Z")));
+        assert_eq!(nightly.next_after(at("2026-07-10T12:00:00Z")), Some(at("2026-07-11T00:30:00Z")));
+    }
+
+    #[test]
+    fn every_night_has_exactly_one_run_across_both_clock_changes() {
+        let nightly = schedule("30 2 * * *", "Europe/Vienna");
+        for (from, to) in
+            [("2026-03-27T12:00:00Z", "2026-03-31T12:00:00Z"), ("2026-10-23T12:00:00Z", "2026-10-27T12:00:00Z")]
+        {
+            let mut now = at(from);
+            let mut runs = Vec::new();
+            while let Some(next) = nightly.next_after(now).filter(|next| *next < at(to)) {
+                runs.push(next);
+                now = next;
+            }
+            assert_eq!(runs.len(), 4, "{runs:?}");
+        }
+    }
+
+    #[test]
+    fn missed_runs_are_caught_up_once() {
+        let nightly = schedule("0 2 * * *", "UTC");
+        let now = at("2026-01-20T12:00:00Z");
+        let due = nightly.due(Some(at("2026-01-10T02:00:05Z")), now).unwrap();
+        assert!(due <= now, "a week was missed, so a run is due at once, not at {due}");
+        assert_eq!(nightly.due(Some(now), now), Some(at("2026-01-21T02:00:00Z")), "and then no second one");
+        assert_eq!(nightly.due(None, now), Some(at("2026-01-21T02:00:00Z")), "a new daemon has missed nothing");
+        let future = Some(at("2030-01-01T00:00:00Z"));
+        assert_eq!(
+            nightly.due(future, now),
+            Some(at("2026-01-21T02:00:00Z")),
+            "a start in the future is a wrong clock"
+        );
+    }
+
+    #[test]
+    fn bad_settings_name_the_key_the_value_and_the_remedy() {
+        let message = |cron: &str, zone: &str| {
+            Settings { cron: cron.into(), time_zone: zone.into(), ..Settings::default() }.validate().unwrap_err()
+        };
+        assert!(message("0 2 * * *", "Vienna").starts_with("time_zone \"Vienna\" is not an IANA time zone; write one"));
+        assert!(message("at noon", "UTC").starts_with("cron \"at noon\" cannot be read ("));
+        assert!(message("0 2 30 2 *", "UTC").starts_with("cron \"0 2 30 2 *\" never comes"));
+    }
+}

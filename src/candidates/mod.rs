@@ -1,0 +1,307 @@
+//! Candidates: several sampled answers for each prompt, drawn so that a killed run resumes to the same bytes.
+//!
+//! TAO's first stage. The unit of work, and of resume, is a chunk of whole prompt groups: its batch is formed and
+//! drained alone, so that what a sample sees of the others never depends on where a run was interrupted. A chunk's
+//! file is written whole; the manifest comes last and proves that all chunks stand.
+//!
+//! Every candidate carries its token ids and log-probs: ids win over text from here to the trainer, because
+//! `encode(decode(ids))` is not `ids`.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::dataset::Prompt;
+use crate::durable::{self, FileError};
+use crate::engine::{Adapter, BatchLimits, EngineError, Group, Model, SamplingSettings, generate};
+use crate::progress::{Progress, Step};
+use crate::record::{FinishReason, derive_seed};
+
+/// How candidates for training are drawn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Answers sampled for each prompt (K of best-of-K); 2 to 64.
+    pub samples_per_prompt: usize,
+    /// Sampling temperature; 1.0 keeps the samples on-policy for every training method.
+    pub temperature: f64,
+    /// Nucleus mass kept, in (0, 1]; 1.0 keeps the samples on-policy.
+    pub top_p: f64,
+    /// Most new tokens of one answer.
+    pub max_tokens: usize,
+    /// Prompts whose groups are sampled and written together; what a kill can cost at most.
+    pub chunk_prompts: usize,
+    /// Most sequences decoded at the same time; bounds the memory of the KV cache.
+    pub max_sequences: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            samples_per_prompt: 8,
+            temperature: 1.0,
+            top_p: 1.0,
+            max_tokens: 512,
+            chunk_prompts: 16,
+            max_sequences: 64,
+        }
+    }
+}
+
+impl Settings {
+    /// Checks every key; the message names key, value and remedy.
+    pub fn validate(&self) -> Result<(), String> {
+        let k = self.samples_per_prompt;
+        if !(2..=64).contains(&k) {
+            return Err(format!("samples_per_prompt = {k}: a group needs 2 to 64 answers to be compared"));
+        }
+        if self.temperature.is_nan() || self.temperature <= 0.0 || self.temperature > 2.0 {
+            return Err(format!("temperature = {}: set a value above 0 and at most 2", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
+        }
+        for (key, value) in [
+            ("max_tokens", self.max_tokens),
+            ("chunk_prompts", self.chunk_prompts),
+            ("max_sequences", self.max_sequences),
+        ] {
+            if value == 0 {
+                return Err(format!("{key} = 0: set at least 1"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns how the engine is to draw.
+    pub fn sampling(&self) -> SamplingSettings {
+        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+    }
+}
+
+/// How the endpoint answers its clients; both sides of the gate answer the same way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Decoding {
+    /// Sampling temperature, 0 (greedy) to 2.
+    pub temperature: f64,
+    /// Nucleus mass kept, in (0, 1].
+    pub top_p: f64,
+    /// Most new tokens of one answer, 1 or more.
+    pub max_tokens: usize,
+}
+
+impl Default for Decoding {
+    fn default() -> Self {
+        Decoding { temperature: 0.7, top_p: 1.0, max_tokens: 512 }
+    }
+}
+
+impl Decoding {
+    /// Checks every key; the message names key, value and remedy.
+    pub fn validate(&self) -> Result<(), String> {
+        if !(0.0..=2.0).contains(&self.temperature) {
+            return Err(format!("temperature = {}: set a value from 0 to 2", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
+        }
+        match self.max_tokens {
+            0 => Err("max_tokens = 0: set at least 1".to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns how the engine is to draw.
+    pub fn sampling(&self) -> SamplingSettings {
+        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+    }
+}
+
+/// One sampled answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    pub prompt_hash: String,
+    pub cluster: String,
+    pub workload: Option<String>,
+    /// Counts the answers of one prompt from 0.
+    pub sample: usize,
+    /// Seed of this draw; all there is of randomness.
+    pub seed: u64,
+    /// What drew it: `base` or an adapter's served name.
+    pub sampler: String,
+    /// How the prompt was put (`plain` is on-policy).
+    pub strategy: String,
+    pub text: String,
+    /// The prompt as the sampler saw it; kept so that training sees the same.
+    pub prompt_ids: Vec<u32>,
+    /// The answer, with the closing token exactly when `finish_reason` is `stop`.
+    pub token_ids: Vec<u32>,
+    /// Log-softmax of the raw logits at temperature 1, one per token id.
+    pub logprobs: Vec<f32>,
+    /// Log-prob under the distribution that was drawn from, one per token id.
+    pub sampler_logprobs: Vec<f32>,
+    pub finish_reason: FinishReason,
+}
+
+/// Which draws these are: enters every seed, so that no two purposes ever share a sample stream.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream<'a> {
+    /// Root seed of the round or trial.
+    pub seed: u64,
+    /// For example `train/1`, or a trial's side.
+    pub name: &'a str,
+    /// What draws: `base` or an adapter's served name.
+    pub sampler: &'a str,
+}
+
+/// Why candidates could not be drawn.
+#[derive(Debug, thiserror::Error)]
+pub enum CandidateError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What stands in the stage's folder once it is complete.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub sampler: String,
+    pub chunks: usize,
+    pub prompts: usize,
+    pub candidates: usize,
+    pub tokens: u64,
+    /// Prompts that do not fit the model's context together with their answer.
+    pub too_long: usize,
+    /// SHA-256 of each chunk's file, in order.
+    pub sha256: Vec<String>,
+}
+
+/// Draws `samples` answers to each prompt and returns them prompt by prompt; prompts that do not fit the context give none.
+pub fn draw(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    prompts: &[&Prompt],
+    samples: usize,
+    sampling: &SamplingSettings,
+    max_sequences: usize,
+    stream: Stream<'_>,
+    step: &mut Step,
+) -> Result<Vec<Vec<Candidate>>, CandidateError> {
+    let mut groups = Vec::new();
+    let mut owners = Vec::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
+        if ids.len() + sampling.max_tokens > model.config().max_positions {
+            continue;
+        }
+        let seed =
+            |k: usize| derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()]);
+        let seeds = (0..samples).map(seed).collect();
+        groups.push(Group { id: index as u64, prompt: ids, seeds, sampling: sampling.clone() });
+        owners.push(index);
+    }
+    let inputs: Vec<(Vec<u32>, Vec<u64>)> = groups.iter().map(|g| (g.prompt.clone(), g.seeds.clone())).collect();
+    let limits = BatchLimits { max_sequences, ..BatchLimits::default() };
+    let completions =
+        generate(model, adapter, groups, &limits, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
+
+    let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
+    for ((owner, (prompt_ids, seeds)), group) in owners.into_iter().zip(inputs).zip(completions) {
+        let prompt = prompts[owner];
+        drawn[owner] = group
+            .into_iter()
+            .enumerate()
+            .map(|(sample, done)| Candidate {
+                prompt_hash: prompt.prompt_hash.clone(),
+                cluster: prompt.cluster.clone(),
+                workload: prompt.workload.clone(),
+                sample,
+                seed: seeds[sample],
+                sampler: stream.sampler.to_string(),
+                strategy: "plain".to_string(),
+                text: done.text,
+                prompt_ids: prompt_ids.clone(),
+                token_ids: done.token_ids,
+                logprobs: done.logprobs,
+                sampler_logprobs: done.sampler_logprobs,
+                finish_reason: done.finish_reason,
+            })
+            .collect();
+    }
+    Ok(drawn)
+}
+
+/// Samples all prompts into `out`, chunk by chunk, and returns the manifest; a folder that is already complete is
+/// returned as it stands, a partly written one is continued.
+pub fn sample(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    prompts: &[&Prompt],
+    settings: &Settings,
+    stream: Stream<'_>,
+    out: &Path,
+    progress: &Progress,
+) -> Result<Manifest, CandidateError> {
+    let manifest_path = out.join("manifest.json");
+    if manifest_path.exists() {
+        return Ok(durable::read_json(&manifest_path)?);
+    }
+    durable::create_folder(out)?;
+    let total = (prompts.len() * settings.samples_per_prompt * settings.max_tokens) as u64;
+    let mut step = progress.step(format!("sample from {}", stream.sampler), total, "tokens");
+    let mut manifest = Manifest {
+        sampler: stream.sampler.to_string(),
+        chunks: 0,
+        prompts: prompts.len(),
+        candidates: 0,
+        tokens: 0,
+        too_long: 0,
+        sha256: Vec::new(),
+    };
+    for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
+        let path = chunk_path(out, index);
+        if !path.exists() {
+            let (k, limit) = (settings.samples_per_prompt, settings.max_sequences);
+            let drawn = draw(model, adapter, chunk, k, &settings.sampling(), limit, stream, &mut step)?;
+            durable::write_json_lines(&path, &drawn.concat())?;
+        }
+        let written: Vec<Candidate> = durable::read_json_lines(&path)?;
+        let answered: std::collections::BTreeSet<&str> = written.iter().map(|c| c.prompt_hash.as_str()).collect();
+        manifest.chunks += 1;
+        manifest.candidates += written.len();
+        manifest.tokens += written.iter().map(|c| c.token_ids.len() as u64).sum::<u64>();
+        manifest.too_long += chunk.len() - answered.len();
+        manifest.sha256.push(durable::sha256_file(&path)?);
+    }
+    durable::write_json(&manifest_path, &manifest)?;
+    Ok(manifest)
+}
+
+/// Reads all candidates of a complete folder, in the order of the prompts.
+pub fn load(out: &Path) -> Result<Vec<Candidate>, CandidateError> {
+    let manifest: Manifest = durable::read_json(&out.join("manifest.json"))?;
+    let mut all = Vec::with_capacity(manifest.candidates);
+    for index in 0..manifest.chunks {
+        all.extend(durable::read_json_lines(&chunk_path(out, index))?);
+    }
+    Ok(all)
+}
+
+fn chunk_path(out: &Path, index: usize) -> PathBuf {
+    out.join(format!("chunk-{index:05}.jsonl"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_name_the_key_and_the_remedy() {
+        let bad = Settings { samples_per_prompt: 1, ..Settings::default() };
+        assert!(bad.validate().unwrap_err().starts_with("samples_per_prompt = 1:"));
+        assert_eq!(Settings::default().validate(), Ok(()));
+    }
+}

@@ -16,6 +16,7 @@ pub mod lora;
 mod math;
 mod matmul;
 mod model;
+pub mod ops;
 mod rope;
 mod safetensors;
 mod sampler;
@@ -24,8 +25,9 @@ mod source;
 mod template;
 #[cfg(test)]
 mod tests;
-mod threads;
+pub mod threads;
 mod tokenizer;
+pub mod train;
 mod weights;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};

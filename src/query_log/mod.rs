@@ -1,0 +1,87 @@
+//! The query log: where records come from and how their bytes are read.
+//!
+//! A source hands out [`Record`]s with their coordinates and knows nothing about tables. It does not remember how far
+//! it got: whoever stores the rows also stores the positions, and a source asks for them ([`Event::Assigned`]) before it
+//! reads a partition. Sources: [`kafka`] in production, [`embedded`] for the demo (a broker in this process, read
+//! through [`kafka`]), [`file`] for trying a format out.
+
+pub mod embedded;
+pub mod file;
+pub mod format;
+pub mod kafka;
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::SyncSender;
+
+/// One record as the log holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    pub partition: i32,
+    pub offset: i64,
+    /// Milliseconds since the epoch, by the producer's or the broker's clock.
+    pub time_ms: Option<i64>,
+    pub key: Option<Vec<u8>>,
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+    /// `None` for a tombstone.
+    pub payload: Option<Vec<u8>>,
+}
+
+impl Record {
+    /// Returns the size that budgets count.
+    pub fn size(&self) -> usize {
+        let headers: usize = self.headers.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len)).sum();
+        headers + self.key.as_ref().map_or(0, Vec::len) + self.payload.as_ref().map_or(0, Vec::len)
+    }
+}
+
+/// What a source says, in order.
+#[derive(Debug)]
+pub enum Event {
+    /// These partitions are ours once `reply` names the next offset of each. Without a reply they are not read.
+    Assigned { partitions: Vec<i32>, reply: SyncSender<BTreeMap<i32, i64>> },
+    /// Records in offset order within each partition.
+    Records(Vec<Record>),
+    /// Everything of this partition has been handed out; the next record will have at least offset `next`.
+    End { partition: i32, next: Option<i64> },
+    /// These partitions go to someone else once `reply` is sent; what was read of them can still be stored until then.
+    Revoked { partitions: Vec<i32>, reply: SyncSender<()> },
+    /// Partitions were taken away already: nothing that is not stored yet may be.
+    Lost,
+    /// Something is wrong that may pass, in the source's words.
+    Trouble(String),
+    /// The source cannot go on.
+    Failed(SourceError),
+}
+
+/// Why a source cannot be read. Every message names the thing, its value and the remedy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    #[error("kafka property {key} is refused ({why}): correct ingest.kafka.properties")]
+    Property { key: String, why: String },
+    #[error("secret file {path} for kafka property {key} cannot be read: {why}")]
+    Secret { key: String, path: String, why: String },
+    #[error("cannot reach kafka at {brokers}: {cause}: check ingest.kafka.brokers and that the broker is up")]
+    Unreachable { brokers: String, cause: String },
+    #[error("topic {topic} does not exist at {brokers}: create it or correct ingest.kafka.topic")]
+    NoTopic { topic: String, brokers: String },
+    #[error(
+        "kafka no longer holds the next offset of topic {topic} ({cause}): records were lost to retention or the \
+             topic was made anew; to go on without them, raise ingest.kafka.generation and choose ingest.kafka.start"
+    )]
+    OutOfRange { topic: String, cause: String },
+    #[error("reading topic {topic} failed: {cause}")]
+    Consume { topic: String, cause: String },
+    #[error("topic {topic} gave nothing for {seconds} s and its end is not reached; kafka at {brokers} said: {cause}")]
+    Stalled { topic: String, brokers: String, seconds: u64, cause: String },
+    #[error("cannot start the embedded broker: {cause}")]
+    Embedded { cause: String },
+    #[error("{action} {path}: {why}")]
+    File { action: &'static str, path: String, why: String },
+}
+
+impl SourceError {
+    /// Returns true where only a change of the settings helps.
+    pub fn is_settings(&self) -> bool {
+        matches!(self, SourceError::Property { .. } | SourceError::Secret { .. })
+    }
+}

@@ -1,0 +1,299 @@
+//! The registry: which adapters exist, where each came from, which one is served, and what was ever served before.
+//!
+//! Plain files under one folder, so that an operator can read them with `cat` and a backup is a copy:
+//!
+//! ```text
+//! adapters/<version>/   the PEFT files, and manifest.json written last: without it the version does not exist
+//! current.json          what is served, changed by one rename; absent means the base
+//! intent.json           a promotion under way, removed when it is complete or aborted
+//! quarantine/<sha>.json weights that may never be served again, under whatever name
+//! history.jsonl         every event, appended and fsynced
+//! ```
+//!
+//! `current.json` and `intent.json` are the truth; the history is a record of it. A kill between any two writes leaves a
+//! registry that reads, with the intent still there to be completed or aborted.
+
+mod disk;
+mod history;
+mod intent;
+mod manifest;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::durable::{self, FileError};
+pub use history::{Event, Happened};
+pub use intent::{Intent, Kind};
+pub use manifest::{Base, Lineage, Manifest, OffsetRange};
+
+/// The version name of the model without any adapter.
+pub const BASE: &str = "base";
+
+/// Why the registry refuses something.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(
+        "adapter folder {folder} lacks {file}: give a PEFT folder with adapter_config.json and adapter_model.safetensors"
+    )]
+    NotPeft { folder: String, file: String },
+    #[error("version {0} is not registered: `taod adapters list` shows what is")]
+    Unknown(String),
+    #[error(
+        "file {file} of version {version} has SHA-256 {found}, not {expected}: restore it or import the adapter again"
+    )]
+    Corrupt { version: String, file: String, expected: String, found: String },
+    #[error("version {version} is quarantined ({reason}): train a new adapter")]
+    Quarantined { version: String, reason: String },
+    #[error("version {version} is what is served: roll back instead, which quarantines it")]
+    Served { version: String },
+    #[error("version {version} is served already")]
+    AlreadyServed { version: String },
+    #[error("trial {trial} was against {incumbent}, but {current} is served: its evidence does not apply")]
+    OtherIncumbent { trial: String, incumbent: String, current: String },
+    #[error("trial {trial} tried weights {tried} but version {version} has {registered}: the adapter was exchanged")]
+    OtherWeights { trial: String, version: String, tried: String, registered: String },
+    #[error("a promotion to {0} is under way: let the daemon complete it, or abort it")]
+    Underway(String),
+    #[error("the promotion to {0} is not the one under way")]
+    NotUnderway(String),
+    #[error("nothing was served before {0}: there is nothing to roll back to")]
+    NothingBefore(String),
+    #[error("version {version} is taken by other weights ({registered}, not {new}): remove one of them")]
+    Clash { version: String, registered: String, new: String },
+}
+
+/// What is served, as `current.json` holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Current {
+    /// A version, or `base`.
+    pub version: String,
+    /// SHA-256 of the version's content; `None` for the base.
+    pub sha256: Option<String>,
+    /// The promotion that made it so.
+    pub promotion: Option<String>,
+    /// Since when, microseconds since the epoch.
+    pub since_us: i64,
+}
+
+/// Weights that may never be served again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    pub version: String,
+    pub sha256: String,
+    pub weights_sha256: String,
+    pub reason: String,
+    pub time_us: i64,
+}
+
+/// One line of `taod adapters list`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Listed {
+    pub version: String,
+    pub served: bool,
+    /// Why it is quarantined, where it is.
+    pub quarantined: Option<String>,
+    pub manifest: Manifest,
+}
+
+/// What a restart finds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Recovery {
+    /// Nothing was under way.
+    Clean,
+    /// A promotion was interrupted before `current` moved: complete it where the alias moved, abort it otherwise.
+    Underway(Intent),
+    /// `current` had moved already: only the record is missing, so complete it.
+    Moved(Intent),
+}
+
+/// A registry in a folder. Cheap to open; every call reads the disk, so that several processes agree.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    root: PathBuf,
+}
+
+impl Registry {
+    /// Opens the registry in `root` and makes its folders where they are missing.
+    pub fn open(root: &Path) -> Result<Registry, RegistryError> {
+        durable::create_folder(&root.join("adapters"))?;
+        durable::create_folder(&root.join("quarantine"))?;
+        durable::sync_folder(root)?;
+        Ok(Registry { root: root.to_path_buf() })
+    }
+
+    /// Returns the PEFT folder of a version.
+    pub fn path(&self, version: &str) -> PathBuf {
+        self.root.join("adapters").join(version)
+    }
+
+    /// Returns what is served.
+    pub fn current(&self) -> Result<Current, RegistryError> {
+        let base = Current { version: BASE.to_string(), sha256: None, promotion: None, since_us: 0 };
+        Ok(absent_as(durable::read_json(&self.root.join("current.json")), base)?)
+    }
+
+    /// Copies an adapter into the registry and returns its manifest. The same content is the same version: a repetition
+    /// returns what is there, with its first lineage.
+    pub fn register(&self, folder: &Path, lineage: Lineage) -> Result<Manifest, RegistryError> {
+        let _lock = self.lock()?;
+        let new = Manifest::of(folder, lineage)?;
+        match self.manifest(&new.version) {
+            Ok(there) if there.sha256 == new.sha256 => {
+                self.check_files(&there)?;
+                self.record_registered(&there)?;
+                return Ok(there);
+            }
+            Ok(there) => {
+                return Err(RegistryError::Clash { version: new.version, registered: there.sha256, new: new.sha256 });
+            }
+            Err(RegistryError::Unknown(_)) => {}
+            Err(other) => return Err(other),
+        }
+        let target = self.path(&new.version);
+        durable::create_folder(&target)?;
+        for name in new.files.keys() {
+            disk::copy(&folder.join(name), &target.join(name))?;
+        }
+        durable::sync_folder(&self.root.join("adapters"))?;
+        // Read back what was written: the manifest states what is in the registry, not what was in the folder.
+        self.check_files(&new)?;
+        disk::write_json(&target.join("manifest.json"), &new)?;
+        self.record_registered(&new)?;
+        Ok(new)
+    }
+
+    fn record_registered(&self, manifest: &Manifest) -> Result<(), RegistryError> {
+        let what = Happened::Registered { version: manifest.version.clone(), sha256: manifest.sha256.clone() };
+        Ok(history::record(&self.history_path(), &Event { time_us: manifest.lineage.created_us, what })?)
+    }
+
+    /// Returns a registered version's manifest.
+    pub fn manifest(&self, version: &str) -> Result<Manifest, RegistryError> {
+        let unknown = || RegistryError::Unknown(version.to_string());
+        if !manifest::is_version(version) {
+            return Err(unknown());
+        }
+        match durable::read_json(&self.path(version).join("manifest.json")) {
+            Err(error) if error.is_not_found() => Err(unknown()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Hashes a version's files again and returns its manifest if they are what was registered.
+    pub fn verify(&self, version: &str) -> Result<Manifest, RegistryError> {
+        let manifest = self.manifest(version)?;
+        self.check_files(&manifest)?;
+        Ok(manifest)
+    }
+
+    fn check_files(&self, manifest: &Manifest) -> Result<(), RegistryError> {
+        for (file, expected) in &manifest.files {
+            let found = durable::sha256_file(&self.path(&manifest.version).join(file))?;
+            if found != *expected {
+                let (version, file, expected) = (manifest.version.clone(), file.clone(), expected.clone());
+                return Err(RegistryError::Corrupt { version, file, expected, found });
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns all registered versions, oldest first.
+    pub fn list(&self) -> Result<Vec<Listed>, RegistryError> {
+        let folder = self.root.join("adapters");
+        let entries = fs::read_dir(&folder).map_err(|e| FileError::io("cannot list", &folder, e))?;
+        let current = self.current()?.version;
+        let mut out = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(|e| FileError::io("cannot list", &folder, e))?.file_name();
+            let version = name.to_string_lossy().into_owned();
+            let manifest = match self.manifest(&version) {
+                // A folder without a manifest is a registration that never happened.
+                Err(RegistryError::Unknown(_)) => continue,
+                result => result?,
+            };
+            let quarantined = self.quarantine_of(&manifest)?.map(|q| q.reason);
+            out.push(Listed { served: version == current, version, quarantined, manifest });
+        }
+        out.sort_by(|a, b| {
+            (a.manifest.lineage.created_us, &a.version).cmp(&(b.manifest.lineage.created_us, &b.version))
+        });
+        Ok(out)
+    }
+
+    /// Returns every recorded event, oldest first.
+    pub fn history(&self) -> Result<Vec<Event>, RegistryError> {
+        Ok(history::read(&self.history_path())?)
+    }
+
+    /// Bars a version and everything with the same weights from being served.
+    pub fn quarantine(&self, version: &str, reason: &str, time_us: i64) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        if self.current()?.version == version {
+            return Err(RegistryError::Served { version: version.to_string() });
+        }
+        self.write_quarantine(version, reason, time_us)
+    }
+
+    fn write_quarantine(&self, version: &str, reason: &str, time_us: i64) -> Result<(), RegistryError> {
+        let manifest = self.manifest(version)?;
+        let entry = match self.quarantine_of(&manifest)? {
+            Some(there) => there,
+            None => {
+                let weights_sha256 = manifest.weights_sha256().to_string();
+                let (version, reason, sha256) = (version.to_string(), reason.to_string(), manifest.sha256);
+                let path = self.root.join("quarantine").join(format!("{sha256}.json"));
+                let entry = Quarantine { version, sha256, weights_sha256, reason, time_us };
+                disk::write_json(&path, &entry)?;
+                entry
+            }
+        };
+        let what = Happened::Quarantined { version: entry.version, reason: entry.reason };
+        Ok(history::record(&self.history_path(), &Event { time_us: entry.time_us, what })?)
+    }
+
+    /// Returns the quarantine that bars these weights, if one does.
+    fn quarantine_of(&self, manifest: &Manifest) -> Result<Option<Quarantine>, RegistryError> {
+        let folder = self.root.join("quarantine");
+        for entry in fs::read_dir(&folder).map_err(|e| FileError::io("cannot list", &folder, e))? {
+            let path = entry.map_err(|e| FileError::io("cannot list", &folder, e))?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let barred: Quarantine = durable::read_json(&path)?;
+            if barred.sha256 == manifest.sha256 || barred.weights_sha256 == manifest.weights_sha256() {
+                return Ok(Some(barred));
+            }
+        }
+        Ok(None)
+    }
+
+    fn history_path(&self) -> PathBuf {
+        self.root.join("history.jsonl")
+    }
+
+    /// Keeps other processes from changing the registry until the returned file is dropped.
+    fn lock(&self) -> Result<File, RegistryError> {
+        let path = self.root.join("lock");
+        let lock = || -> std::io::Result<File> {
+            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+            file.lock()?;
+            Ok(file)
+        };
+        Ok(lock().map_err(|e| FileError::io("cannot lock", &path, e))?)
+    }
+}
+
+/// Returns `default` where the file was not there.
+fn absent_as<T>(result: Result<T, FileError>, default: T) -> Result<T, FileError> {
+    match result {
+        Err(error) if error.is_not_found() => Ok(default),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,307 @@
+//! Rewards: how good an answer is, as a number in [0, 1], without labels.
+//!
+//! Reading order: [`rules`] are exact checks of form; [`workload`] says which rules an answer is held to; [`similarity`]
+//! is the graded score that keeps answers on the question; [`calibration`] and [`ensemble`] make one number of several;
+//! [`quality`] is the gate's guardrail, which no reward may contain; [`lines`] serves `taod score`.
+//!
+//! [`Rewards`] holds two selections of scorers: one whose total trains, one whose total the gate compares. Scorers see
+//! the answer and the prompt as data. None follows instructions, so no text in a prompt can argue with it.
+
+pub mod calibration;
+pub mod ensemble;
+pub mod lines;
+mod quality;
+pub mod rules;
+mod settings;
+pub mod similarity;
+mod workload;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use calibration::{Calibration, CalibrationError};
+use rules::{Answer, text};
+use similarity::{Similarity, SimilarityError};
+
+use crate::engine::{EngineError, Model};
+use crate::record::{FinishReason, Message, last_user_text};
+
+pub use settings::{Scorer, Settings};
+pub use workload::{Match, NamedCheck, Workload, Workloads};
+
+/// Words at which shortness is worth one half.
+const BREVITY_WORDS: f64 = 20.0;
+
+/// One answer to score.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// The workload field of the prompt's record.
+    pub workload: Option<String>,
+    pub messages: Vec<Message>,
+    pub response: String,
+    pub finish_reason: FinishReason,
+    pub prompt_ids: Option<Vec<u32>>,
+    /// The answer's ids; they win over `response` where a model reads the answer.
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// The reward of one answer and what it is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// In [0, 1].
+    pub total: f64,
+    /// True where every hard check passed.
+    pub passed: bool,
+    /// Every score, before calibration, as `scorer` or `rules/<kind>`. Where a hard rule failed, the total is 0 whatever
+    /// follows, and scores that cost a forward pass are left out.
+    pub parts: BTreeMap<String, f64>,
+}
+
+/// Which of the two totals is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selection {
+    Train,
+    Gate,
+}
+
+/// What can go wrong with rewards. Nothing in the text of an answer can.
+#[derive(Debug, thiserror::Error)]
+pub enum RewardError {
+    #[error("rewards.{0}")]
+    Settings(String),
+    #[error("workload {name:?}: {reason}")]
+    Workload { name: String, reason: String },
+    #[error("workload {workload:?}, rule {index} ({kind}): {reason}")]
+    Rule { workload: String, index: usize, kind: &'static str, reason: String },
+    #[error(
+        "item {index}: workload {workload:?} has no rules; add [[workload]] with this name and rules to the config"
+    )]
+    NoRules { index: usize, workload: String },
+    #[error("item {index}: the answer has no tokens; leave empty answers out")]
+    NoTokens { index: usize },
+    #[error("scorer {part} gave {value} for item {index}, outside [0, 1]; its model or its calibration is damaged")]
+    Range { part: String, index: usize, value: f64 },
+    #[error("the quality guardrail needs the base model; load the rewards with it")]
+    NoBase,
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
+    Similarity(#[from] SimilarityError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// All scorers of a config, loaded.
+pub struct Rewards {
+    settings: Settings,
+    workloads: Workloads,
+    calibration: Calibration,
+    similarity: OnceLock<Similarity>,
+    base: Option<Model>,
+}
+
+impl Rewards {
+    /// Loads what the settings name. `base` is the frozen base model that the quality guardrail reads.
+    pub fn load(settings: &Settings, workloads: &[Workload], base: &Model) -> Result<Self, RewardError> {
+        Ok(Rewards { base: Some(base.clone()), ..Self::without_base(settings, workloads)? })
+    }
+
+    /// Loads what the settings name, for uses that never ask for [`Rewards::quality`].
+    pub fn without_base(settings: &Settings, workloads: &[Workload]) -> Result<Self, RewardError> {
+        settings.validate().map_err(RewardError::Settings)?;
+        let calibration = match settings.calibration.as_str() {
+            "" => Calibration::default(),
+            path => Calibration::load(Path::new(path))?,
+        };
+        let workloads = Workloads::compile(workloads)?;
+        let settings = settings.clone();
+        let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), base: None };
+        if rewards.settings.uses(Scorer::Similarity) {
+            rewards.similarity_model()?;
+        }
+        Ok(rewards)
+    }
+
+    /// Returns true where a record with this workload field can be scored: its workload is known and has rules.
+    pub fn covers(&self, workload: Option<&str>) -> bool {
+        self.workloads.find(workload).is_some_and(|(_, rules)| !rules.is_empty())
+    }
+
+    /// Returns the workload of a record's workload field.
+    pub fn workload(&self, field: Option<&str>) -> Option<&Workload> {
+        self.workloads.find(field).map(|(workload, _)| workload)
+    }
+
+    /// Returns the rewards that training learns from.
+    pub fn train(&self, items: &[Item]) -> Result<Vec<Scored>, RewardError> {
+        self.score(&self.settings.train, items, Effort::Needed)
+    }
+
+    /// Returns the scores that the gate compares.
+    pub fn gate(&self, items: &[Item]) -> Result<Vec<Scored>, RewardError> {
+        self.score(&self.settings.gate, items, Effort::Needed)
+    }
+
+    /// Returns what the rules alone say, whatever the selections: the strict pass that reports count.
+    pub fn strict(&self, items: &[Item]) -> Result<Vec<Scored>, RewardError> {
+        self.score(&[Scorer::Rules], items, Effort::Needed)
+    }
+
+    /// Returns the scores of a selection with every part, also where a failed hard rule has settled the total.
+    pub fn score_fully(&self, selection: Selection, items: &[Item]) -> Result<Vec<Scored>, RewardError> {
+        self.score(self.selection(selection), items, Effort::Full)
+    }
+
+    /// Returns how natural the base finds each answer to the question without the house rules: mean log-prob per token,
+    /// in nats.
+    pub fn quality(&self, items: &[Item]) -> Result<Vec<f64>, RewardError> {
+        let base = self.base.as_ref().ok_or(RewardError::NoBase)?;
+        quality::mean_logprobs(base, items, |item| self.workload(item.workload.as_deref()))
+    }
+
+    /// Returns the similarity, in [0, 1] and not calibrated, of each (question, answer).
+    pub fn similarity(&self, pairs: &[(String, String)]) -> Result<Vec<f64>, RewardError> {
+        Ok(self.similarity_model()?.score(pairs)?)
+    }
+
+    /// Returns the question of an item: its last user turn without the house rules.
+    pub fn question(&self, item: &Item) -> String {
+        let text = last_user_text(&item.messages);
+        self.workload(item.workload.as_deref()).map_or(text.clone(), |workload| workload.without_house_rules(&text))
+    }
+
+    /// Returns the hash of everything that can change any total: scorers, versions, settings, rules, weights, maps.
+    pub fn identity(&self) -> String {
+        self.hash(&[("train", &self.settings.train), ("gate", &self.settings.gate)])
+    }
+
+    /// Returns the hash of everything that can change the gate's total. Another hash voids an open trial.
+    pub fn gate_identity(&self) -> String {
+        self.hash(&[("gate", &self.settings.gate)])
+    }
+
+    fn hash(&self, selections: &[(&str, &Vec<Scorer>)]) -> String {
+        let scorers = |selection: &Vec<Scorer>| -> Vec<(&str, u32)> {
+            selection.iter().map(|scorer| (scorer.name(), scorer.version())).collect()
+        };
+        let embeds = selections.iter().any(|(_, scorers)| scorers.contains(&Scorer::Similarity));
+        let selections: BTreeMap<&str, _> = selections.iter().map(|(name, s)| (*name, scorers(s))).collect();
+        let workloads: Vec<&Workload> = self.workloads.iter().collect();
+        let whole = serde_json::json!({
+            "selections": selections,
+            "lambda": self.settings.lambda,
+            "workloads": workloads,
+            "calibration": self.calibration.hash(),
+            "similarity": self.similarity.get().filter(|_| embeds).map(Similarity::identity),
+            "base": self.base.as_ref().map(|base| base.identity().sha256.clone()),
+        });
+        blake3::hash(whole.to_string().as_bytes()).to_hex().to_string()
+    }
+
+    fn selection(&self, selection: Selection) -> &[Scorer] {
+        match selection {
+            Selection::Train => &self.settings.train,
+            Selection::Gate => &self.settings.gate,
+        }
+    }
+
+    fn similarity_model(&self) -> Result<&Similarity, RewardError> {
+        if let Some(model) = self.similarity.get() {
+            return Ok(model);
+        }
+        let model = Similarity::load(&self.settings.similarity)?;
+        Ok(self.similarity.get_or_init(|| model))
+    }
+
+    fn score(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Scored>, RewardError> {
+        let mut drafts: Vec<Draft> = items.iter().map(|_| Draft::default()).collect();
+        // Rules go first: they are cheap, and a failed hard one makes dearer scores needless.
+        if scorers.contains(&Scorer::Rules) {
+            for (index, (item, draft)) in items.iter().zip(&mut drafts).enumerate() {
+                self.apply_rules(index, item, draft)?;
+            }
+        }
+        for scorer in scorers {
+            match scorer {
+                Scorer::Rules => {}
+                Scorer::Brevity => items.iter().zip(&mut drafts).for_each(|(item, draft)| draft.brevity(item)),
+                Scorer::Similarity => self.apply_similarity(items, &mut drafts, effort)?,
+            }
+        }
+        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+    }
+
+    fn apply_rules(&self, index: usize, item: &Item, draft: &mut Draft) -> Result<(), RewardError> {
+        let found = self.workloads.find(item.workload.as_deref()).filter(|(_, checks)| !checks.is_empty());
+        let Some((_, checks)) = found else {
+            return Err(RewardError::NoRules { index, workload: item.workload.clone().unwrap_or_default() });
+        };
+        let prompt = item.messages.iter().map(Message::plain_text).collect::<Vec<_>>().join("\n");
+        let answer = Answer { text: &item.response, finish_reason: item.finish_reason, prompt: &prompt };
+        for NamedCheck { part, hard, check } in checks {
+            let credit = check.credit(&answer);
+            if *hard {
+                let passed = credit >= 1.0;
+                draft.failed |= !passed;
+                draft.parts.insert(part.clone(), f64::from(u8::from(passed)));
+            } else {
+                draft.graded(part, credit);
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_similarity(&self, items: &[Item], drafts: &mut [Draft], effort: Effort) -> Result<(), RewardError> {
+        let wanted = |draft: &Draft| effort == Effort::Full || !draft.failed;
+        let mut chosen: Vec<(&Item, &mut Draft)> =
+            items.iter().zip(drafts).filter(|(_, draft)| wanted(draft)).collect();
+        let pairs: Vec<_> = chosen.iter().map(|(item, _)| (self.question(item), item.response.clone())).collect();
+        let scores = self.similarity(&pairs)?;
+        for ((_, draft), score) in chosen.iter_mut().zip(scores) {
+            draft.graded(Scorer::Similarity.name(), score);
+        }
+        Ok(())
+    }
+
+    fn finish(&self, index: usize, draft: Draft) -> Result<Scored, RewardError> {
+        let Draft { failed, parts, graded } = draft;
+        if let Some((part, &value)) = parts.iter().find(|(_, value)| !(0.0..=1.0).contains(*value)) {
+            return Err(RewardError::Range { part: part.clone(), index, value });
+        }
+        let z: Vec<f64> = graded.iter().map(|(part, raw)| self.calibration.apply(part, *raw)).collect();
+        Ok(Scored { total: ensemble::total(!failed, &z, self.settings.lambda), passed: !failed, parts })
+    }
+}
+
+/// How much is computed for an answer that a hard rule has already failed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effort {
+    /// Only what can still change the total.
+    Needed,
+    /// Every part.
+    Full,
+}
+
+/// Scores of one answer while scorers add theirs.
+#[derive(Default)]
+struct Draft {
+    failed: bool,
+    parts: BTreeMap<String, f64>,
+    graded: Vec<(String, f64)>,
+}
+
+impl Draft {
+    fn graded(&mut self, part: &str, score: f64) {
+        self.parts.insert(part.to_owned(), score);
+        self.graded.push((part.to_owned(), score));
+    }
+
+    fn brevity(&mut self, item: &Item) {
+        let words = text::words(&item.response).count() as f64;
+        self.graded(Scorer::Brevity.name(), 1.0 / (1.0 + words / BREVITY_WORDS));
+    }
+}

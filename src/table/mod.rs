@@ -1,0 +1,72 @@
+//! The Delta tables: appends that land exactly once, and reads of one version.
+//!
+//! Appends and erasure run on a commit path of our own, whose cost does not grow with the number of files (one
+//! conditional write of a log entry); scans, joins and compaction are deltalake's DataFusion. Kafka offsets and other
+//! positions live in the log as `txn` actions beside the rows they stand for, so a position and its rows land together.
+//!
+//! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`write`] (their bytes),
+//! [`read`] (how they come out), [`Tables`] (all of them under one root).
+
+mod commit;
+mod disk;
+mod location;
+mod log;
+mod maintain;
+mod read;
+mod rows;
+pub mod schema;
+mod tables;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use commit::{Appended, Table, TxnStep};
+pub use location::TableLocation;
+pub use schema::TableSpec;
+pub use tables::{Name, Tables};
+pub use write::batch_of;
+
+/// Why a table could not be opened, read or written. Every message names the table.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    #[error("table location {location} {why}: give a local folder or a file:// URL")]
+    Location { location: String, why: String },
+    #[error("{action} table {table}: {source}")]
+    Store { action: &'static str, table: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("log entry {version} of table {table} is not a Delta commit: {source}")]
+    Log { table: String, version: u64, source: serde_json::Error },
+    #[error("table {table} now asks for {feature}, which taod does not write: drop the feature or use another table")]
+    Feature { table: String, feature: String },
+    #[error("table {table} does not fit taod's schema: {why}")]
+    Schema { table: String, why: String },
+    #[error("rows do not fit table {table}: {why}")]
+    Rows { table: String, why: String },
+    #[error(
+        "another writer moved {app_id} in table {table} to {found:?} while {expected:?} was expected: nothing was written"
+    )]
+    Fenced { table: String, app_id: String, expected: Option<i64>, found: Option<i64> },
+    #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
+    Unsettled { table: String, version: u64, why: String },
+}
+
+impl TableError {
+    /// Wraps what a store or delta-rs said about the table at `url`.
+    pub(crate) fn store(
+        action: &'static str,
+        table: impl std::fmt::Display,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        TableError::Store { action, table: table.to_string(), source: source.into() }
+    }
+
+    /// Returns true where reading the positions again and starting from them is the cure.
+    pub fn is_restart(&self) -> bool {
+        matches!(self, TableError::Fenced { .. } | TableError::Unsettled { .. })
+    }
+
+    /// Returns true where no retry helps: the table is not one that taod may write.
+    pub fn is_foreign(&self) -> bool {
+        matches!(self, TableError::Feature { .. } | TableError::Schema { .. } | TableError::Location { .. })
+    }
+}

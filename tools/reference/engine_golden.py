@@ -120,6 +120,8 @@ def make_adapter(model, folder, rslora):
         for key, value in adapted.named_parameters():
             if "lora_" in key:
                 value.normal_(0.0, 0.05)
+    # PEFT would record where the model lay on the machine that ran this.
+    adapted.peft_config["default"].base_model_name_or_path = folder.name.removesuffix("-lora")
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return adapted.unload()

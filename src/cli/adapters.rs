@@ -1,0 +1,140 @@
+//! `taod adapters`: the registry, and an operator's own changes of what is served.
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+
+use super::lines::Output;
+use super::{Exit, Global, runtime};
+use crate::config::Config;
+use crate::daemon::{load_model, promotion};
+use crate::registry::{Listed, Registry};
+use crate::round::Paths;
+
+/// What is asked of the registry.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the registered versions.
+    List {
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print everything that is recorded of a version, as JSON.
+    Show {
+        /// The version; without it the one that is served.
+        version: Option<String>,
+    },
+    /// Compare a version's files with the hashes recorded of them.
+    Verify {
+        /// The version; without it all of them.
+        version: Option<String>,
+    },
+    /// Put a version into the endpoint without a verdict of the gate. It is recorded who did it and why.
+    Promote {
+        /// The version.
+        version: String,
+        #[command(flatten)]
+        why: Why,
+    },
+    /// Return to the version served before; the present one is quarantined.
+    Rollback {
+        #[command(flatten)]
+        why: Why,
+    },
+    /// Never let a version be served again, under whatever name its weights come.
+    Quarantine {
+        /// The version.
+        version: String,
+        #[command(flatten)]
+        why: Why,
+    },
+}
+
+/// Who changes something, and why.
+#[derive(Debug, Args)]
+pub struct Why {
+    /// What is recorded as the reason.
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
+    /// Who is recorded.
+    #[arg(long, env = "USER", value_name = "NAME")]
+    by: String,
+}
+
+impl Why {
+    fn signed(&self) -> String {
+        format!("{} ({})", self.reason, self.by)
+    }
+}
+
+pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
+    let config = global.load()?.config;
+    let registry = Registry::open(&Paths::new(&config.state.dir).registry())?;
+    let mut out = Output::stdout();
+    match command {
+        Command::List { json: true } => out.line(&registry.list()?)?,
+        Command::List { json: false } => out.text(&list(&registry.list()?))?,
+        Command::Show { version } => {
+            let version = match version {
+                Some(version) => version.clone(),
+                None => registry.current()?.version,
+            };
+            let listed = registry.list()?.into_iter().find(|listed| listed.version == version);
+            let listed = listed
+                .with_context(|| format!("version {version} is not registered; `taod adapters list` shows what is"))?;
+            out.text(&format!("{}\n", serde_json::to_string_pretty(&listed)?))?;
+        }
+        Command::Verify { version } => {
+            let versions = match version {
+                Some(version) => vec![version.clone()],
+                None => registry.list()?.into_iter().map(|listed| listed.version).collect(),
+            };
+            for version in versions {
+                registry.verify(&version)?;
+                out.text(&format!("{version}: every file is as it was registered\n"))?;
+            }
+        }
+        Command::Promote { version, why } => {
+            let promoted = change(&config, async |model| {
+                promotion::override_promote(&config, version, &why.by, &why.reason, model).await
+            })?;
+            out.text(&format!("{}\n", promoted.explain()))?;
+        }
+        Command::Rollback { why } => {
+            let promoted = change(&config, async |model| promotion::rollback(&config, &why.signed(), model).await)?;
+            out.text(&format!("{}\n", promoted.explain()))?;
+        }
+        Command::Quarantine { version, why } => {
+            registry.quarantine(version, &why.signed(), chrono::Utc::now().timestamp_micros())?;
+            out.text(&format!("{version} is quarantined\n"))?;
+        }
+    }
+    out.flush()?;
+    Ok(Exit::Done)
+}
+
+/// Changes what the endpoint serves; the proof needs the base model.
+fn change(
+    config: &Config,
+    change: impl AsyncFnOnce(&crate::engine::Model) -> anyhow::Result<promotion::Promoted>,
+) -> anyhow::Result<promotion::Promoted> {
+    runtime()?.block_on(async {
+        let model = load_model(config).await?;
+        change(&model).await
+    })
+}
+
+fn list(versions: &[Listed]) -> String {
+    if versions.is_empty() {
+        return "no adapter is registered yet\n".into();
+    }
+    let line = |listed: &Listed| {
+        let state = match (&listed.quarantined, listed.served) {
+            (Some(reason), _) => format!("quarantined: {reason}"),
+            (None, true) => "served".into(),
+            (None, false) => String::new(),
+        };
+        format!("{}  {state}", listed.version).trim_end().to_string() + "\n"
+    };
+    versions.iter().map(line).collect()
+}

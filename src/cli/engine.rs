@@ -1,0 +1,148 @@
+//! `taod generate` and `taod logprobs`: the engine alone.
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::answers::{Answer, ModelArgs, Prompt};
+use super::lines::{Input, Output};
+use super::{Exit, Screen};
+use crate::engine::{BatchLimits, Completion, Group, SamplingSettings, ScoreItem, generate, logprobs};
+use crate::record::{FinishReason, derive_seed};
+
+/// Inputs that are worked on together: enough to fill the batch, few enough that results come early.
+const CHUNK: usize = 64;
+
+/// Sample answers to prompts.
+///
+/// Input lines: {"messages": [...]}. Output lines, one for each sample, in the order of the input: {"index", "sample",
+/// "text", "token_ids", "logprobs", "sampler_logprobs", "finish_reason"}.
+#[derive(Debug, Args)]
+pub struct Generate {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    input: Input,
+    /// Answers to each prompt.
+    #[arg(long, default_value_t = 1, value_name = "K", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    samples: u64,
+    /// Most new tokens of one answer.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    max_tokens: usize,
+    /// 1 draws from the model's own distribution, 0 takes the likeliest token.
+    #[arg(long, default_value_t = 1.0, value_name = "T")]
+    temperature: f64,
+    /// Part of the probability mass that is kept.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    top_p: f64,
+    /// Likeliest tokens that are kept; 0 keeps all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Changes every draw.
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+}
+
+#[derive(Serialize)]
+struct SampleLine<'a> {
+    index: usize,
+    sample: usize,
+    text: &'a str,
+    token_ids: &'a [u32],
+    logprobs: &'a [f32],
+    sampler_logprobs: &'a [f32],
+    finish_reason: FinishReason,
+}
+
+pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<Exit> {
+    let prompts: Vec<Prompt> = args.input.read_all()?;
+    let (model, adapter) = args.model.load()?;
+    let sampling = SamplingSettings {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        max_tokens: args.max_tokens,
+    };
+    let mut out = Output::stdout();
+    let mut step = screen.progress().step("generating", prompts.len() as u64 * args.samples, "answers");
+    for (chunk, prompts) in prompts.chunks(CHUNK).enumerate() {
+        let first = chunk * CHUNK;
+        let group = |(at, prompt): (usize, &Prompt)| {
+            let index = first + at;
+            let seed = |sample: u64| derive_seed(args.seed, &["generate", &index.to_string(), &sample.to_string()]);
+            let seeds = (0..args.samples).map(seed).collect();
+            Ok(Group { id: index as u64, prompt: prompt.ids(&model, index)?, seeds, sampling: sampling.clone() })
+        };
+        let groups: Vec<Group> = prompts.iter().enumerate().map(group).collect::<anyhow::Result<_>>()?;
+        let mut on_done = |_: u64, _: usize, _: &Completion| step.advance(1, "");
+        let answers = generate(&model, adapter.as_ref(), groups, &BatchLimits::default(), &mut on_done)?;
+        for (at, samples) in answers.iter().enumerate() {
+            for (sample, completion) in samples.iter().enumerate() {
+                out.line(&line(first + at, sample, completion))?;
+            }
+        }
+        out.flush()?;
+    }
+    Ok(Exit::Done)
+}
+
+fn line(index: usize, sample: usize, completion: &Completion) -> SampleLine<'_> {
+    SampleLine {
+        index,
+        sample,
+        text: &completion.text,
+        token_ids: &completion.token_ids,
+        logprobs: &completion.logprobs,
+        sampler_logprobs: &completion.sampler_logprobs,
+        finish_reason: completion.finish_reason,
+    }
+}
+
+/// Compute the log-probs of given answers.
+///
+/// Input lines: {"messages": [...], "response": "..."} or with "token_ids" and "finish_reason"; ids win over text.
+/// Output lines: {"index", "token_ids", "logprobs"}, the log-softmax of the raw logits at temperature 1.
+#[derive(Debug, Args)]
+pub struct Logprobs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    input: Input,
+}
+
+#[derive(Deserialize)]
+struct AnsweredLine {
+    #[serde(flatten)]
+    prompt: Prompt,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+#[derive(Serialize)]
+struct LogprobsLine<'a> {
+    index: usize,
+    token_ids: &'a [u32],
+    logprobs: &'a [f32],
+}
+
+pub(super) fn run_logprobs(args: &Logprobs, screen: &Screen) -> anyhow::Result<Exit> {
+    let lines: Vec<AnsweredLine> = args.input.read_all()?;
+    let (model, adapter) = args.model.load()?;
+    let mut out = Output::stdout();
+    let mut step = screen.progress().step("scoring", lines.len() as u64, "answers");
+    for (chunk, lines) in lines.chunks(CHUNK).enumerate() {
+        let first = chunk * CHUNK;
+        let ids = |(at, line): (usize, &AnsweredLine)| {
+            Ok((line.prompt.ids(&model, first + at)?, line.answer.ids(&model, first + at)?))
+        };
+        let ids: Vec<(Vec<u32>, Vec<u32>)> = lines.iter().enumerate().map(ids).collect::<anyhow::Result<_>>()?;
+        let items: Vec<ScoreItem<'_>> =
+            ids.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
+        let scored = logprobs(&model, adapter.as_ref(), &items)?;
+        for (at, ((_, token_ids), logprobs)) in ids.iter().zip(&scored).enumerate() {
+            out.line(&LogprobsLine { index: first + at, token_ids, logprobs })?;
+        }
+        out.flush()?;
+        step.advance(lines.len() as u64, "");
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,48 @@
+//! `taod ingest`: only the ingestion.
+
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::lines::Output;
+use super::{Exit, Global, runtime, signals};
+use crate::ingest::{self, Counters, Mode};
+use crate::round::Paths;
+use crate::table::Tables;
+
+/// Store the query log in the table, every record exactly once, and nothing else.
+#[derive(Debug, Args)]
+pub struct Ingest {
+    /// End once everything in the log is stored. An error is then final; without it everything is retried without end.
+    #[arg(long)]
+    until_idle: bool,
+    /// Print what was stored as one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(global: &Global, args: &Ingest) -> anyhow::Result<Exit> {
+    let config = global.load()?.config;
+    let mode = if args.until_idle { Mode::UntilIdle } else { Mode::Forever };
+    let tables = Tables::open(&Paths::new(&config.state.dir).tables())?;
+    let summary = runtime()?.block_on(async {
+        let shutdown = signals::shutdown()?;
+        anyhow::Ok(ingest::run(&config.ingest, &tables, Arc::new(Counters::default()), shutdown, mode).await?)
+    })?;
+    let mut out = Output::stdout();
+    match args.json {
+        true => out.line(&summary)?,
+        false => out.text(&format!(
+            "{} records ({} bytes) are {} rows of version {}, in {} commits; dead letters {:?}, skipped {:?}\n",
+            summary.records,
+            summary.bytes,
+            summary.rows,
+            summary.version,
+            summary.commits,
+            summary.dead_letters,
+            summary.skipped
+        ))?,
+    }
+    out.flush()?;
+    Ok(Exit::Done)
+}

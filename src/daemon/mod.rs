@@ -1,0 +1,242 @@
+//! `taod run`: ingestion, the nightly schedule, promotion, and the page, in one process that wires them.
+//!
+//! Each part retries without end and says in `/readyz` what stands in its way; only a bad config or a foreign table ends
+//! the daemon. Rounds run in a child process; this process alone talks to the endpoint. Nothing imports this module but
+//! the command line.
+
+pub mod promotion;
+mod watch;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use tokio::sync::watch as channel;
+
+use crate::admin;
+use crate::config::Config;
+use crate::engine::Model;
+use crate::health::Health;
+use crate::ingest;
+use crate::metrics::{Metrics, Part, RoundOutcome};
+use crate::registry::Registry;
+use crate::round::{self, Outcome, Paths, Verdict};
+use crate::schedule::Schedule;
+use crate::table::Tables;
+
+/// How long a loop of the daemon may take for one turn before the watchdog calls it stuck.
+const TURN: Duration = Duration::from_secs(60);
+/// How often the endpoint is asked whether it still has the served version.
+const RECONCILE: Duration = Duration::from_secs(60);
+
+/// Everything the loops of the daemon share.
+struct Daemon {
+    config: Config,
+    config_file: Option<PathBuf>,
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+}
+
+/// Runs until `stop` turns true, then drains and commits what was read.
+///
+/// `config_file` is what the round's child reads; it holds the same config.
+pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Receiver<bool>) -> Result<()> {
+    let metrics = Arc::new(Metrics::new()?);
+    let health = Arc::new(Health::default());
+    let paths = Paths::new(&config.state.dir);
+    let tables = Tables::open(&paths.tables())?;
+    Registry::open(&paths.registry())?;
+    let counters = Arc::new(ingest::Counters::default());
+    let daemon = Arc::new(Daemon { config, config_file, metrics: metrics.clone(), health: health.clone() });
+
+    let listener = admin::bind(&daemon.config.admin).map_err(anyhow::Error::msg)?;
+    let page = admin::spawn(listener, page_state(&daemon, &paths), stopped(stop.clone()))?;
+    let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
+    let ingesting = {
+        let (daemon, stop) = (daemon.clone(), stop.clone());
+        tokio::spawn(
+            async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await },
+        )
+    };
+    let scheduling = tokio::spawn(schedule(daemon.clone(), stop.clone()));
+    let reconciling = tokio::spawn(reconcile(daemon, stop.clone()));
+    watch::ready();
+
+    let summary = ingesting.await.context("ingestion ended unexpectedly")?;
+    watch::stopping();
+    if let Err(error) = summary {
+        return Err(error.into());
+    }
+    for task in [observed, scheduling, reconciling] {
+        task.await.context("a loop of the daemon ended unexpectedly")?;
+    }
+    match page.join() {
+        Ok(result) => Ok(result?),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Runs one night as the schedule does: the round in its child process, then the promotion it earned.
+pub async fn night(config: &Config, launch: &round::child::Launch) -> Result<Night> {
+    let paths = Paths::new(&config.state.dir);
+    let before = round::book::newest_verdict(&paths)?.map(|v| v.round);
+    let status = round::child::run(launch).await?;
+    let verdict = round::book::newest_verdict(&paths)?.filter(|v| Some(&v.round) != before.as_ref());
+    let verdict = verdict.with_context(|| format!("the round's process ended without a verdict ({status})"))?;
+    let promoted = match &verdict.outcome {
+        Outcome::Promote { .. } => {
+            let model = load_model(config).await?;
+            Some(promotion::promote(config, &verdict, &model).await?)
+        }
+        _ => None,
+    };
+    Ok(Night { verdict, promoted })
+}
+
+/// What a night came to.
+#[derive(Debug)]
+pub struct Night {
+    pub verdict: Verdict,
+    /// The change of the served version, where there was one.
+    pub promoted: Option<promotion::Promoted>,
+}
+
+/// Loads the base model off the async threads.
+pub async fn load_model(config: &Config) -> Result<Model> {
+    let path = config.model.path.clone();
+    Ok(tokio::task::spawn_blocking(move || Model::load(&path)).await??)
+}
+
+/// Waits for each due time and runs a night; a failure is logged, shown, and over with: the next night tries again.
+async fn schedule(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
+    // The settings were checked when the config was read.
+    let Ok(schedule) = Schedule::new(&daemon.config.schedule) else { return };
+    let mut last_start = last_round(&daemon.config);
+    settle(&daemon).await;
+    loop {
+        let now = Utc::now();
+        let Some(due) = schedule.due(last_start, now) else { return };
+        daemon.metrics.rounds.next_start.set(due.timestamp() as f64);
+        let wait = (due - now).to_std().unwrap_or_default();
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        last_start = Some(Utc::now());
+        daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
+        let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
+        let result = tokio::select! {
+            result = night(&daemon.config, &launch) => result,
+            // Dropping the night kills its child; what it had finished is resumed by the next one.
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        daemon.metrics.rounds.last_end.set(Utc::now().timestamp() as f64);
+        match result {
+            Ok(night) => daemon.ended(&night),
+            Err(error) => {
+                daemon.metrics.rounds.ended.get(RoundOutcome::Failed).inc();
+                daemon.health.not_ready("round", format!("{error:#}"));
+                tracing::error!(error = format!("{error:#}"), "the round failed; the next one resumes it");
+            }
+        }
+    }
+}
+
+impl Daemon {
+    fn ended(&self, night: &Night) {
+        self.health.ready("round");
+        let outcome = RoundOutcome::from_name(night.verdict.outcome.name()).unwrap_or(RoundOutcome::Failed);
+        self.metrics.rounds.ended.get(outcome).inc();
+        watch::measure_round(&self.metrics, &night.verdict);
+        if let Some(promoted) = &night.promoted {
+            self.metrics.endpoint.current.set(&promoted.to);
+            self.metrics.endpoint.proof.set(1);
+            self.metrics.endpoint.proof_time.set(Utc::now().timestamp() as f64);
+        }
+        tracing::info!(
+            round = night.verdict.round,
+            outcome = night.verdict.outcome.name(),
+            reason = night.verdict.outcome.reason(),
+            "the round ended"
+        );
+    }
+}
+
+/// Settles a promotion that a crash interrupted, before anything else changes what is served.
+async fn settle(daemon: &Daemon) {
+    let paths = Paths::new(&daemon.config.state.dir);
+    let interrupted = Registry::open(&paths.registry()).and_then(|registry| registry.intent());
+    let result = match interrupted {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => match load_model(&daemon.config).await {
+            Ok(model) => promotion::recover(&daemon.config, &model).await,
+            Err(error) => Err(error),
+        },
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = result {
+        daemon.metrics.daemon.errors.get(Part::Promotion).inc();
+        daemon.health.not_ready("promotion", format!("{error:#}"));
+        tracing::error!(error = format!("{error:#}"), "an interrupted promotion could not be settled");
+    }
+}
+
+/// Puts the served version back on servers that lost it, for instance by a restart.
+async fn reconcile(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(RECONCILE) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        match promotion::reconcile(&daemon.config).await {
+            Ok(changed) => {
+                daemon.health.ready("endpoint");
+                for url in changed {
+                    tracing::warn!(url, "the served version was missing and was loaded again");
+                }
+            }
+            Err(error) => {
+                daemon.metrics.endpoint.errors.inc();
+                daemon.health.not_ready("endpoint", format!("{error:#}"));
+                tracing::warn!(error = format!("{error:#}"), "the endpoint could not be checked");
+            }
+        }
+    }
+}
+
+/// Returns when the newest round was planned, so that a run missed while the daemon was down is caught up once.
+fn last_round(config: &Config) -> Option<DateTime<Utc>> {
+    let paths = Paths::new(&config.state.dir);
+    let newest = paths.round_ids().ok()?.pop()?;
+    let plan: round::Plan = crate::durable::read_json(&plan_path(&paths, &newest)).ok()?;
+    DateTime::from_timestamp_micros(plan.created_us)
+}
+
+fn plan_path(paths: &Paths, round: &str) -> PathBuf {
+    paths.round(round).join(Path::new("plan.json"))
+}
+
+fn page_state(daemon: &Arc<Daemon>, paths: &Paths) -> admin::State {
+    let (status_paths, registry) = (paths.clone(), paths.registry());
+    admin::State {
+        metrics: daemon.metrics.clone(),
+        health: daemon.health.clone(),
+        status: Arc::new(move || {
+            let newest = round::book::newest_verdict(&status_paths).ok().flatten();
+            let unfinished = status_paths.unfinished().ok().flatten();
+            json!({ "running_round": unfinished, "last_round": newest })
+        }),
+        current: Arc::new(move || match Registry::open(&registry).and_then(|r| r.current()) {
+            Ok(current) => json!(current),
+            Err(error) => json!({ "error": error.to_string() }),
+        }),
+    }
+}
+
+async fn stopped(mut stop: channel::Receiver<bool>) {
+    // An error means that the sender is gone, which is a stop as well.
+    let _stopped = stop.wait_for(|stop| *stop).await;
+}

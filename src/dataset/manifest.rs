@@ -1,0 +1,178 @@
+//! The files of a frozen dataset: three lists of prompts, and the manifest that makes them one.
+//!
+//! The manifest is written last and holds the hashes of the others and its own. What is read back is checked against
+//! it: a list that was edited or swapped is refused, and so is a cluster in two splits.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::durable;
+use crate::record::Coordinates;
+
+use super::{Assembled, Dataset, DatasetError, Prompt, QueryRow, Settings, SplitOf};
+
+const MANIFEST: &str = "manifest.json";
+
+/// Where a dataset comes from.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Version of each table that was read.
+    pub tables: BTreeMap<String, u64>,
+    /// The rows that were read, as ranges of Kafka offsets by `topic/partition`.
+    pub offsets: BTreeMap<String, OffsetRange>,
+}
+
+/// First and last offset, both included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffsetRange {
+    pub first: i64,
+    pub last: i64,
+}
+
+/// One list of prompts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    pub prompts: u64,
+    pub clusters: u64,
+    /// Rows of the log that the prompts stand for.
+    pub rows: u64,
+    pub sha256: String,
+}
+
+/// What a dataset is and how it was made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub round: String,
+    pub seed: u64,
+    pub settings: Settings,
+    pub inputs: Inputs,
+    /// Rows of the log that were read: those of the prompts and those excluded.
+    pub rows: u64,
+    /// Rows left out, by reason.
+    pub excluded: BTreeMap<String, u64>,
+    pub train: Part,
+    pub gate: Part,
+    pub audit: Part,
+    /// SHA-256 of this manifest with an empty hash.
+    pub hash: String,
+}
+
+impl Inputs {
+    /// Takes the offset ranges from rows.
+    pub fn of(tables: BTreeMap<String, u64>, rows: &[QueryRow]) -> Self {
+        let mut offsets: BTreeMap<String, OffsetRange> = BTreeMap::new();
+        for QueryRow { coordinates: Coordinates { topic, partition, offset, .. }, .. } in rows {
+            let range = OffsetRange { first: *offset, last: *offset };
+            let seen = offsets.entry(format!("{topic}/{partition}")).or_insert(range);
+            *seen = OffsetRange { first: seen.first.min(*offset), last: seen.last.max(*offset) };
+        }
+        Inputs { tables, offsets }
+    }
+}
+
+impl Manifest {
+    /// Returns why there is too little to train on, or `None` where there is enough.
+    pub fn shortfall(&self) -> Option<String> {
+        let (found, needed) = (self.train.prompts, self.settings.min_train_prompts as u64);
+        (found < needed).then(|| format!("{found} training prompts, fewer than min_train_prompts ({needed})"))
+    }
+
+    fn own_hash(&self) -> Result<String, durable::FileError> {
+        let bare = Manifest { hash: String::new(), ..self.clone() };
+        let json = serde_json::to_vec(&bare)
+            .map_err(|source| durable::FileError::Json { path: MANIFEST.to_owned(), source })?;
+        Ok(hex::encode(Sha256::digest(&json)))
+    }
+}
+
+/// Returns true where `out` holds a complete dataset.
+pub(super) fn exists(out: &Path) -> bool {
+    out.join(MANIFEST).exists()
+}
+
+/// Writes a dataset's files into `out`, the manifest last. The same input gives the same bytes.
+pub fn store(
+    out: &Path,
+    round: &str,
+    inputs: Inputs,
+    assembled: Assembled,
+    settings: &Settings,
+    seed: u64,
+) -> Result<Dataset, DatasetError> {
+    let Assembled { train, gate, audit, excluded, rows, .. } = assembled;
+    durable::create_folder(out)?;
+    let mut manifest = Manifest {
+        round: round.to_owned(),
+        seed,
+        settings: settings.clone(),
+        inputs,
+        rows,
+        excluded,
+        train: write_part(out, "train", &train)?,
+        gate: write_part(out, "gate", &gate)?,
+        audit: write_part(out, "audit", &audit)?,
+        hash: String::new(),
+    };
+    manifest.hash = manifest.own_hash()?;
+    let dataset = checked(out, manifest, train, gate, audit)?;
+    durable::write_json(&out.join(MANIFEST), &dataset.manifest)?;
+    Ok(dataset)
+}
+
+/// Reads a dataset's files and checks them against its manifest.
+pub fn load(out: &Path) -> Result<Dataset, DatasetError> {
+    let path = out.join(MANIFEST);
+    let manifest: Manifest = durable::read_json(&path)?;
+    let found = manifest.own_hash()?;
+    if found != manifest.hash {
+        return Err(DatasetError::Changed { path, expected: manifest.hash, found });
+    }
+    let train = SplitOf::new(read_part(out, "train", &manifest.train)?);
+    let gate = SplitOf::new(read_part(out, "gate", &manifest.gate)?);
+    let audit = SplitOf::new(read_part(out, "audit", &manifest.audit)?);
+    checked(out, manifest, train, gate, audit)
+}
+
+fn write_part<P>(out: &Path, name: &str, split: &SplitOf<P>) -> Result<Part, DatasetError> {
+    let path = out.join(format!("{name}.jsonl"));
+    let prompts: Vec<&Prompt> = split.iter().collect();
+    durable::write_json_lines(&path, &prompts)?;
+    Ok(Part {
+        prompts: split.len() as u64,
+        clusters: split.clusters().len() as u64,
+        rows: split.iter().map(|prompt| prompt.count).sum(),
+        sha256: durable::sha256_file(&path)?,
+    })
+}
+
+fn read_part(out: &Path, name: &str, part: &Part) -> Result<Vec<Prompt>, DatasetError> {
+    let path = out.join(format!("{name}.jsonl"));
+    let found = durable::sha256_file(&path)?;
+    if found != part.sha256 {
+        return Err(DatasetError::Changed { path, expected: part.sha256.clone(), found });
+    }
+    Ok(durable::read_json_lines(&path)?)
+}
+
+/// Puts a dataset together where no cluster is in two splits.
+fn checked(
+    out: &Path,
+    manifest: Manifest,
+    train: super::TrainSplit,
+    gate: super::GateSplit,
+    audit: super::AuditSplit,
+) -> Result<Dataset, DatasetError> {
+    let clusters = [("train", train.clusters()), ("gate", gate.clusters()), ("audit", audit.clusters())];
+    for (i, (first, ours)) in clusters.iter().enumerate() {
+        for (second, theirs) in &clusters[i + 1..] {
+            if let Some(cluster) = ours.intersection(theirs).next() {
+                let cluster = (*cluster).to_owned();
+                return Err(DatasetError::Leak { path: out.to_owned(), cluster, first, second });
+            }
+        }
+    }
+    Ok(Dataset { manifest, train, gate, audit })
+}

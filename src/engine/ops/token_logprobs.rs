@@ -1,0 +1,153 @@
+//! Log-probs of given tokens from hidden states, through a frozen output layer.
+//!
+//! Logits over the whole vocabulary exist for a few rows at a time only. The gradient of a log-prob with respect to its
+//! hidden row, `W[target] - p W`, needs just what the chunk holds at that moment, and a backward pass only multiplies
+//! it by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
+//! logits a second time.
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::mat::{Into, Mat, MatMut, Threads, multiply};
+use super::{LANES, Values, exp, largest};
+
+/// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
+const ROWS: usize = 256;
+
+/// Whether the slopes for a backward pass are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slopes {
+    Make,
+    Skip,
+}
+
+/// What [`token_logprobs`] returns, one entry per row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Log-softmax of the raw logits at the target.
+    pub logprobs: Vec<f32>,
+    /// Entropy of the whole distribution, in nats.
+    pub entropies: Vec<f32>,
+    /// Gradient of each row's log-prob with respect to its hidden state, `[rows, width]`; empty where not made.
+    pub slopes: Vec<f32>,
+}
+
+/// Returns the log-prob of `targets[i]` after the i-th row of `hidden`, for `lm_head` `[vocab, width]`.
+pub fn token_logprobs(hidden: &[f32], lm_head: &Tensor, targets: &[u32], slopes: Slopes) -> Result<TokenLogprobs> {
+    let (vocab, width) = lm_head.dims2()?;
+    let rows = targets.len();
+    if rows * width != hidden.len() {
+        bail!("{rows} targets for {} hidden values of width {width}", hidden.len());
+    }
+    if let Some(id) = targets.iter().find(|id| **id as usize >= vocab) {
+        bail!("token id {id} is outside the vocabulary of {vocab}");
+    }
+    let head = Head { weight: &Values::of(lm_head)?, vocab, width };
+    let mut found = TokenLogprobs {
+        logprobs: Vec::with_capacity(rows),
+        entropies: Vec::with_capacity(rows),
+        slopes: vec![0.0; if slopes == Slopes::Make { rows * width } else { 0 }],
+    };
+    let mut logits = vec![0.0; rows.min(ROWS) * vocab];
+    for (chunk, targets) in targets.chunks(ROWS).enumerate() {
+        let at = chunk * ROWS * width..(chunk * ROWS + targets.len()) * width;
+        let logits = &mut logits[..targets.len() * vocab];
+        for (logprob, entropy) in head.logprobs(&hidden[at.clone()], targets, logits)? {
+            found.logprobs.push(logprob);
+            found.entropies.push(entropy);
+        }
+        if let Some(slopes) = found.slopes.get_mut(at) {
+            head.slopes(logits, targets.len(), slopes)?;
+        }
+    }
+    Ok(found)
+}
+
+struct Head<'a> {
+    weight: &'a [f32],
+    vocab: usize,
+    width: usize,
+}
+
+impl Head<'_> {
+    /// Fills `logits` with `onehot(target) - p` and returns the log-prob and the entropy of each row.
+    fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>> {
+        let rows = targets.len();
+        let (hidden, weight) = (Mat::new(hidden, rows, self.width)?, Mat::new(self.weight, self.vocab, self.width)?);
+        multiply(MatMut::new(logits, rows, self.vocab)?, Into::Fresh, 1.0, hidden, weight.t(), Threads::All)?;
+        Ok(logits.par_chunks_mut(self.vocab).zip(targets).map(|(row, id)| log_softmax(row, *id as usize)).collect())
+    }
+
+    fn slopes(&self, differences: &[f32], rows: usize, slopes: &mut [f32]) -> Result<()> {
+        let (d, weight) = (Mat::new(differences, rows, self.vocab)?, Mat::new(self.weight, self.vocab, self.width)?);
+        multiply(MatMut::new(slopes, rows, self.width)?, Into::Fresh, 1.0, d, weight, Threads::All)
+    }
+}
+
+/// Returns the log-prob of `target` and the entropy, and turns the logits into `onehot(target) - p`.
+fn log_softmax(logits: &mut [f32], target: usize) -> (f32, f32) {
+    let max = largest(logits);
+    let chosen = logits[target] - max;
+    let (chunks, rest) = logits.as_chunks_mut::<LANES>();
+    let (mut sums, mut weighted) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for chunk in chunks {
+        for i in 0..LANES {
+            let shifted = chunk[i] - max;
+            chunk[i] = exp(shifted);
+            sums[i] += chunk[i];
+            weighted[i] += chunk[i] * shifted;
+        }
+    }
+    for (i, value) in rest.iter_mut().enumerate() {
+        let shifted = *value - max;
+        *value = exp(shifted);
+        sums[i] += *value;
+        weighted[i] += *value * shifted;
+    }
+    let sum: f32 = sums.iter().sum();
+    let scale = -1.0 / sum;
+    logits.iter_mut().for_each(|e| *e *= scale);
+    logits[target] += 1.0;
+    let log_sum = sum.ln();
+    (chosen - log_sum, log_sum - weighted.iter().sum::<f32>() / sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{gradients, random, random_tensor, tensor};
+    use super::*;
+
+    #[test]
+    fn logprobs_and_entropies_agree_with_candle_over_several_chunks() {
+        let (rows, vocab) = (ROWS + 3, 37);
+        let hidden: Vec<f32> = random(1, rows * 6).iter().map(|v| v * 4.0).collect();
+        let head = random_tensor(2, &[vocab, 6]);
+        let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
+        let found = token_logprobs(&hidden, &head, &targets, Slopes::Skip).unwrap();
+        let logits = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
+        let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
+        for (i, logprob) in found.logprobs.iter().enumerate() {
+            assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
+            let entropy: f32 = expected[i].iter().map(|l| -l * l.exp()).sum();
+            assert!((found.entropies[i] - entropy).abs() < 1e-4, "row {i}: {} {entropy}", found.entropies[i]);
+        }
+        assert!(found.slopes.is_empty());
+    }
+
+    #[test]
+    fn slopes_agree_with_differences() {
+        let head = random_tensor(2, &[9, 6]);
+        let targets = [0, 8, 3, 3, 1];
+        let run = |t: &[Vec<f32>]| token_logprobs(&t[0], &head, &targets, Slopes::Make).unwrap();
+        let backward = |t: &[Vec<f32>], grad: &[f32]| {
+            vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
+        };
+        gradients(&[random(1, 30)], |t| run(t).logprobs, backward);
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_refused() {
+        let error = token_logprobs(&random(1, 6), &random_tensor(2, &[9, 6]), &[9], Slopes::Skip).unwrap_err();
+        assert!(error.to_string().contains("token id 9"), "{error}");
+    }
+}

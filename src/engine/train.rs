@@ -1,0 +1,307 @@
+//! The forward and backward pass of training: log-probs of completion tokens as a function of LoRA matrices.
+//!
+//! A packed batch holds groups; each group's prompt is run once for all its completions. [`Base::forward`] keeps what
+//! the backward pass needs; [`Pass::backward`] takes the slope of a loss with respect to each log-prob, which is all
+//! that any of our losses has to know, and adds up the gradients of the LoRA matrices. No gradient is ever made for a
+//! frozen weight.
+
+mod layer;
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha20Rng;
+
+use self::layer::{Batch, Layer, Saved};
+use super::config::ModelConfig;
+use super::error::EngineError;
+use super::lora::{Factor, Linear, LoraSpec};
+use super::ops::Values;
+use super::ops::attention::{Attention, GroupRows, Heads};
+use super::ops::linear::Pair;
+use super::ops::pointwise::{RmsNorm, Rotation};
+use super::ops::token_logprobs::{Slopes, TokenLogprobs, token_logprobs};
+use super::rope::Rope;
+use super::weights::Weights;
+
+/// A prompt and the completions whose tokens are wanted.
+#[derive(Debug, Clone)]
+pub struct GroupTokens<'a> {
+    pub prompt: &'a [u32],
+    pub completions: Vec<&'a [u32]>,
+}
+
+impl GroupTokens<'_> {
+    /// Returns how many rows the group takes in a packed batch: the last token of a completion is only a target.
+    pub fn rows(&self) -> usize {
+        self.prompt.len() + self.completions.iter().map(|c| c.len().saturating_sub(1)).sum::<usize>()
+    }
+}
+
+/// One matrix of an adapter in training.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// As PEFT names it.
+    pub key: String,
+    pub shape: [usize; 2],
+}
+
+/// A LoRA adapter in training: a flat list of matrices, A and B of each target of each layer in turn.
+#[derive(Debug, Clone)]
+pub struct LoraMatrices {
+    pub spec: LoraSpec,
+    pub matrices: Vec<Matrix>,
+    /// The values of each matrix, which an optimizer moves.
+    pub values: Vec<Vec<f32>>,
+}
+
+impl LoraMatrices {
+    /// Returns an adapter that changes nothing yet: A uniform in +-1/sqrt(in), as PEFT's Kaiming draw with a = sqrt 5
+    /// comes out, and B zero. Equal seeds give equal bytes.
+    pub fn fresh(config: &ModelConfig, spec: &LoraSpec, seed: u64) -> Self {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let mut lora = Self::zero(config, spec);
+        for (matrix, values) in lora.matrices.iter().zip(&mut lora.values).step_by(2) {
+            let bound = 1.0 / (matrix.shape[1] as f32).sqrt();
+            values.iter_mut().for_each(|value| *value = rng.random_range(-bound..bound));
+        }
+        lora
+    }
+
+    /// Returns an adapter that goes on from `tensors`, keyed as PEFT keys them.
+    pub fn restored(
+        config: &ModelConfig,
+        spec: &LoraSpec,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self, EngineError> {
+        let mut lora = Self::zero(config, spec);
+        for (Matrix { key, shape }, values) in lora.matrices.iter().zip(&mut lora.values) {
+            let tensor = tensors.get(key).ok_or_else(|| EngineError::request(format!("{key} is missing")))?;
+            if tensor.dims() != shape {
+                let problem = format!("{key} has shape {:?}, {shape:?} is expected", tensor.dims());
+                return Err(EngineError::request(problem));
+            }
+            *values = tensor.flatten_all()?.to_vec1()?;
+        }
+        Ok(lora)
+    }
+
+    fn zero(config: &ModelConfig, spec: &LoraSpec) -> Self {
+        let mut matrices = Vec::new();
+        for layer in 0..config.layers {
+            for linear in &spec.targets {
+                let (ins, outs) = linear.shape(config);
+                for (factor, shape) in [(Factor::A, [spec.rank, ins]), (Factor::B, [outs, spec.rank])] {
+                    matrices.push(Matrix { key: linear.peft_key(layer, factor), shape });
+                }
+            }
+        }
+        let values = matrices.iter().map(|m| vec![0.0; m.shape[0] * m.shape[1]]).collect();
+        LoraMatrices { spec: spec.clone(), matrices, values }
+    }
+
+    /// Returns all matrices as tensors, by PEFT key.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>, EngineError> {
+        let tensor = |(matrix, values): (&Matrix, &Vec<f32>)| {
+            Ok((matrix.key.clone(), Tensor::from_slice(values, &matrix.shape, &Device::Cpu)?))
+        };
+        self.matrices.iter().zip(&self.values).map(tensor).collect()
+    }
+
+    /// Returns zeros of the shape of `values`, to add gradients to.
+    pub fn zero_gradients(&self) -> Vec<Vec<f32>> {
+        self.values.iter().map(|values| vec![0.0; values.len()]).collect()
+    }
+
+    /// Returns where in the list the pair of a linear layer stands, if the adapter changes it.
+    fn position(&self, layer: usize, linear: Linear) -> Option<usize> {
+        let target = self.spec.targets.iter().position(|target| *target == linear)?;
+        Some(2 * (layer * self.spec.targets.len() + target))
+    }
+
+    fn pair(&self, layer: usize, linear: Linear) -> Option<Pair<'_>> {
+        let at = self.position(layer, linear)?;
+        let scale = self.spec.scaling() as f32;
+        Some(Pair { a: self.values.get(at)?, b: self.values.get(at + 1)?, rank: self.spec.rank, scale })
+    }
+}
+
+/// The frozen part of the model, as training needs it.
+pub struct Base<'a> {
+    pub config: &'a ModelConfig,
+    pub weights: &'a Weights,
+    rope: Rope,
+}
+
+impl<'a> Base<'a> {
+    /// Prepares the frozen model for training.
+    pub fn new(config: &'a ModelConfig, weights: &'a Weights) -> Result<Self, EngineError> {
+        Ok(Base { config, weights, rope: Rope::new(config)? })
+    }
+
+    /// Returns the log-probs and the entropies of all completion tokens under the base: group by group, completion by
+    /// completion.
+    pub fn score(&self, groups: &[GroupTokens]) -> Result<TokenLogprobs, EngineError> {
+        let packed = Packed::new(groups)?;
+        let batch = self.batch(&packed)?;
+        let mut x = self.embed(&packed)?;
+        for index in 0..self.config.layers {
+            x = self.layer(index, None).forward(x, &batch)?.output;
+        }
+        Ok(self.logprobs(&packed, &x, Slopes::Skip)?.0)
+    }
+
+    /// Runs the model with `lora` and keeps what [`Pass::backward`] needs.
+    pub fn forward<'p>(&'p self, lora: &'p LoraMatrices, groups: &[GroupTokens]) -> Result<Pass<'p>, EngineError> {
+        let packed = Packed::new(groups)?;
+        let batch = self.batch(&packed)?;
+        let mut saved = Vec::with_capacity(self.config.layers);
+        let mut x = self.embed(&packed)?;
+        for index in 0..self.config.layers {
+            let step = self.layer(index, Some(lora)).forward(x, &batch)?;
+            x = step.output;
+            saved.push(step.saved);
+        }
+        let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
+        Ok(Pass { base: self, lora, batch, packed, saved, predicting, tokens })
+    }
+
+    fn layer<'l>(&'l self, index: usize, lora: Option<&'l LoraMatrices>) -> Layer<'l> {
+        Layer { config: self.config, weights: &self.weights.layers[index], index, lora }
+    }
+
+    fn embed(&self, packed: &Packed) -> Result<Vec<f32>, EngineError> {
+        let table = Values::of(&self.weights.embed)?;
+        let (vocab, width) = self.weights.embed.dims2()?;
+        if let Some(id) = packed.ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(EngineError::request(format!("token id {id} is outside the vocabulary of {vocab}")));
+        }
+        Ok(gather(&table, packed.ids.iter().map(|id| *id as usize), width))
+    }
+
+    /// Returns the results of all targets, and the hidden rows that predict them, before the last norm.
+    fn logprobs(&self, packed: &Packed, x: &[f32], slopes: Slopes) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
+        let predicting = gather(x, packed.predicting.iter().copied(), self.config.hidden_size);
+        let hidden = RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.forward(&predicting);
+        let tokens = token_logprobs(&hidden, &self.weights.lm_head, &packed.targets, slopes)?;
+        Ok((tokens, predicting))
+    }
+
+    fn batch(&self, packed: &Packed) -> Result<Batch, EngineError> {
+        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.config;
+        let heads = Heads { query: heads, key_value: kv_heads, dim: head_dim };
+        let attention = Attention::new(packed.groups.clone(), heads)?;
+        Ok(Batch { attention, rotation: self.rotation(&packed.positions)? })
+    }
+
+    fn rotation(&self, positions: &[usize]) -> Result<Rotation, EngineError> {
+        let (context, half) = self.rope.cos.dims2()?;
+        if let Some(position) = positions.iter().find(|position| **position >= context) {
+            let problem = format!("position {position} is outside the context of {context} tokens; shorten the sample");
+            return Err(EngineError::request(problem));
+        }
+        let (cos, sin) = (Values::of(&self.rope.cos)?, Values::of(&self.rope.sin)?);
+        let pick = |table: &[f32]| gather(table, positions.iter().copied(), half);
+        Ok(Rotation { cos: pick(&cos), sin: pick(&sin), head_dim: half * 2 })
+    }
+}
+
+/// Returns the named rows of a table whose rows are `width` wide.
+fn gather(table: &[f32], rows: impl Iterator<Item = usize>, width: usize) -> Vec<f32> {
+    rows.flat_map(|row| &table[row * width..][..width]).copied().collect()
+}
+
+/// A forward pass with an adapter, kept for its backward pass.
+pub struct Pass<'a> {
+    base: &'a Base<'a>,
+    lora: &'a LoraMatrices,
+    batch: Batch,
+    packed: Packed,
+    saved: Vec<Saved>,
+    predicting: Vec<f32>,
+    tokens: TokenLogprobs,
+}
+
+impl Pass<'_> {
+    /// Returns the log-prob of each completion token: group by group, completion by completion.
+    pub fn logprobs(&self) -> &[f32] {
+        &self.tokens.logprobs
+    }
+
+    /// Returns the entropy of the distribution that each completion token was drawn from, in nats.
+    pub fn entropies(&self) -> &[f32] {
+        &self.tokens.entropies
+    }
+
+    /// Adds to `gradients` those of a loss whose slope with respect to each log-prob is `slopes`.
+    ///
+    /// Activations are dropped as soon as their layer is done.
+    pub fn backward(self, slopes: &[f32], gradients: &mut [Vec<f32>]) -> Result<(), EngineError> {
+        let Pass { base, lora, batch, packed, mut saved, predicting, tokens } = self;
+        if slopes.len() != tokens.logprobs.len() || gradients.len() != lora.values.len() {
+            let (found, expected) = (slopes.len(), tokens.logprobs.len());
+            return Err(EngineError::request(format!("{found} slopes for {expected} log-probs")));
+        }
+        let width = base.config.hidden_size;
+        let mut hidden = tokens.slopes;
+        let rows = hidden.chunks_exact_mut(width).zip(slopes);
+        rows.for_each(|(row, slope)| row.iter_mut().for_each(|value| *value *= slope));
+        let mut at_targets = vec![0.0; hidden.len()];
+        RmsNorm::new(&base.weights.norm, base.config.rms_eps)?.backward(&predicting, &hidden, &mut at_targets);
+        let mut grad = vec![0.0; packed.ids.len() * width];
+        for (row, values) in packed.predicting.iter().zip(at_targets.chunks_exact(width)) {
+            grad[row * width..][..width].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        while let Some(layer) = saved.pop() {
+            grad = base.layer(saved.len(), Some(lora)).backward(layer, grad, &batch, gradients)?;
+        }
+        Ok(())
+    }
+}
+
+/// The rows of one batch.
+struct Packed {
+    /// Token and position of each row.
+    ids: Vec<u32>,
+    positions: Vec<usize>,
+    groups: Vec<GroupRows>,
+    /// For each target, the row that predicts it: the prompt's last for the first token of a completion.
+    predicting: Vec<usize>,
+    targets: Vec<u32>,
+}
+
+impl Packed {
+    fn new(groups: &[GroupTokens]) -> Result<Self, EngineError> {
+        let mut packed = Packed { ids: vec![], positions: vec![], groups: vec![], predicting: vec![], targets: vec![] };
+        for group in groups {
+            if group.prompt.is_empty() || group.completions.iter().any(|c| c.is_empty()) {
+                return Err(EngineError::request("a prompt or a completion has no tokens; leave it out"));
+            }
+            let prompt = packed.run(group.prompt, 0);
+            let mut completions = Vec::with_capacity(group.completions.len());
+            for completion in &group.completions {
+                let own = packed.run(&completion[..completion.len() - 1], group.prompt.len());
+                packed.predicting.push(prompt.end - 1);
+                packed.predicting.extend(own.clone());
+                packed.targets.extend_from_slice(completion);
+                completions.push(own);
+            }
+            packed.groups.push(GroupRows { prompt, completions });
+        }
+        Ok(packed)
+    }
+
+    /// Appends a run of tokens whose first has this position.
+    fn run(&mut self, tokens: &[u32], position: usize) -> std::ops::Range<usize> {
+        let start = self.ids.len();
+        self.ids.extend_from_slice(tokens);
+        self.positions.extend(position..position + tokens.len());
+        start..self.ids.len()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,198 @@
+//! Tiny models for tests, with the weights of `tools/reference/training_golden.py`.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+
+use super::{GroupTokens, LoraMatrices};
+use crate::engine::{
+    Architecture, Factor, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, RopeScaling, Weights,
+};
+
+/// Returns values in `offset` +- `scale`, a function of the tensor's number and the element's index alone.
+pub(crate) fn hashed(number: usize, shape: &[usize], scale: f64, offset: f64) -> Tensor {
+    let value = |i: usize| {
+        let mut x = (i as u64).wrapping_add(number as u64 * 0x9E37_79B1) as u32;
+        for (shift, factor) in [(16, 0x85EB_CA6B_u32), (13, 0xC2B2_AE35)] {
+            x = (x ^ (x >> shift)).wrapping_mul(factor);
+        }
+        x ^= x >> 16;
+        (offset + scale * (x as f64 / 2f64.powi(31) - 1.0)) as f32
+    };
+    let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// A model small enough to train in a test.
+pub(crate) struct Tiny {
+    pub(crate) config: ModelConfig,
+    pub(crate) weights: Weights,
+    pub(crate) identity: ModelIdentity,
+}
+
+impl Tiny {
+    /// Returns the tiny model of an architecture.
+    pub(crate) fn new(architecture: Architecture) -> Self {
+        let config = ModelConfig {
+            architecture,
+            vocab: 48,
+            hidden_size: 16,
+            intermediate_size: 24,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 4,
+            rms_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
+            max_positions: 64,
+            tied: architecture != Architecture::Qwen2,
+        };
+        let identity = ModelIdentity {
+            name: "tiny".to_string(),
+            architecture: architecture.as_str().to_string(),
+            sha256: "0".repeat(64),
+            tokenizer_sha256: String::new(),
+            template_sha256: String::new(),
+        };
+        Tiny { weights: weights(&config), config, identity }
+    }
+}
+
+fn weights(c: &ModelConfig) -> Weights {
+    let mut number = 0;
+    let mut next = |shape: &[usize], norm: bool| {
+        number += 1;
+        hashed(number - 1, shape, if norm { 0.2 } else { 0.5 }, if norm { 1.0 } else { 0.0 })
+    };
+    let (hidden, query, kv, wide) = (c.hidden_size, c.query_size(), c.kv_size(), c.intermediate_size);
+    let embed = next(&[c.vocab, hidden], false);
+    let layers = (0..c.layers)
+        .map(|_| {
+            let mut layer = LayerWeights {
+                attn_norm: next(&[hidden], true),
+                q: next(&[query, hidden], false),
+                k: next(&[kv, hidden], false),
+                v: next(&[kv, hidden], false),
+                o: next(&[hidden, query], false),
+                mlp_norm: next(&[hidden], true),
+                gate: next(&[wide, hidden], false),
+                up: next(&[wide, hidden], false),
+                down: next(&[hidden, wide], false),
+                q_bias: None,
+                k_bias: None,
+                v_bias: None,
+                q_norm: None,
+                k_norm: None,
+            };
+            if c.architecture == Architecture::Qwen2 {
+                layer.q_bias = Some(next(&[query], false));
+                layer.k_bias = Some(next(&[kv], false));
+                layer.v_bias = Some(next(&[kv], false));
+            }
+            if c.architecture == Architecture::Qwen3 {
+                layer.q_norm = Some(next(&[c.head_dim], true));
+                layer.k_norm = Some(next(&[c.head_dim], true));
+            }
+            layer
+        })
+        .collect();
+    let norm = next(&[hidden], true);
+    let lm_head = if c.tied { embed.clone() } else { next(&[c.vocab, hidden], false) };
+    Weights { embed, layers, norm, lm_head }
+}
+
+/// Returns LoRA matrices as after some training: B is not zero.
+pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraMatrices {
+    let mut tensors = BTreeMap::new();
+    let mut number = 1000;
+    for layer in 0..config.layers {
+        for linear in Linear::ALL {
+            let (ins, outs) = linear.shape(config);
+            let a = hashed(number, &[spec.rank, ins], 1.0 / (ins as f64).sqrt(), 0.0);
+            let b = hashed(number + 1, &[outs, spec.rank], 0.02, 0.0);
+            tensors.insert(linear.peft_key(layer, Factor::A), a);
+            tensors.insert(linear.peft_key(layer, Factor::B), b);
+            number += 2;
+        }
+    }
+    LoraMatrices::restored(config, spec, &tensors).unwrap()
+}
+
+/// What PyTorch found; see `tools/reference/training_golden.py`.
+#[derive(Deserialize)]
+pub(crate) struct Golden {
+    pub(crate) rank: usize,
+    pub(crate) alpha: f64,
+    pub(crate) use_rslora: bool,
+    pub(crate) groups: Vec<GoldenGroup>,
+    pub(crate) loss: f32,
+    pub(crate) logprobs: Vec<Vec<f32>>,
+    pub(crate) gradients: BTreeMap<String, GoldenTensor>,
+    pub(crate) training: GoldenTraining,
+    pub(crate) losses: Vec<f32>,
+    pub(crate) grad_norms: Vec<f32>,
+    #[serde(rename = "final")]
+    pub(crate) last: BTreeMap<String, GoldenTensor>,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct GoldenGroup {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) completions: Vec<Vec<u32>>,
+}
+
+/// All values of a small tensor, or 4 spread ones.
+#[derive(Deserialize)]
+pub(crate) struct GoldenTensor {
+    pub(crate) norm: f32,
+    pub(crate) values: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct GoldenTraining {
+    pub(crate) learning_rate: f64,
+    pub(crate) warmup_steps: usize,
+    pub(crate) steps: usize,
+    pub(crate) weight_decay: f64,
+    pub(crate) max_grad_norm: f64,
+}
+
+impl Golden {
+    pub(crate) fn read(name: &str) -> Self {
+        let path = format!("{}/tests/golden/training_{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        serde_json::from_str(&text).unwrap()
+    }
+
+    pub(crate) fn spec(&self) -> LoraSpec {
+        let (rank, alpha, use_rslora) = (self.rank, self.alpha, self.use_rslora);
+        LoraSpec { rank, alpha, targets: Linear::ALL.to_vec(), use_rslora }
+    }
+
+    pub(crate) fn groups(&self) -> Vec<GroupTokens<'_>> {
+        self.groups.iter().map(GoldenGroup::tokens).collect()
+    }
+}
+
+impl GoldenGroup {
+    fn tokens(&self) -> GroupTokens<'_> {
+        GroupTokens { prompt: &self.prompt, completions: self.completions.iter().map(Vec::as_slice).collect() }
+    }
+}
+
+impl GoldenTensor {
+    /// Checks `found` to `bound` of the tensor's own size: its norm, and each value that is there.
+    pub(crate) fn expect(&self, name: &str, found: &[f32], bound: f32) {
+        let norm = found.iter().map(|v| v * v).sum::<f32>().sqrt();
+        assert!((norm - self.norm).abs() <= bound * self.norm, "{name}: norm {norm}, PyTorch {}", self.norm);
+        let stride = if self.values.len() == found.len() { 1 } else { found.len() / 4 };
+        let mean = self.norm / (found.len() as f32).sqrt();
+        for (i, expected) in self.values.iter().enumerate() {
+            let value = found[i * stride];
+            let error = (value - expected).abs();
+            assert!(error <= bound * expected.abs().max(mean), "{name}[{}]: {value}, PyTorch {expected}", i * stride);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+use super::fixture::{Golden, Tiny, lora};
+use super::*;
+use crate::engine::Architecture;
+
+const KINDS: [Architecture; 3] = [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+
+/// The slopes of the golden files' loss: minus the mean over completions of their mean log-prob.
+fn slopes(groups: &[GroupTokens]) -> Vec<f32> {
+    let lengths: Vec<usize> = groups.iter().flat_map(|g| g.completions.iter().map(|c| c.len())).collect();
+    let slope = |n: &usize| std::iter::repeat_n(-1.0 / (*n as f32 * lengths.len() as f32), *n);
+    lengths.iter().flat_map(slope).collect()
+}
+
+fn gradients(base: &Base, lora: &LoraMatrices, groups: &[GroupTokens]) -> Vec<Vec<f32>> {
+    let mut gradients = lora.zero_gradients();
+    base.forward(lora, groups).unwrap().backward(&slopes(groups), &mut gradients).unwrap();
+    gradients
+}
+
+#[test]
+fn logprobs_and_all_gradients_agree_with_peft() {
+    for kind in KINDS {
+        let (golden, tiny) = (Golden::read(kind.as_str()), Tiny::new(kind));
+        let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+        let lora = lora(&tiny.config, &golden.spec());
+        let groups = golden.groups();
+        let pass = base.forward(&lora, &groups).unwrap();
+        assert_eq!(pass.logprobs().len(), golden.logprobs.concat().len());
+        for (a, b) in pass.logprobs().iter().zip(golden.logprobs.concat()) {
+            assert!((a - b).abs() < 1e-4, "{kind:?}: {a}, PyTorch {b}");
+        }
+        let loss: f32 = pass.logprobs().iter().zip(slopes(&groups)).map(|(l, s)| l * s).sum();
+        assert!((loss - golden.loss).abs() < 1e-4);
+        assert_eq!(lora.matrices.len(), golden.gradients.len());
+        for (matrix, found) in lora.matrices.iter().zip(gradients(&base, &lora, &groups)) {
+            golden.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3);
+        }
+    }
+}
+
+/// Two groups of the tiny models' tokens.
+fn groups() -> [GroupTokens<'static>; 2] {
+    let first = GroupTokens { prompt: &[3, 17, 42, 5, 9], completions: vec![&[7, 1, 30, 2], &[11], &[40, 41, 8]] };
+    [first, GroupTokens { prompt: &[20, 33, 4], completions: vec![&[6, 46, 2], &[13, 0]] }]
+}
+
+fn spec() -> LoraSpec {
+    LoraSpec { rank: 4, alpha: 8.0, targets: Linear::ALL.to_vec(), use_rslora: false }
+}
+
+#[test]
+fn gradients_agree_with_differences_through_the_whole_model() {
+    for kind in KINDS {
+        let tiny = Tiny::new(kind);
+        let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+        let mut lora = lora(&tiny.config, &spec());
+        let groups = groups();
+        let found = gradients(&base, &lora, &groups);
+        let loss = |lora: &LoraMatrices| -> f64 {
+            let pass = base.forward(lora, &groups).unwrap();
+            pass.logprobs().iter().zip(slopes(&groups)).map(|(l, s)| f64::from(l * s)).sum()
+        };
+        for (at, gradient) in found.iter().enumerate() {
+            // Along the gradient itself the loss rises by its norm.
+            let norm = gradient.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+            let values = lora.values[at].clone();
+            let mut moved = |step: f64| {
+                let step = (step / norm) as f32;
+                lora.values[at] = values.iter().zip(gradient).map(|(v, g)| v + step * g).collect();
+                loss(&lora)
+            };
+            let step = 5e-3;
+            let rise = (8.0 * (moved(step) - moved(-step)) - (moved(2.0 * step) - moved(-2.0 * step))) / (12.0 * step);
+            lora.values[at] = values;
+            let key = &lora.matrices[at].key;
+            assert!((rise - norm).abs() < 5e-3 * norm + 1e-4, "{kind:?} {key}: differences {rise}, norm {norm}");
+        }
+    }
+}
+
+#[test]
+fn sharing_the_prompt_changes_no_gradient() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let lora = lora(&tiny.config, &spec());
+    let alone: Vec<GroupTokens> = groups()
+        .iter()
+        .flat_map(|g| g.completions.iter().map(|c| GroupTokens { prompt: g.prompt, completions: vec![*c] }))
+        .collect();
+    let (a, b) = (gradients(&base, &lora, &groups()), gradients(&base, &lora, &alone));
+    for (matrix, (a, b)) in lora.matrices.iter().zip(a.iter().zip(&b)) {
+        let distance = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
+        let norm = a.iter().map(|a| a * a).sum::<f32>().sqrt();
+        assert!(distance <= 1e-5 * norm, "{}: {distance} of {norm}", matrix.key);
+    }
+}
+
+#[test]
+fn a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_matrices() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let fresh = |seed| LoraMatrices::fresh(&tiny.config, &spec(), seed);
+    assert_eq!(base.forward(&fresh(1), &groups()).unwrap().logprobs(), base.score(&groups()).unwrap().logprobs);
+    assert_eq!(fresh(1).values, fresh(1).values);
+    assert_ne!(fresh(1).values, fresh(2).values);
+    let a = &fresh(1).values[0];
+    assert!(a.iter().all(|v| v.abs() <= 0.25) && a.iter().any(|v| v.abs() > 0.2), "within 1/sqrt(16)");
+}
+
+#[test]
+fn tokens_that_cannot_be_scored_are_refused() {
+    let tiny = Tiny::new(Architecture::Llama);
+    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let score = |prompt: &[u32], completion: &[u32]| {
+        base.score(&[GroupTokens { prompt, completions: vec![completion] }]).map_err(|e| e.to_string())
+    };
+    assert!(score(&[1], &[]).unwrap_err().contains("no tokens"));
+    assert!(score(&[99], &[1]).unwrap_err().contains("token id 99"));
+    assert!(score(&[1], &[99]).unwrap_err().contains("token id 99"));
+    assert!(score(&[1; 60], &[2; 6]).unwrap_err().contains("context of 64"));
+    assert_eq!(score(&[1; 60], &[2; 5]).unwrap().logprobs.len(), 5);
+}

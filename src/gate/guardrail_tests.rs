@@ -1,0 +1,116 @@
+use super::super::trial::tests::observation;
+use super::*;
+use crate::gate::rows::Kl as Divergence;
+
+/// `n` observations made by `change` from a neutral one.
+fn many(n: usize, change: impl Fn(usize, &mut Observation)) -> Vec<Observation> {
+    let make = |i: usize| {
+        let mut o = observation(&format!("c{i}"), if i.is_multiple_of(3) { 1.0 } else { 0.0 }, 0.0);
+        change(i, &mut o);
+        o
+    };
+    (0..n).map(make).collect()
+}
+
+fn free() -> BTreeMap<String, LengthBounds> {
+    BTreeMap::new()
+}
+
+fn default() -> Thresholds {
+    Thresholds::default()
+}
+
+#[test]
+fn each_guardrail_passes_fails_and_waits() {
+    use Guardrail::*;
+    use Outcome::*;
+    type Change = fn(usize, &mut Observation);
+    let cases: [(&str, Guardrail, usize, Change, Outcome); 17] = [
+        ("same length", Length, 300, |_, _| {}, Pass),
+        ("twice as long", Length, 300, |_, o| o.new.words = 81.0, Fail),
+        ("half as long", Length, 300, |_, o| o.new.words = 20.0, Fail),
+        ("at the edge", Length, 300, |i, o| o.new.words = if i % 2 == 0 { 60.0 } else { 42.0 }, NotYet),
+        ("few", Length, 49, |_, _| {}, NotYet),
+        ("near the base", Kl, 400, |_, _| {}, Pass),
+        ("far from the base", Kl, 400, |_, o| o.kl = Divergence::of(&[0.2; 40], 0.2), Fail),
+        ("unmeasured", Kl, 400, |i, o| o.kl = o.kl.filter(|_| i < 49), NotYet),
+        ("a heavy tail", Kl, 400, |_, o| o.kl.as_mut().unwrap().over = 0.2, Fail),
+        ("same quality", Quality, 400, |_, _| {}, Pass),
+        ("a little worse", Quality, 400, |i, o| o.new.quality = Some(-1.55 + (i % 2) as f64 * 0.01), NotYet),
+        ("much worse", Quality, 400, |_, o| o.new.quality = Some(-1.8), Fail),
+        ("empty answers", Quality, 400, |i, o| o.new.quality = o.new.quality.filter(|_| i % 4 > 0), Fail),
+        ("no scorer", Quality, 400, |_, o| (o.new.quality, o.incumbent.quality) = (None, None), NotYet),
+        ("one workload", Workloads, 400, |_, _| {}, Pass),
+        ("few of a workload", Workloads, 199, |_, _| {}, NotYet),
+        (
+            "one of two is hurt",
+            Workloads,
+            600,
+            |i, o| {
+                if i % 2 == 0 {
+                    o.workload = Some("v".into());
+                    (o.new.score, o.incumbent.score) = (0.2, if i % 4 == 0 { 0.6 } else { 0.4 });
+                }
+            },
+            Fail,
+        ),
+    ];
+    for (name, guardrail, n, change, expected) in cases {
+        let findings = examine(&many(n, change), &free(), &default());
+        let finding = findings.iter().find(|f| f.guardrail == guardrail).unwrap();
+        assert_eq!(finding.outcome, expected, "{name}: {finding:?}");
+        assert!(!finding.reason.is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn a_gain_that_length_explains_is_none() {
+    let padded = |i: usize, o: &mut Observation| {
+        let factor = 0.9 + 0.02 * (i % 11) as f64;
+        o.new.words = 41.0 * factor - 1.0;
+        o.new.score = (0.5 + 2.0 * factor.ln() - 0.05).clamp(0.0, 1.0);
+        o.incumbent.score = 0.5;
+    };
+    let finding = length(&many(300, padded), &free(), &default());
+    assert_eq!(finding.outcome, Outcome::Fail, "{finding:?}");
+    assert!(finding.reason.contains("equal length") && finding.numbers["intercept"] < 0.0);
+}
+
+#[test]
+fn the_rules_bounds_replace_the_ratio() {
+    let shorter = many(300, |_, o| o.new.words = 12.0);
+    let rules = |bounds| BTreeMap::from([("w".to_string(), bounds)]);
+    assert_eq!(length(&shorter, &free(), &default()).outcome, Outcome::Fail);
+    let cases = [
+        (LengthBounds::default(), Outcome::Pass),
+        (LengthBounds { min_words: Some(8.0), max_words: Some(30.0), ..Default::default() }, Outcome::Pass),
+        (LengthBounds { min_words: Some(16.0), ..Default::default() }, Outcome::Fail),
+        (LengthBounds { min_words: Some(12.1), ..Default::default() }, Outcome::NotYet),
+        (LengthBounds { max_chars: Some(160.0), ..Default::default() }, Outcome::Fail),
+    ];
+    for (bounds, expected) in cases {
+        let finding = length(&shorter, &rules(bounds), &default());
+        assert_eq!(finding.outcome, expected, "{bounds:?} {finding:?}");
+    }
+}
+
+#[test]
+fn a_small_workload_is_untested_and_holds_nothing_up() {
+    let rare = many(500, |i, o| {
+        if i % 25 == 0 {
+            o.workload = None;
+            (o.new.score, o.incumbent.score) = (0.0, 1.0);
+        }
+    });
+    let finding = workloads(&rare, &default());
+    assert_eq!(finding.outcome, Outcome::Pass, "{finding:?}");
+    assert!(finding.reason.contains("unassigned untested (4.0 % of traffic)"), "{}", finding.reason);
+}
+
+#[test]
+fn holm_steps_down() {
+    assert_eq!(holm(&[0.04, 0.01, 0.02], 0.05), [true, true, true]);
+    assert_eq!(holm(&[0.04, 0.02, 0.03], 0.05), [false, false, false]);
+    assert_eq!(holm(&[0.04, 0.001, 0.03], 0.05), [false, true, false]);
+    assert!(holm(&[], 0.05).is_empty());
+}

@@ -1,0 +1,89 @@
+//! What ingestion counts, for metrics and for the summary at its end.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use serde::Serialize;
+
+/// Live numbers, written by ingestion and read by whoever exports them.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Kafka records whose fate is stored.
+    pub records: AtomicU64,
+    /// Rows stored in `queries`.
+    pub rows: AtomicU64,
+    /// Payload bytes of those records.
+    pub bytes: AtomicU64,
+    /// Bytes of the data files written.
+    pub file_bytes: AtomicU64,
+    /// Commits to `queries`.
+    pub commits: AtomicU64,
+    /// Sessions that ended in an error and were started again.
+    pub restarts: AtomicU64,
+    /// Records in Kafka that are not stored yet, over the partitions assigned here.
+    pub lag: AtomicI64,
+    /// Records read that are not stored yet.
+    pub buffered: AtomicU64,
+    /// Partitions assigned here.
+    pub assigned: AtomicI64,
+    /// Version of `queries` after the last commit.
+    pub version: AtomicU64,
+    /// When the last commit landed, in milliseconds since the epoch; 0 before the first.
+    pub last_commit_ms: AtomicI64,
+    /// True while the log can be read and stored.
+    pub ready: AtomicBool,
+    /// Dead letters by reason.
+    pub dead_letters: Reasons,
+    /// Records passed over by reason.
+    pub skipped: Reasons,
+}
+
+/// A count per reason code. Reasons come from code, never from the log, so there are few.
+#[derive(Debug, Default)]
+pub struct Reasons(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Reasons {
+    /// Adds counts.
+    pub fn add(&self, counts: &BTreeMap<&'static str, u64>) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (reason, count) in counts {
+            *held.entry(reason).or_default() += count;
+        }
+    }
+
+    /// Returns the counts so far.
+    pub fn get(&self) -> BTreeMap<&'static str, u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What one run of ingestion stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    pub records: u64,
+    pub rows: u64,
+    pub bytes: u64,
+    pub commits: u64,
+    pub restarts: u64,
+    /// Version of `queries` at the end.
+    pub version: u64,
+    pub dead_letters: BTreeMap<&'static str, u64>,
+    pub skipped: BTreeMap<&'static str, u64>,
+}
+
+impl Counters {
+    /// Returns what was counted so far.
+    pub fn summary(&self) -> Summary {
+        Summary {
+            records: self.records.load(Ordering::Relaxed),
+            rows: self.rows.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            commits: self.commits.load(Ordering::Relaxed),
+            restarts: self.restarts.load(Ordering::Relaxed),
+            version: self.version.load(Ordering::Relaxed),
+            dead_letters: self.dead_letters.get(),
+            skipped: self.skipped.get(),
+        }
+    }
+}

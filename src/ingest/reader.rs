@@ -1,0 +1,282 @@
+//! From records of the log to rows of the tables. Pure but for the clock's date.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use arrow::array::RecordBatch;
+use hmac::{Hmac, KeyInit, Mac};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+use crate::query_log::Record;
+use crate::query_log::format::{self, Outcome};
+use crate::record::{Message, Query, last_user_text, prompt_hash};
+use crate::table::{TableError, batch_of, schema};
+
+/// Characters of a prompt that are enough to tell its language.
+const LANGUAGE_CHARS: usize = 256;
+
+/// Dead letters that already stand in the table: offset and record index, by partition.
+pub(super) type Known = HashMap<i32, HashSet<(i64, i32)>>;
+
+/// Turns records into rows. Holds what all rows of a run share.
+pub(super) struct Reader {
+    pub(super) topic: String,
+    /// Keys the hash under which end users are stored; without one no user is.
+    pub(super) user_key: Option<Vec<u8>>,
+    pub(super) config_hash: String,
+}
+
+/// What became of some records.
+pub(super) struct Parsed {
+    pub(super) batch: RecordBatch,
+    pub(super) letters: Vec<Letter>,
+    pub(super) skipped: BTreeMap<&'static str, u64>,
+    pub(super) bytes: u64,
+}
+
+/// One row of `dead_letters`; binary columns in hex.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Letter {
+    topic: String,
+    pub(super) partition: i32,
+    pub(super) offset: i64,
+    record_index: i32,
+    key: Option<String>,
+    headers: Option<String>,
+    kafka_time: Option<i64>,
+    ingest_date: String,
+    payload: String,
+    pub(super) reason: &'static str,
+    message: String,
+    taod_version: &'static str,
+    config_hash: String,
+}
+
+/// One row of `queries`; JSON columns as text.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    topic: &'a str,
+    partition: i32,
+    offset: i64,
+    record_index: i32,
+    key: Option<String>,
+    headers: Option<String>,
+    kafka_time: Option<i64>,
+    event_time: i64,
+    ingest_date: &'a str,
+    kind: &'static str,
+    request_id: Option<String>,
+    trace_id: Option<String>,
+    conversation_id: Option<String>,
+    workload: Option<String>,
+    tenant: Option<String>,
+    model: Option<String>,
+    served_version: Option<String>,
+    user_hash: Option<String>,
+    status: i32,
+    duration_ms: Option<f64>,
+    messages: String,
+    params: String,
+    tools: Option<String>,
+    response: Option<String>,
+    finish_reason: Option<String>,
+    prompt_tokens: Option<i64>,
+    completion_tokens: Option<i64>,
+    feedback: Option<String>,
+    prompt_hash: String,
+    language: Option<&'static str>,
+    format: &'static str,
+    redacted: bool,
+    train_ok: bool,
+    reason: Option<String>,
+    sample_weight: f64,
+    truncated: bool,
+    taod_version: &'static str,
+    config_hash: &'a str,
+    extra: String,
+}
+
+impl Reader {
+    /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again.
+    pub(super) fn read(&self, records: &[Record], known: &Known) -> Result<Parsed, TableError> {
+        let now = chrono::Utc::now();
+        let today = now.format("%Y-%m-%d").to_string();
+        let (mut rows, mut letters, mut skipped) = (Vec::with_capacity(records.len()), Vec::new(), BTreeMap::new());
+        for record in records {
+            // A tombstone is an empty record: the formats say what that is.
+            let payload = record.payload.as_deref().unwrap_or_default();
+            let dead = known.get(&record.partition);
+            for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record))) {
+                if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
+                    continue;
+                }
+                match outcome {
+                    Outcome::Row(query) => rows.push(self.row(record, index, *query, &today, now.timestamp_micros())),
+                    Outcome::DeadLetter { reason, message } => {
+                        letters.push(self.letter(record, index, payload, reason.as_str(), message, &today));
+                    }
+                    Outcome::Skip { reason } => *skipped.entry(reason.as_str()).or_default() += 1,
+                }
+            }
+        }
+        let bytes = records.iter().map(|r| r.size() as u64).sum();
+        Ok(Parsed { batch: batch_of(&schema::QUERIES, &rows)?, letters, skipped, bytes })
+    }
+
+    fn row<'a>(&'a self, record: &Record, index: i32, query: Query, today: &'a str, now_us: i64) -> Row<'a> {
+        let kafka_time = record.time_ms.map(|ms| ms.saturating_mul(1000));
+        Row {
+            topic: &self.topic,
+            partition: record.partition,
+            offset: record.offset,
+            record_index: index,
+            key: record.key.as_ref().map(hex::encode),
+            headers: headers_json(record),
+            kafka_time,
+            event_time: query.event_time_us.or(kafka_time).unwrap_or(now_us),
+            ingest_date: today,
+            kind: query.kind.as_str(),
+            request_id: query.request_id,
+            trace_id: query.trace_id,
+            conversation_id: query.conversation_id,
+            workload: query.workload,
+            tenant: query.tenant,
+            model: query.model,
+            served_version: query.served_version,
+            user_hash: query.user.as_deref().and_then(|user| self.user_hash(user)),
+            status: query.status,
+            duration_ms: query.duration_ms.filter(|ms| ms.is_finite()),
+            prompt_hash: prompt_hash(&query.messages, query.tools.as_ref()),
+            language: language(&query.messages),
+            messages: canonical(&query.messages),
+            params: Value::Object(query.params).to_string(),
+            tools: query.tools.map(|tools| tools.to_string()),
+            response: query.response,
+            finish_reason: query.finish_reason,
+            prompt_tokens: query.prompt_tokens,
+            completion_tokens: query.completion_tokens,
+            feedback: query.feedback.map(|feedback| feedback.to_string()),
+            format: query.format,
+            redacted: query.redacted,
+            train_ok: query.train_ok,
+            reason: query.reason,
+            sample_weight: if query.sample_weight.is_finite() { query.sample_weight } else { 1.0 },
+            truncated: query.truncated,
+            taod_version: env!("CARGO_PKG_VERSION"),
+            config_hash: &self.config_hash,
+            extra: Value::Object(query.extra).to_string(),
+        }
+    }
+
+    fn letter(
+        &self,
+        record: &Record,
+        index: i32,
+        payload: &[u8],
+        reason: &'static str,
+        message: String,
+        today: &str,
+    ) -> Letter {
+        Letter {
+            topic: self.topic.clone(),
+            partition: record.partition,
+            offset: record.offset,
+            record_index: index,
+            key: record.key.as_ref().map(hex::encode),
+            headers: headers_json(record),
+            kafka_time: record.time_ms.map(|ms| ms.saturating_mul(1000)),
+            ingest_date: today.to_owned(),
+            payload: hex::encode(payload),
+            reason,
+            message,
+            taod_version: env!("CARGO_PKG_VERSION"),
+            config_hash: self.config_hash.clone(),
+        }
+    }
+
+    /// Returns the keyed hash under which an end user is stored.
+    fn user_hash(&self, user: &str) -> Option<String> {
+        // HMAC takes a key of any length.
+        let mut mac = Hmac::<Sha256>::new_from_slice(self.user_key.as_ref()?).ok()?;
+        mac.update(user.as_bytes());
+        Some(hex::encode(mac.finalize().into_bytes()))
+    }
+}
+
+/// Returns the headers as formats see them: the last value of each name, as text.
+fn text_headers(record: &Record) -> BTreeMap<String, String> {
+    let text = |value: &Option<Vec<u8>>| String::from_utf8_lossy(value.as_deref().unwrap_or_default()).into_owned();
+    record.headers.iter().map(|(name, value)| (name.clone(), text(value))).collect()
+}
+
+/// Returns the headers as they are stored, in order and lossless: `[name, text or null or {"hex": ...}]` each.
+fn headers_json(record: &Record) -> Option<String> {
+    let value = |bytes: &Option<Vec<u8>>| match bytes {
+        None => Value::Null,
+        Some(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => json!(text),
+            Err(_) => json!({ "hex": hex::encode(bytes) }),
+        },
+    };
+    let pairs: Vec<Value> = record.headers.iter().map(|(name, bytes)| json!([name, value(bytes)])).collect();
+    (!pairs.is_empty()).then(|| Value::Array(pairs).to_string())
+}
+
+/// Returns the RFC 8785 JSON of the messages.
+fn canonical(messages: &[Message]) -> String {
+    // It fails only for numbers that no f64 holds, which serde_json does not keep either.
+    serde_json_canonicalizer::to_string(&messages).unwrap_or_else(|_| json!(messages).to_string())
+}
+
+/// Returns the language of the last user turn as an ISO 639-3 code, where it can be told.
+fn language(messages: &[Message]) -> Option<&'static str> {
+    let text = last_user_text(messages);
+    let start = match text.char_indices().nth(LANGUAGE_CHARS) {
+        Some((end, _)) => Cow::Borrowed(&text[..end]),
+        None => Cow::Borrowed(text.as_str()),
+    };
+    whatlang::detect(&start).filter(whatlang::Info::is_reliable).map(|info| info.lang().code())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(offset: i64, payload: Option<&[u8]>) -> Record {
+        Record {
+            partition: 1,
+            offset,
+            time_ms: Some(1_700_000_000_123),
+            key: Some(vec![0xff, 0x00]),
+            headers: vec![("a".into(), Some(b"x".to_vec())), ("b".into(), Some(vec![0xff]))],
+            payload: payload.map(<[u8]>::to_vec),
+        }
+    }
+
+    fn reader(user_key: Option<&[u8]>) -> Reader {
+        Reader { topic: "t".into(), user_key: user_key.map(<[u8]>::to_vec), config_hash: "c".into() }
+    }
+
+    #[test]
+    fn a_user_is_only_ever_a_keyed_hash() {
+        let hash = reader(Some(b"0123456789abcdef")).user_hash("alice").unwrap();
+        assert_eq!(hash, reader(Some(b"0123456789abcdef")).user_hash("alice").unwrap());
+        assert_ne!(hash, reader(Some(b"another key here")).user_hash("alice").unwrap());
+        assert_eq!(hash.len(), 64);
+        assert_eq!(reader(None).user_hash("alice"), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_keeps_its_bytes_and_what_is_known_dead_stays_out() {
+        let records = [record(5, Some(b"not json")), record(6, None)];
+        let parsed = reader(None).read(&records, &Known::new()).unwrap();
+        assert_eq!((parsed.batch.num_rows(), parsed.letters.len()), (0, 1));
+        assert_eq!(parsed.letters[0].payload, hex::encode(b"not json"));
+        assert_eq!(parsed.letters[0].headers.as_deref(), Some(r#"[["a","x"],["b",{"hex":"ff"}]]"#));
+        assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
+        let known = Known::from([(1, HashSet::from([(5, 0)]))]);
+        assert!(reader(None).read(&records, &known).unwrap().letters.is_empty());
+    }
+}

@@ -1,0 +1,152 @@
+//! Ingestion against a broker in this process.
+
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+
+use super::*;
+use crate::query_log::embedded::EmbeddedBroker;
+
+const TOPIC: &str = "queries";
+
+struct Bench {
+    broker: EmbeddedBroker,
+    folder: tempfile::TempDir,
+    producer: BaseProducer,
+}
+
+impl Bench {
+    fn new(partitions: i32) -> Self {
+        let broker = EmbeddedBroker::start(TOPIC, partitions).unwrap();
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", broker.brokers());
+        Bench { producer: config.create().unwrap(), broker, folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn send(&self, partition: i32, payload: &str) {
+        let record = BaseRecord::<(), str>::to(TOPIC).partition(partition).payload(payload);
+        self.producer.send(record).map_err(|(error, _)| error).unwrap();
+        self.producer.flush(Duration::from_secs(10)).unwrap();
+    }
+
+    fn settings(&self) -> Settings {
+        let kafka = kafka::Settings {
+            brokers: self.broker.brokers().into(),
+            topic: TOPIC.into(),
+            connect_timeout_s: 5,
+            ..kafka::Settings::default()
+        };
+        Settings { kafka, idle_s: 1, stall_s: 20, ..Settings::default() }
+    }
+
+    fn tables(&self) -> Tables {
+        Tables::open(self.folder.path()).unwrap()
+    }
+
+    async fn ingest(&self, settings: &Settings) -> Result<Summary, IngestError> {
+        // The sender lives until the run is over: a dropped one means shutdown.
+        let (_keep, shutdown) = watch::channel(false);
+        run(settings, &self.tables(), Arc::default(), shutdown, Mode::UntilIdle).await
+    }
+
+    async fn offsets(&self, name: Name) -> Vec<(i64, i64)> {
+        #[derive(Deserialize)]
+        struct Place {
+            partition: i64,
+            offset: i64,
+        }
+        let table = self.tables().open_one(name).await.unwrap();
+        let batches = table.query("select \"partition\", \"offset\" from t order by 1, 2").await.unwrap();
+        let mut text = arrow::json::ArrayWriter::new(Vec::new());
+        batches.iter().for_each(|batch| text.write(batch).unwrap());
+        text.finish().unwrap();
+        let places: Vec<Place> = serde_json::from_slice(&text.into_inner()).unwrap_or_default();
+        places.iter().map(|place| (place.partition, place.offset)).collect()
+    }
+}
+
+fn call(text: &str) -> String {
+    serde_json::json!({
+        "request": { "model": "m", "messages": [{ "role": "user", "content": text }], "user": "alice" },
+        "response": { "id": "r", "object": "chat.completion", "model": "m", "choices": [
+            { "index": 0, "message": { "role": "assistant", "content": "fine" }, "finish_reason": "stop" } ] },
+    })
+    .to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_record_is_stored_once_over_two_runs() {
+    let bench = Bench::new(2);
+    bench.send(0, &call("a"));
+    bench.send(1, "no json");
+    bench.send(1, &call("b"));
+    let first = bench.ingest(&bench.settings()).await.unwrap();
+    assert_eq!((first.records, first.rows, first.dead_letters.values().sum::<u64>()), (3, 2, 1));
+    bench.send(1, &call("c"));
+    let second = bench.ingest(&bench.settings()).await.unwrap();
+    assert_eq!((second.records, second.rows), (1, 1));
+    assert_eq!(bench.offsets(Name::Queries).await, [(0, 0), (1, 1), (1, 2)]);
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(1, 0)]);
+    let mut queries = bench.tables().open_one(Name::Queries).await.unwrap();
+    assert_eq!(queries.txn(&bench.settings().kafka.app_id(1)).await.unwrap(), Some(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_that_a_crash_left_ahead_are_not_doubled() {
+    let bench = Bench::new(1);
+    for payload in ["bad one", &call("a"), "bad two"] {
+        bench.send(0, payload);
+    }
+    bench.ingest(&bench.settings()).await.unwrap();
+    // As after a crash between the two commits: the rows and their offset are gone, the dead letters stand.
+    std::fs::remove_dir_all(bench.folder.path().join("queries")).unwrap();
+    bench.send(0, "bad three");
+    bench.ingest(&bench.settings()).await.unwrap();
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(0, 0), (0, 2), (0, 3)]);
+    assert_eq!(bench.offsets(Name::Queries).await, [(0, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn latest_counts_at_first_sight_only() {
+    let bench = Bench::new(1);
+    bench.send(0, &call("before"));
+    let mut settings = bench.settings();
+    settings.kafka.start = kafka::Start::Latest;
+    assert_eq!(bench.ingest(&settings).await.unwrap().rows, 0);
+    bench.send(0, &call("after"));
+    assert_eq!(bench.ingest(&settings).await.unwrap().rows, 1);
+    assert_eq!(bench.offsets(Name::Queries).await, [(0, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreachable_broker_is_named_with_its_cause_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let tables = Tables::open(folder.path()).unwrap();
+    let mut settings = Settings::default();
+    settings.kafka.brokers = "127.0.0.1:1".into();
+    settings.kafka.connect_timeout_s = 1;
+    let (_keep, shutdown) = watch::channel(false);
+    let error = run(&settings, &tables, Arc::default(), shutdown, Mode::UntilIdle).await.unwrap_err().to_string();
+    assert!(error.contains("127.0.0.1:1") && error.contains("Connection refused"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing half-made");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_flight_is_stored_when_told_to_stop() {
+    let bench = Bench::new(1);
+    bench.send(0, &call("a"));
+    let counters = Arc::new(Counters::default());
+    let (stop, shutdown) = watch::channel(false);
+    let (settings, tables, shared) = (bench.settings(), bench.tables(), Arc::clone(&counters));
+    let task = tokio::spawn(async move { run(&settings, &tables, shared, shutdown, Mode::Forever).await });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while counters.buffered.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < deadline, "the record was never read");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(counters.rows.load(Ordering::Relaxed), 0, "stored before its time");
+    stop.send(true).unwrap();
+    assert_eq!(task.await.unwrap().unwrap().rows, 1);
+}

@@ -1,0 +1,102 @@
+//! Rows that must not train: what tells them, and which reason counts where several hold.
+
+use std::sync::LazyLock;
+
+use regex::Regex;
+use serde_json::Value;
+
+use crate::record::{Message, Query};
+
+use super::fields::{Fields, Headers};
+
+/// The user name that taod puts into every request of its own.
+pub const INTERNAL_USER: &str = "taod-internal";
+
+/// The header that taod puts into every request of its own.
+pub const INTERNAL_HEADER: &str = "x-taod-internal";
+
+/// What loggers leave in place of masked text. A mask anywhere excludes the row: half-masked rows are common, and a
+/// model must not learn to write masks. Closing brackets are left out on purpose (`[REDACTED_EMAIL]`).
+static SENTINELS: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"(?i)redacted-by-litellm|\[redacted\b|\[redacted_").expect("a constant pattern"));
+
+/// Why a row must not train, the strongest reason first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Exclusion {
+    /// taod asked it itself.
+    Own,
+    /// The caller asked not to train on it.
+    OptOut,
+    /// The logger masked text.
+    Redacted,
+    /// The call failed.
+    Failed,
+    /// The answer came from a cache: no new sample of the model.
+    Cached,
+    /// The logger cut the text.
+    Truncated,
+}
+
+impl Exclusion {
+    fn as_str(self) -> &'static str {
+        match self {
+            Exclusion::Own => "self",
+            Exclusion::OptOut => "opt_out",
+            Exclusion::Redacted => "redacted",
+            Exclusion::Failed => "failed",
+            Exclusion::Cached => "cached",
+            Exclusion::Truncated => "truncated",
+        }
+    }
+}
+
+/// Marks a row that must not train: `found` by the format, or told by the row itself.
+pub(super) fn mark(query: &mut Query, headers: &Headers<'_>, mut found: Vec<Exclusion>) {
+    if query.user.as_deref() == Some(INTERNAL_USER) || headers.get(INTERNAL_HEADER).is_some() {
+        found.push(Exclusion::Own);
+    }
+    if headers.denies("x-taod-train") || headers.denies("cf-aig-collect-log-payload") {
+        found.push(Exclusion::OptOut);
+    }
+    query.redacted = is_redacted(query);
+    let told = [
+        (query.redacted, Exclusion::Redacted),
+        (query.status >= 400, Exclusion::Failed),
+        (query.truncated, Exclusion::Truncated),
+    ];
+    found.extend(told.into_iter().filter(|(holds, _)| *holds).map(|(_, exclusion)| exclusion));
+    if let Some(strongest) = found.into_iter().min() {
+        query.train_ok = false;
+        query.reason = Some(strongest.as_str().to_owned());
+    }
+}
+
+/// Takes the fields by which a caller forbids training; true where one does.
+pub(super) fn takes_opt_out(fields: &mut Fields) -> bool {
+    let forbids = fields.truth(&["do_not_train", "no_train"]) == Some(true);
+    fields.truth(&["allow_training"]) == Some(false) || forbids
+}
+
+/// Returns true where a mask stands in the prompt, the tools or the answer, tool calls included.
+fn is_redacted(query: &Query) -> bool {
+    let masked_answer = query.response.as_deref().is_some_and(is_masked);
+    let in_message = |m: &Message| holds_mask(&m.content) || m.rest.values().any(holds_mask);
+    masked_answer
+        || query.messages.iter().any(in_message)
+        || query.tools.as_ref().is_some_and(holds_mask)
+        || query.extra.get("response").is_some_and(holds_mask)
+}
+
+/// Returns true where a text holds a mask.
+pub(super) fn is_masked(text: &str) -> bool {
+    SENTINELS.is_match(text)
+}
+
+fn holds_mask(value: &Value) -> bool {
+    match value {
+        Value::String(text) => is_masked(text),
+        Value::Array(items) => items.iter().any(holds_mask),
+        Value::Object(map) => map.values().any(holds_mask),
+        _ => false,
+    }
+}

@@ -1,0 +1,393 @@
+//! Kafka as a source: a consumer group member on a thread of its own.
+//!
+//! Offsets never come from Kafka. When partitions are assigned, the rebalance callback asks for their start offsets
+//! ([`Event::Assigned`]) and assigns none without; when they are revoked, it waits until what was read of them is stored
+//! ([`Event::Revoked`]). Both waits end at a deadline below the group's own, after which the member gives up.
+//! What is committed back to Kafka is advice for lag tools.
+
+mod settings;
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{ClientContext, Offset, Statistics, TopicPartitionList};
+use tokio::sync::mpsc;
+
+pub use self::settings::{Settings, Start};
+use super::{Event, Record, SourceError};
+
+/// Bytes and records of one hand-over to the reader.
+const CHUNK_BYTES: usize = 1 << 20;
+const CHUNK_RECORDS: usize = 4096;
+/// Hand-overs that may wait for the reader.
+const CHUNKS_WAITING: usize = 8;
+
+/// What Kafka holds of one partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    pub partition: i32,
+    /// The oldest offset.
+    pub low: i64,
+    /// The offset that the next record will get.
+    pub high: i64,
+}
+
+/// A broker that answers and a topic that exists; not yet a member of the group.
+pub struct Connection {
+    settings: Settings,
+    client: Arc<BaseConsumer<Context>>,
+    events: mpsc::Receiver<Event>,
+    extents: Vec<Extent>,
+}
+
+impl Connection {
+    /// Looks for the broker and the topic. Blocks for at most the connect time-out (per answer awaited).
+    pub fn open(settings: &Settings) -> Result<Self, SourceError> {
+        let (sender, events) = mpsc::channel(CHUNKS_WAITING);
+        let context = Context {
+            topic: settings.topic.clone(),
+            patience: Duration::from_secs(settings.rebalance_timeout_s),
+            events: sender,
+            shared: Mutex::default(),
+        };
+        let client: BaseConsumer<Context> =
+            settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
+        let extents = look(settings, &client)?;
+        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, extents })
+    }
+
+    /// Returns what Kafka held of each partition when the connection was made.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Joins the group and begins to read.
+    pub fn subscribe(self) -> Result<Consumer, SourceError> {
+        let topic = self.settings.topic.clone();
+        let fail = |cause: String| SourceError::Consume { topic: self.settings.topic.clone(), cause };
+        self.client.subscribe(&[&topic]).map_err(|e| fail(e.to_string()))?;
+        let client = Arc::clone(&self.client);
+        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
+        let thread = thread.map_err(|e| fail(e.to_string()))?;
+        Ok(Consumer { settings: self.settings, client: self.client, events: self.events, thread })
+    }
+}
+
+/// Asks for the topic and the extent of its partitions.
+fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Extent>, SourceError> {
+    let patience = Duration::from_secs(settings.connect_timeout_s);
+    let unreachable = |error: KafkaError| {
+        // Why the broker cannot be reached stands only in the error callback, which runs inside poll.
+        while client.poll(Duration::from_millis(10)).is_some() {}
+        let cause = client.context().cause().unwrap_or_else(|| error.to_string());
+        SourceError::Unreachable { brokers: settings.brokers.clone(), cause }
+    };
+    let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
+    let metadata = client.fetch_metadata(Some(&settings.topic), patience).map_err(unreachable)?;
+    let topic = metadata.topics().iter().find(|t| t.name() == settings.topic).ok_or_else(no_topic)?;
+    match topic.error() {
+        None if topic.partitions().is_empty() => return Err(no_topic()),
+        None => {}
+        Some(
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
+            | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
+            | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
+        ) => return Err(no_topic()),
+        Some(error) => {
+            let cause = RDKafkaErrorCode::from(error).to_string();
+            return Err(SourceError::Consume { topic: settings.topic.clone(), cause });
+        }
+    }
+    let extent = |partition| {
+        let (low, high) = client.fetch_watermarks(&settings.topic, partition, patience).map_err(unreachable)?;
+        Ok(Extent { partition, low, high })
+    };
+    topic.partitions().iter().map(|partition| extent(partition.id())).collect()
+}
+
+fn refused(settings: &Settings, error: KafkaError) -> SourceError {
+    match error {
+        KafkaError::ClientConfig(_, why, key, _) => SourceError::Property { key, why },
+        other => SourceError::Unreachable { brokers: settings.brokers.clone(), cause: other.to_string() },
+    }
+}
+
+/// A member of the group, read through its events.
+pub struct Consumer {
+    settings: Settings,
+    client: Arc<BaseConsumer<Context>>,
+    events: mpsc::Receiver<Event>,
+    thread: JoinHandle<()>,
+}
+
+impl Consumer {
+    /// Returns the next event; `None` once the source has ended.
+    pub async fn recv(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Tells Kafka how far the tables are, for lag tools. Nothing depends on it.
+    pub fn advise(&self, offsets: &BTreeMap<i32, i64>) {
+        let mut list = TopicPartitionList::new();
+        for (partition, next) in offsets {
+            if let Err(error) = list.add_partition_offset(&self.settings.topic, *partition, Offset::Offset(*next)) {
+                tracing::debug!(%error, partition, "offset not told to kafka");
+            }
+        }
+        if list.count() > 0
+            && let Err(error) = self.client.commit(&list, CommitMode::Async)
+        {
+            tracing::debug!(%error, "offsets not told to kafka");
+        }
+    }
+
+    /// Returns the end of each partition as last reported by the broker.
+    pub fn ends(&self) -> BTreeMap<i32, i64> {
+        self.client.context().lock().ends.clone()
+    }
+
+    /// Returns what the broker connection last complained of.
+    pub fn cause(&self) -> Option<String> {
+        self.client.context().cause()
+    }
+
+    /// Leaves the group and waits until the thread is gone.
+    pub async fn close(self) {
+        let Consumer { client, events, thread, .. } = self;
+        // Without a receiver the thread stops and no callback waits; it must hold the last reference when it does.
+        drop(events);
+        drop(client);
+        let joined = tokio::task::spawn_blocking(move || thread.join().is_ok()).await;
+        if !matches!(joined, Ok(true)) {
+            tracing::warn!("the kafka thread did not end cleanly");
+        }
+    }
+}
+
+/// What the callbacks and the thread share.
+#[derive(Default)]
+struct Shared {
+    chunk: Vec<Record>,
+    bytes: usize,
+    cause: Option<String>,
+    ends: BTreeMap<i32, i64>,
+}
+
+struct Context {
+    topic: String,
+    patience: Duration,
+    events: mpsc::Sender<Event>,
+    shared: Mutex<Shared>,
+}
+
+impl Context {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        // The shared state is plain data: it is whole even where a holder panicked.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cause(&self) -> Option<String> {
+        self.lock().cause.clone()
+    }
+
+    /// Sends an event; false once nobody listens.
+    fn send(&self, event: Event) -> bool {
+        self.events.blocking_send(event).is_ok()
+    }
+
+    /// Hands over what was read so far. Comes before every other event, so that events keep their order.
+    fn flush(&self) -> bool {
+        let chunk = {
+            let mut shared = self.lock();
+            shared.bytes = 0;
+            std::mem::take(&mut shared.chunk)
+        };
+        chunk.is_empty() || self.send(Event::Records(chunk))
+    }
+
+    /// Adds a record; false once nobody listens.
+    fn push(&self, record: Record) -> bool {
+        let full = {
+            let mut shared = self.lock();
+            shared.bytes += record.size();
+            shared.chunk.push(record);
+            shared.bytes >= CHUNK_BYTES || shared.chunk.len() >= CHUNK_RECORDS
+        };
+        !full || self.flush()
+    }
+
+    /// Asks for start offsets and puts them into the list; false where there are none for all of it.
+    fn set_starts(&self, list: &mut TopicPartitionList) -> bool {
+        let (reply, starts) = sync_channel(1);
+        let partitions = partitions_of(list);
+        if !self.send(Event::Assigned { partitions: partitions.clone(), reply }) {
+            return false;
+        }
+        let Ok(starts) = starts.recv_timeout(self.patience) else { return false };
+        partitions.iter().all(|partition| {
+            let start = starts.get(partition).copied();
+            start.is_some_and(|n| list.set_partition_offset(&self.topic, *partition, Offset::Offset(n)).is_ok())
+        })
+    }
+
+    fn assign(&self, consumer: &BaseConsumer<Self>, list: &mut TopicPartitionList) -> KafkaResult<()> {
+        if list.count() > 0 && !self.set_starts(list) {
+            // Nobody answered in time: read nothing, and leave the group so that others can have the partitions.
+            consumer.unassign()?;
+            consumer.unsubscribe();
+            let cause = "no start offsets were given for the assigned partitions in time".to_owned();
+            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause }));
+            return Ok(());
+        }
+        if list.count() == 0 {
+            let (reply, _) = sync_channel(1);
+            self.send(Event::Assigned { partitions: Vec::new(), reply });
+        }
+        match consumer.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => consumer.incremental_assign(list),
+            _ => consumer.assign(list),
+        }
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) -> KafkaResult<()> {
+        if consumer.assignment_lost() {
+            self.send(Event::Lost);
+        } else if list.count() > 0 {
+            let (reply, stored) = sync_channel(1);
+            if self.send(Event::Revoked { partitions: partitions_of(list), reply })
+                && stored.recv_timeout(self.patience).is_err()
+            {
+                tracing::warn!(
+                    "partitions go without their last rows stored: they will be read again by the next owner"
+                );
+            }
+        }
+        match consumer.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
+            _ => consumer.unassign(),
+        }
+    }
+}
+
+fn partitions_of(list: &TopicPartitionList) -> Vec<i32> {
+    // `elements` of an empty list is not safe to call.
+    match list.count() {
+        0 => Vec::new(),
+        _ => list.elements().iter().map(|element| element.partition()).collect(),
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // Causes reach the operator through `error`; the client's own log only repeats them.
+        tracing::debug!(target: "librdkafka", ?level, facility, message);
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let Some(topic) = statistics.topics.get(&self.topic) else { return };
+        let ends = topic.partitions.values().filter(|p| p.partition >= 0 && p.ls_offset >= 0);
+        self.lock().ends.extend(ends.map(|p| (p.partition, p.ls_offset)));
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(target: "librdkafka", %error, reason);
+        let mut shared = self.lock();
+        // "All brokers are down" follows each cause and says less.
+        let vague = matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::AllBrokersDown));
+        if !vague || shared.cause.is_none() {
+            shared.cause = Some(reason.to_owned());
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        let listening = self.flush();
+        let done = match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS if listening => self.assign(consumer, list),
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.unassign(),
+            _ => self.revoke(consumer, list),
+        };
+        if let Err(error) = done {
+            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause: error.to_string() }));
+        }
+    }
+}
+
+/// Reads until nobody listens. The rebalance callbacks run in here.
+fn poll(client: &BaseConsumer<Context>) {
+    let context = Arc::clone(client.context());
+    let mut waiting = false;
+    while !context.events.is_closed() {
+        // While records are at hand they are gathered; the first pause hands them over.
+        let patience = if waiting { Duration::from_millis(100) } else { Duration::ZERO };
+        let listening = match client.poll(patience) {
+            Some(Ok(message)) => {
+                waiting = false;
+                context.push(record(&message))
+            }
+            None => {
+                waiting = true;
+                context.flush()
+            }
+            Some(Err(error)) => context.flush() && context.send(event(client, &context, error)),
+        };
+        if !listening {
+            break;
+        }
+    }
+}
+
+fn record(message: &BorrowedMessage<'_>) -> Record {
+    let headers = message.headers().map(|headers| {
+        let owned = headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::to_vec)));
+        owned.collect()
+    });
+    Record {
+        partition: message.partition(),
+        offset: message.offset(),
+        time_ms: message.timestamp().to_millis(),
+        key: message.key().map(<[u8]>::to_vec),
+        headers: headers.unwrap_or_default(),
+        payload: message.payload().map(<[u8]>::to_vec),
+    }
+}
+
+/// Returns what an error on poll means: an end, a passing trouble, or the end of the source.
+fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -> Event {
+    let topic = context.topic.clone();
+    let cause = context.cause().unwrap_or_else(|| error.to_string());
+    match error {
+        // The position counts what was served in order, control records included: nothing below it is still to come.
+        KafkaError::PartitionEOF(partition) => Event::End { partition, next: position(client, &topic, partition) },
+        KafkaError::MessageConsumptionFatal(_) => Event::Failed(SourceError::Consume { topic, cause }),
+        KafkaError::MessageConsumption(code) => match code {
+            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
+                Event::Failed(SourceError::OutOfRange { topic, cause })
+            }
+            RDKafkaErrorCode::UnknownTopicOrPartition
+            | RDKafkaErrorCode::UnknownTopic
+            | RDKafkaErrorCode::UnknownPartition
+            | RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::Authentication => Event::Failed(SourceError::Consume { topic, cause }),
+            _ => Event::Trouble(cause),
+        },
+        _ => Event::Trouble(cause),
+    }
+}
+
+fn position(client: &BaseConsumer<Context>, topic: &str, partition: i32) -> Option<i64> {
+    match client.position().ok()?.find_partition(topic, partition)?.offset() {
+        Offset::Offset(next) => Some(next),
+        _ => None,
+    }
+}

@@ -1,0 +1,189 @@
+//! What an operator says about the Kafka topic, and the client properties that follow from it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use rdkafka::ClientConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::query_log::SourceError;
+
+/// Where a topic is read from when it is first seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// From the oldest record that Kafka still holds.
+    Earliest,
+    /// Only what is logged from now on.
+    Latest,
+}
+
+/// The query log in Kafka.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Bootstrap servers, `host:port`, comma-separated.
+    pub brokers: String,
+    /// The topic that holds the query log.
+    pub topic: String,
+    /// Consumer group. Daemons that share it share the partitions.
+    pub group: String,
+    /// Name of this log in the tables' offsets. Two logs in one table need two names.
+    pub name: String,
+    /// Raise it to read the topic anew, from `start`: rows already stored are then stored again. Range 0 and up.
+    pub generation: u32,
+    /// Where to begin when the topic is seen for the first time: `earliest` or `latest`.
+    pub start: Start,
+    /// Memory for records fetched but not yet read, in MiB. Range 1 to 2048.
+    pub fetch_mib: u32,
+    /// How long to look for the broker and the topic, in seconds. Range 1 to 300.
+    pub connect_timeout_s: u64,
+    /// How long a rebalance waits until what was read is stored, in seconds. Range 1 to 240, below
+    /// `max.poll.interval.ms` (300 s unless set under `properties`).
+    pub rebalance_timeout_s: u64,
+    /// More librdkafka properties, by name, such as `security.protocol`.
+    pub properties: BTreeMap<String, String>,
+    /// librdkafka properties whose values are read from files, such as `sasl.password`.
+    pub secret_files: BTreeMap<String, PathBuf>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            brokers: "127.0.0.1:9092".into(),
+            topic: "llm-queries".into(),
+            group: "taod".into(),
+            name: "kafka".into(),
+            generation: 0,
+            start: Start::Earliest,
+            fetch_mib: 64,
+            connect_timeout_s: 15,
+            rebalance_timeout_s: 60,
+            properties: BTreeMap::new(),
+            secret_files: BTreeMap::new(),
+        }
+    }
+}
+
+/// Properties that the exactly-once protocol or another setting decides.
+const OWN: [&str; 7] = [
+    "bootstrap.servers",
+    "group.id",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "auto.offset.reset",
+    "enable.partition.eof",
+    "queued.max.messages.kbytes",
+];
+
+impl Settings {
+    /// Checks ranges and properties.
+    pub fn validate(&self) -> Result<(), String> {
+        for (key, value) in
+            [("brokers", &self.brokers), ("topic", &self.topic), ("group", &self.group), ("name", &self.name)]
+        {
+            if value.is_empty() || value.contains(|c: char| c == '/' || c.is_whitespace()) {
+                return Err(format!("{key} is {value:?}: give a name without slashes and spaces"));
+            }
+        }
+        in_range("fetch_mib", u64::from(self.fetch_mib), 1, 2048)?;
+        in_range("connect_timeout_s", self.connect_timeout_s, 1, 300)?;
+        in_range("rebalance_timeout_s", self.rebalance_timeout_s, 1, 240)?;
+        for key in self.properties.keys().chain(self.secret_files.keys()) {
+            if OWN.contains(&key.as_str()) {
+                return Err(format!("properties.{key} cannot be set: taod decides it; leave it out"));
+            }
+        }
+        match self.properties.keys().find(|key| is_secret(key)) {
+            Some(key) => {
+                Err(format!("properties.{key} is a secret: put it in a file and name the file in secret_files"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Returns the name under which the offset of a partition is stored.
+    pub fn app_id(&self, partition: i32) -> String {
+        format!("taod/{}/{}/{}/{partition}", self.name, self.generation, self.topic)
+    }
+
+    /// Returns the client's properties: taod's defaults, then the operator's, then what the protocol needs.
+    pub(super) fn client(&self) -> Result<ClientConfig, SourceError> {
+        let mut config = ClientConfig::new();
+        let defaults = [
+            ("client.id", "taod"),
+            ("session.timeout.ms", "10000"),
+            ("statistics.interval.ms", "5000"),
+            // librdkafka stops fetching for a whole second when its queue is full; a fast reader then waits idle.
+            ("fetch.queue.backoff.ms", "10"),
+            ("fetch.wait.max.ms", "100"),
+            ("topic.metadata.refresh.interval.ms", "60000"),
+        ];
+        for (key, value) in defaults {
+            config.set(key, value);
+        }
+        for (key, value) in &self.properties {
+            config.set(key, value);
+        }
+        for (key, path) in &self.secret_files {
+            let fail = |e: std::io::Error| SourceError::Secret {
+                key: key.clone(),
+                path: path.display().to_string(),
+                why: e.to_string(),
+            };
+            config.set(key, std::fs::read_to_string(path).map_err(fail)?.trim_end());
+        }
+        config
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", &self.group)
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "error")
+            .set("enable.partition.eof", "true")
+            .set("queued.max.messages.kbytes", (u64::from(self.fetch_mib) << 10).to_string());
+        Ok(config)
+    }
+}
+
+fn in_range(key: &str, value: u64, low: u64, high: u64) -> Result<(), String> {
+    match (low..=high).contains(&value) {
+        true => Ok(()),
+        false => Err(format!("{key} is {value}: choose {low} to {high}")),
+    }
+}
+
+fn is_secret(key: &str) -> bool {
+    key.contains("password") || key.contains("secret") || key.ends_with("key.pem")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid_and_what_taod_decides_is_not_up_for_change() {
+        let mut settings = Settings::default();
+        settings.validate().unwrap();
+        settings.properties.insert("enable.auto.commit".into(), "true".into());
+        assert!(settings.validate().unwrap_err().contains("properties.enable.auto.commit"));
+    }
+
+    #[test]
+    fn a_secret_stands_in_a_file_never_in_the_settings() {
+        let mut settings = Settings::default();
+        settings.properties.insert("sasl.password".into(), "hunter2".into());
+        let refusal = settings.validate().unwrap_err();
+        assert!(refusal.contains("secret_files") && !refusal.contains("hunter2"), "{refusal}");
+        settings.properties.clear();
+        settings.secret_files.insert("sasl.password".into(), "/no/such/file".into());
+        settings.validate().unwrap();
+        let error = settings.client().err().unwrap().to_string();
+        assert!(error.contains("/no/such/file") && error.contains("sasl.password"), "{error}");
+    }
+
+    #[test]
+    fn the_offset_of_a_partition_has_its_own_name_per_generation() {
+        let settings = Settings { generation: 2, ..Settings::default() };
+        assert_eq!(settings.app_id(3), "taod/kafka/2/llm-queries/3");
+    }
+}

@@ -1,0 +1,229 @@
+use super::*;
+use crate::gate::verdict::tests::passed_for;
+
+/// A registry in a folder of its own, with a way to make adapters.
+struct Desk {
+    folder: tempfile::TempDir,
+    registry: Registry,
+}
+
+impl Desk {
+    fn new() -> Desk {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = Registry::open(&folder.path().join("registry")).unwrap();
+        Desk { folder, registry }
+    }
+
+    fn peft(&self, weights: &str, config: &str) -> PathBuf {
+        let folder = self.folder.path().join(format!("{weights}-{config}"));
+        durable::create_folder(&folder).unwrap();
+        fs::write(folder.join("adapter_model.safetensors"), weights).unwrap();
+        fs::write(folder.join("adapter_config.json"), config).unwrap();
+        fs::write(folder.join("notes.txt"), "no part of an adapter").unwrap();
+        folder
+    }
+
+    fn register(&self, weights: &str) -> Manifest {
+        self.registry.register(&self.peft(weights, "{}"), lineage()).unwrap()
+    }
+
+    fn served(&self) -> String {
+        self.registry.current().unwrap().version
+    }
+
+    fn serve(&self, version: &str) {
+        let intent = self.registry.override_promote(version, "operator", "a test", 5).unwrap();
+        self.registry.complete(&intent, 6).unwrap();
+        assert_eq!(self.served(), version);
+    }
+
+    fn events(&self) -> Vec<&'static str> {
+        let name = |event: &Event| match event.what {
+            Happened::Registered { .. } => "registered",
+            Happened::Promoted { .. } => "promoted",
+            Happened::Overridden { .. } => "overridden",
+            Happened::RolledBack { .. } => "rolled back",
+            Happened::Aborted { .. } => "aborted",
+            Happened::Quarantined { .. } => "quarantined",
+        };
+        self.registry.history().unwrap().iter().map(name).collect()
+    }
+}
+
+fn lineage() -> Lineage {
+    Lineage {
+        base: Base { name: "tiny".into(), sha256: "b".into() },
+        round: Some("r1".into()),
+        dataset_sha256: Some("d".into()),
+        tables: [("queries".to_string(), 7)].into(),
+        offsets: vec![OffsetRange { topic: "log".into(), partition: 0, from: 0, to: 42 }],
+        notes: Default::default(),
+        created_us: 1,
+    }
+}
+
+#[test]
+fn an_adapter_is_registered_once_by_its_content() {
+    let desk = Desk::new();
+    let first = desk.register("a");
+    assert_eq!(first.version, format!("taod-{}", &first.sha256[..12]));
+    let again = desk.registry.register(&desk.peft("a", "{}"), Lineage { created_us: 99, ..lineage() }).unwrap();
+    assert_eq!(again, first);
+    assert_ne!(desk.registry.register(&desk.peft("a", "{ }"), lineage()).unwrap().version, first.version);
+    assert_eq!(desk.registry.list().unwrap().len(), 2);
+    let names: Vec<_> =
+        fs::read_dir(desk.registry.path(&first.version)).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert_eq!(desk.registry.manifest(&first.version).unwrap().lineage, lineage());
+    let error = desk.registry.register(desk.folder.path(), lineage()).unwrap_err();
+    assert!(error.to_string().contains("lacks adapter_config.json"), "{error}");
+}
+
+#[test]
+fn changed_bytes_are_noticed_and_odd_names_reach_no_file() {
+    let desk = Desk::new();
+    let version = desk.register("a").version;
+    desk.registry.verify(&version).unwrap();
+    fs::write(desk.registry.path(&version).join("adapter_model.safetensors"), "b").unwrap();
+    assert!(matches!(desk.registry.verify(&version), Err(RegistryError::Corrupt { .. })));
+    let refused = desk.registry.override_promote(&version, "operator", "x", 1);
+    assert!(matches!(refused, Err(RegistryError::Corrupt { .. })));
+    for name in ["../../etc", "", "base", "taod-", "taod-zzzzzzzzzzzz"] {
+        assert!(matches!(desk.registry.manifest(name), Err(RegistryError::Unknown(_))), "{name}");
+    }
+}
+
+#[test]
+fn a_passed_trial_promotes_what_it_tried_over_what_it_was_tried_against() {
+    let desk = Desk::new();
+    let (a, b) = (desk.register("a"), desk.register("b"));
+    let other = desk.registry.promote(&passed_for(&a.version, &b.sha256, BASE), 2);
+    assert!(matches!(other, Err(RegistryError::OtherWeights { .. })));
+    let passed = passed_for(&a.version, &a.sha256, BASE);
+    let intent = desk.registry.promote(&passed, 2).unwrap();
+    assert_eq!((intent.from(), intent.to(), desk.served().as_str()), (BASE, a.version.as_str(), BASE));
+    assert!(matches!(desk.registry.promote(&passed, 2), Err(RegistryError::Underway(_))));
+    desk.registry.complete(&intent, 3).unwrap();
+    desk.registry.complete(&intent, 4).unwrap();
+    let current = desk.registry.current().unwrap();
+    assert_eq!((current.version, current.sha256, current.since_us), (a.version.clone(), Some(a.sha256), 3));
+    let stale = desk.registry.promote(&passed_for(&b.version, &b.sha256, BASE), 5);
+    assert!(matches!(stale, Err(RegistryError::OtherIncumbent { .. })));
+    assert_eq!(desk.events(), ["registered", "registered", "promoted"]);
+}
+
+#[test]
+fn an_aborted_promotion_changes_nothing_and_is_recorded() {
+    let desk = Desk::new();
+    let a = desk.register("a");
+    let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 2).unwrap();
+    desk.registry.abort(&intent, "replica 2 answered 500", 3).unwrap();
+    desk.registry.abort(&intent, "again", 4).unwrap();
+    assert_eq!((desk.served().as_str(), desk.registry.recover().unwrap()), (BASE, Recovery::Clean));
+    assert_eq!(desk.events(), ["registered", "aborted"]);
+    // The old intent ends no later promotion.
+    let later = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 5).unwrap();
+    assert_ne!(later.promotion(), intent.promotion());
+    assert!(matches!(desk.registry.complete(&intent, 6), Err(RegistryError::NotUnderway(_))));
+}
+
+#[test]
+fn rollback_returns_step_by_step_and_bars_what_it_left() {
+    let desk = Desk::new();
+    let [a, b, c] = ["a", "b", "c"].map(|weights| desk.register(weights).version);
+    for version in [&a, &b, &c] {
+        desk.serve(version);
+    }
+    desk.registry.quarantine(&b, "bad tone", 7).unwrap();
+    let intent = desk.registry.rollback("reward fell", 8).unwrap();
+    assert_eq!(intent.to(), a, "b is quarantined");
+    desk.registry.complete(&intent, 9).unwrap();
+    let refused = desk.registry.override_promote(&c, "operator", "again", 10);
+    assert!(matches!(refused, Err(RegistryError::Quarantined { .. })));
+    let intent = desk.registry.rollback("still bad", 11).unwrap();
+    desk.registry.complete(&intent, 12).unwrap();
+    assert_eq!(desk.served(), BASE);
+    assert!(matches!(desk.registry.rollback("once more", 13), Err(RegistryError::NothingBefore(_))));
+    assert!(desk.registry.list().unwrap().iter().all(|listed| listed.quarantined.is_some() && !listed.served));
+}
+
+#[test]
+fn quarantine_bars_the_weights_under_any_name() {
+    let desk = Desk::new();
+    let a = desk.register("a").version;
+    desk.serve(&a);
+    assert!(matches!(desk.registry.quarantine(&a, "x", 1), Err(RegistryError::Served { .. })));
+    let b = desk.register("b").version;
+    desk.registry.quarantine(&b, "leaks", 1).unwrap();
+    desk.registry.quarantine(&b, "twice", 2).unwrap();
+    let renamed = desk.registry.register(&desk.peft("b", "{ }"), lineage()).unwrap();
+    let refused = desk.registry.promote(&passed_for(&renamed.version, &renamed.sha256, &a), 3).unwrap_err();
+    assert!(refused.to_string().contains("leaks"), "{refused}");
+    assert_eq!(desk.events().iter().filter(|event| **event == "quarantined").count(), 1);
+}
+
+/// Registers, promotes and rolls back; the first error ends it.
+fn whole_life(desk: &Desk, folder: &Path) -> Result<(), RegistryError> {
+    let a = desk.registry.register(folder, lineage())?;
+    match desk.registry.recover()? {
+        Recovery::Clean => {}
+        Recovery::Underway(intent) | Recovery::Moved(intent) => desk.registry.complete(&intent, 9)?,
+    }
+    let served_once = || -> Result<bool, RegistryError> {
+        Ok(desk.registry.history()?.iter().any(|e| matches!(e.what, Happened::Promoted { .. })))
+    };
+    if !served_once()? {
+        let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 2)?;
+        desk.registry.complete(&intent, 3)?;
+    }
+    if desk.registry.current()?.version == a.version {
+        let intent = desk.registry.rollback("a test", 4)?;
+        desk.registry.complete(&intent, 5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kill_between_any_two_writes_leaves_a_registry_that_reads_and_goes_on() {
+    let mut kills = 0;
+    for writes in 0.. {
+        let desk = Desk::new();
+        let folder = desk.peft("a", "{}");
+        disk::plug::after(Some(writes));
+        let result = whole_life(&desk, &folder);
+        disk::plug::after(None);
+        // What any reader sees after the kill: everything parses, what is listed is whole, what is served is registered.
+        for listed in desk.registry.list().unwrap() {
+            desk.registry.verify(&listed.version).unwrap();
+        }
+        let served = desk.served();
+        assert!(served == BASE || desk.registry.verify(&served).is_ok());
+        desk.registry.history().unwrap();
+        whole_life(&desk, &folder).unwrap();
+        assert_eq!((desk.served().as_str(), desk.registry.recover().unwrap()), (BASE, Recovery::Clean));
+        assert_eq!(
+            desk.events(),
+            ["registered", "promoted", "quarantined", "rolled back"],
+            "killed before write {writes}"
+        );
+        match result {
+            Ok(()) => break,
+            Err(_) => kills += 1,
+        }
+    }
+    assert_eq!(kills, 14, "a write was added or lost: is it safe to be killed before it?");
+}
+
+#[test]
+fn a_torn_line_of_the_history_never_happened() {
+    let desk = Desk::new();
+    desk.register("a");
+    let path = desk.registry.history_path();
+    let whole = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{whole}{{\"time_us\":1,\"eve")).unwrap();
+    assert_eq!(desk.events(), ["registered"]);
+    desk.register("b");
+    assert_eq!(desk.events(), ["registered", "registered"]);
+    fs::write(&path, "garbage\n").unwrap();
+    assert!(desk.registry.history().unwrap_err().to_string().contains("history.jsonl"));
+}

@@ -1,0 +1,344 @@
+//! One night, from the tables to a verdict: the only file that names all the stages.
+//!
+//! This runs in the round's child process (see [`child`]). It holds the round lock, resumes an unfinished round or begins
+//! a new one, first extends the open trial and only then trains, and ends by writing an outcome that the daemon
+//! verifies before it acts. Stages are plain functions over folders; what is complete is never done twice.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+pub mod book;
+pub mod child;
+mod rows;
+mod state;
+mod train;
+mod trial;
+
+pub use state::{Control, Paths, Plan};
+
+use crate::adapter::TuneError;
+use crate::candidates::CandidateError;
+use crate::config::Config;
+use crate::dataset::{self, DatasetError, WorkloadView};
+use crate::durable::{self, FileError};
+use crate::engine::{EngineError, Model};
+use crate::gate::GateError;
+use crate::progress::Progress;
+use crate::record::derive_seed;
+use crate::registry::{Base, Lineage, OffsetRange, Registry, RegistryError};
+use crate::rewards::{RewardError, Rewards, Workload};
+use crate::table::{Name, TableError, Tables};
+use train::Trained;
+
+/// Why a night ended without a verdict.
+#[derive(Debug, thiserror::Error)]
+pub enum RoundError {
+    #[error("another round is running (it holds {lock}); wait for it, or stop it")]
+    Busy { lock: String },
+    #[error(
+        "{round} was begun under another {what}; finish it under the old one, or accept other bytes with --allow-drift"
+    )]
+    Drift { round: String, what: String },
+    #[error("no unfinished round to resume; start one with `taod round --once`")]
+    NothingToResume,
+    #[error("cannot run the round's process: {0}")]
+    Spawn(std::io::Error),
+    #[error("the stored verdict of {round} does not hold: {reason}")]
+    Unproven { round: String, reason: String },
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Table(#[from] TableError),
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Candidates(#[from] CandidateError),
+    #[error(transparent)]
+    Rewards(#[from] RewardError),
+    #[error(transparent)]
+    Tune(#[from] TuneError),
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+/// How a night came out; written as `outcome.json`, the last file of a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub enum Outcome {
+    /// The trial's evidence crossed its bar and every guardrail passed: to be verified and promoted by the daemon.
+    Promote { trial: String, challenger: String, reason: String },
+    /// The trial ended without a promotion.
+    Refused { trial: String, challenger: String, reason: String },
+    /// The trial goes on the next night, with fresh prompts.
+    Open { trial: String, challenger: String, reason: String },
+    /// There was nothing to do, for an ordinary reason.
+    Skipped { reason: String },
+}
+
+impl Outcome {
+    /// Returns why, in one sentence.
+    pub fn reason(&self) -> &str {
+        match self {
+            Outcome::Promote { reason, .. }
+            | Outcome::Refused { reason, .. }
+            | Outcome::Open { reason, .. }
+            | Outcome::Skipped { reason } => reason,
+        }
+    }
+
+    /// Returns the trial's id and the challenger, where there was a trial.
+    pub fn trial(&self) -> Option<(&str, &str)> {
+        match self {
+            Outcome::Promote { trial, challenger, .. }
+            | Outcome::Refused { trial, challenger, .. }
+            | Outcome::Open { trial, challenger, .. } => Some((trial, challenger)),
+            Outcome::Skipped { .. } => None,
+        }
+    }
+
+    /// Returns the name stored in the `rounds` table and used as a metric label.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::Promote { .. } => "promote",
+            Outcome::Refused { .. } => "refused",
+            Outcome::Open { .. } => "open",
+            Outcome::Skipped { .. } => "skipped",
+        }
+    }
+}
+
+/// What one stage did, for the tables, the page and the demo's report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageReport {
+    pub stage: String,
+    pub rows: u64,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
+impl StageReport {
+    fn new(stage: String, rows: u64, tokens: u64, started: Instant) -> Self {
+        StageReport { stage, rows, tokens, seconds: started.elapsed().as_secs_f64() }
+    }
+}
+
+/// The whole record of a night.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    pub round: String,
+    pub outcome: Outcome,
+    pub stages: Vec<StageReport>,
+}
+
+/// What the operator asked of a night.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    pub control: Option<Control>,
+    /// Only go on with an unfinished round.
+    pub resume: bool,
+    pub allow_drift: bool,
+}
+
+/// Everything the stages of one night share.
+struct Night<'a> {
+    config: &'a Config,
+    paths: &'a Paths,
+    plan: Plan,
+    folder: PathBuf,
+    model: &'a Model,
+    rewards: &'a Rewards,
+    tables: Tables,
+    registry: Registry,
+    runtime: tokio::runtime::Runtime,
+    progress: &'a Progress,
+    stages: Vec<StageReport>,
+}
+
+/// Runs one night to its verdict. A failure of the round itself is an error and leaves the round to be resumed.
+pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Verdict, RoundError> {
+    let paths = Paths::new(&config.state.dir);
+    let _lock = paths.lock()?;
+    let model = Model::load(&config.model.path)?;
+    let (rewards_settings, workloads) = (config.rewards.clone(), config.workload.clone());
+    let rewards = Rewards::load(&rewards_settings, &workloads, &model)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(RoundError::Spawn)?;
+    let tables = Tables::open(&paths.tables())?;
+    let registry = Registry::open(&paths.registry())?;
+    let (plan, folder) = begin(config, options, &paths, &model)?;
+    let mut night = Night {
+        config,
+        paths: &paths,
+        plan,
+        folder,
+        model: &model,
+        rewards: &rewards,
+        tables,
+        registry,
+        runtime,
+        progress,
+        stages: Vec::new(),
+    };
+    let outcome = night.pass()?;
+    night.finish(outcome)
+}
+
+/// Returns the unfinished round, or writes the plan of a new one.
+fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Result<(Plan, PathBuf), RoundError> {
+    let unfinished = paths.unfinished()?;
+    if options.resume && unfinished.is_none() {
+        return Err(RoundError::NothingToResume);
+    }
+    let round = match &unfinished {
+        Some(id) => id.clone(),
+        None => paths.next_round()?,
+    };
+    let folder = paths.round(&round);
+    let plan = Plan {
+        seed: derive_seed(config.round.seed, &[&round]),
+        base: model.identity().clone(),
+        settings_sha256: settings_hash(config)?,
+        threads: crate::engine::threads::available(),
+        control: options.control,
+        created_us: chrono::Utc::now().timestamp_micros(),
+        taod_version: env!("CARGO_PKG_VERSION").to_string(),
+        round,
+    };
+    if unfinished.is_some() {
+        let begun = state::read_plan(&folder)?;
+        begun.check_unchanged(&plan, options.allow_drift)?;
+        return Ok((begun, folder));
+    }
+    durable::create_folder(&folder)?;
+    durable::write_json(&folder.join(state::PLAN), &plan)?;
+    Ok((plan, folder))
+}
+
+/// Returns the hash of the settings that decide a round's bytes; where it runs, listens or logs is not among them.
+fn settings_hash(config: &Config) -> Result<String, RoundError> {
+    let deciding = json!({
+        "dataset": config.dataset, "candidates": config.candidates, "rewards": config.rewards,
+        "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
+    });
+    // Canonicalisation cannot fail for settings: they are finite numbers and strings.
+    let bytes = serde_json_canonicalizer::to_vec(&deciding).unwrap_or_else(|_| deciding.to_string().into_bytes());
+    Ok(hex::encode(Sha256::digest(bytes)))
+}
+
+/// Returns what the dataset stage needs to know of a workload.
+fn view(workload: &Workload) -> WorkloadView {
+    WorkloadView { name: workload.name.clone(), house_rules: workload.house_rules.clone() }
+}
+
+/// Returns a dataset's range of offsets (both included) as the registry's (end excluded).
+fn offset_range((name, range): (&String, &dataset::OffsetRange)) -> Option<OffsetRange> {
+    let (topic, partition) = name.rsplit_once('/')?;
+    Some(OffsetRange {
+        topic: topic.to_string(),
+        partition: partition.parse().ok()?,
+        from: range.first,
+        to: range.last + 1,
+    })
+}
+
+impl Night<'_> {
+    /// The order of a night: the dataset, the open trial, and only then a new adapter and its trial.
+    fn pass(&mut self) -> Result<Outcome, RoundError> {
+        self.state("planned", json!({ "seed": self.plan.seed, "control": self.plan.control }))?;
+        let dataset = self.freeze()?;
+        if let Some(open) = trial::open_one(self)? {
+            let outcome = trial::extend(self, open, &dataset)?;
+            if !matches!(outcome, Outcome::Refused { .. }) {
+                return Ok(outcome);
+            }
+        }
+        let registered = self.folder.join("registered.json");
+        let challenger: String = match durable::read_json(&registered) {
+            Ok(version) => version,
+            Err(error) if error.is_not_found() => match train::train(self, &dataset)? {
+                Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
+                Trained::Adapter(folder) => {
+                    let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
+                    durable::write_json(&registered, &version)?;
+                    version
+                }
+            },
+            Err(error) => return Err(error.into()),
+        };
+        durable::crash_point("registered");
+        self.state("registered", json!({ "version": challenger }))?;
+        let opened = trial::open(self, &challenger)?;
+        trial::extend(self, opened, &dataset)
+    }
+
+    fn freeze(&mut self) -> Result<dataset::Dataset, RoundError> {
+        let out = self.folder.join("dataset");
+        let started = Instant::now();
+        let dataset = if out.join("manifest.json").exists() {
+            dataset::load(&out)?
+        } else {
+            let views: Vec<_> = self.config.workload.iter().filter(|w| !w.rules.is_empty()).map(view).collect();
+            let (round, settings, seed) = (self.plan.round.clone(), &self.config.dataset, self.plan.seed);
+            let freezing = dataset::freeze(&self.tables, &round, settings, &views, seed, &out);
+            self.runtime.block_on(freezing)?
+        };
+        let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
+        self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started));
+        durable::crash_point("dataset");
+        self.state("dataset", json!({ "manifest": dataset.manifest }))?;
+        Ok(dataset)
+    }
+
+    fn lineage(&self, dataset: &dataset::Dataset) -> Lineage {
+        let base = Base { name: self.plan.base.name.clone(), sha256: self.plan.base.sha256.clone() };
+        let notes = [
+            ("settings_sha256", self.plan.settings_sha256.clone()),
+            ("seed", self.plan.seed.to_string()),
+            ("control", self.plan.control.map_or("none".to_string(), |c| format!("{c:?}"))),
+        ];
+        Lineage {
+            base,
+            round: Some(self.plan.round.clone()),
+            dataset_sha256: Some(dataset.manifest.hash.clone()),
+            tables: dataset.manifest.inputs.tables.clone(),
+            offsets: dataset.manifest.inputs.offsets.iter().filter_map(offset_range).collect(),
+            notes: notes.map(|(key, value)| (key.to_string(), value)).into(),
+            created_us: self.plan.created_us,
+        }
+    }
+
+    fn finish(mut self, outcome: Outcome) -> Result<Verdict, RoundError> {
+        self.state(outcome.name(), json!({ "outcome": outcome, "stages": self.stages }))?;
+        let verdict = Verdict { round: self.plan.round.clone(), outcome, stages: self.stages };
+        durable::write_json(&self.folder.join(state::OUTCOME), &verdict)?;
+        Ok(verdict)
+    }
+
+    fn report(&mut self, stage: StageReport) {
+        tracing::info!(round = %self.plan.round, stage = %stage.stage, rows = stage.rows, tokens = stage.tokens,
+            seconds = stage.seconds, "stage done");
+        self.stages.push(stage);
+    }
+
+    /// Appends one row to `rounds`, once per state, also when the round is resumed.
+    fn state(&self, state: &str, detail: serde_json::Value) -> Result<(), RoundError> {
+        let app_id = format!("taod/rounds/{}/{state}", self.plan.round);
+        let row = rows::RoundRow::new(&self.plan.round, state, self.plan.seed, detail);
+        self.append_once(Name::Rounds, &app_id, &[row])
+    }
+
+    fn append_once<T: Serialize>(&self, name: Name, app_id: &str, rows: &[T]) -> Result<(), RoundError> {
+        Ok(self.runtime.block_on(book::append_once(&self.tables, name, app_id, rows))?)
+    }
+}

@@ -1,0 +1,168 @@
+//! Where a round's files stand, and the plan that pins what the round is.
+//!
+//! A round is a folder. Its plan is written first and its outcome last; between them each stage leaves a folder of its
+//! own whose manifest proves that it is complete. Whoever comes after a kill reads the same files and goes on.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::RoundError;
+use crate::durable;
+use crate::engine::ModelIdentity;
+
+/// The state folder of one daemon.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    root: PathBuf,
+}
+
+impl Paths {
+    /// Returns the paths below `root`; nothing is created.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Paths { root: root.into() }
+    }
+
+    /// Root of the Delta tables.
+    pub fn tables(&self) -> PathBuf {
+        self.root.join("tables")
+    }
+
+    /// Root of the adapter registry.
+    pub fn registry(&self) -> PathBuf {
+        self.root.join("registry")
+    }
+
+    /// Folder of one round.
+    pub fn round(&self, id: &str) -> PathBuf {
+        self.root.join("rounds").join(id)
+    }
+
+    fn rounds(&self) -> PathBuf {
+        self.root.join("rounds")
+    }
+
+    /// Takes the lock that keeps two rounds from running at a time; it goes with the returned file, also on a crash.
+    pub fn lock(&self) -> Result<File, RoundError> {
+        durable::create_folder(&self.root)?;
+        let path = self.root.join("round.lock");
+        let file = File::create(&path).map_err(|e| durable::FileError::io("cannot create", &path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(_) => Err(RoundError::Busy { lock: path.display().to_string() }),
+        }
+    }
+
+    /// Returns the ids of all rounds, oldest first.
+    pub fn round_ids(&self) -> Result<Vec<String>, RoundError> {
+        let folder = self.rounds();
+        if !folder.exists() {
+            return Ok(Vec::new());
+        }
+        let entries = std::fs::read_dir(&folder).map_err(|e| durable::FileError::io("cannot list", &folder, e))?;
+        let mut ids: Vec<String> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|id| folder.join(id).join(PLAN).exists())
+            .collect();
+        ids.sort();
+        Ok(ids)
+    }
+
+    /// Returns the newest round that has a plan but no outcome.
+    pub fn unfinished(&self) -> Result<Option<String>, RoundError> {
+        let ids = self.round_ids()?;
+        Ok(ids.into_iter().rev().find(|id| !self.round(id).join(OUTCOME).exists()))
+    }
+
+    /// Returns the id the next round takes.
+    pub fn next_round(&self) -> Result<String, RoundError> {
+        let last = self.round_ids()?.last().and_then(|id| id.strip_prefix("round-")?.parse::<u32>().ok()).unwrap_or(0);
+        Ok(format!("round-{:05}", last + 1))
+    }
+}
+
+/// Name of the file that begins a round.
+pub const PLAN: &str = "plan.json";
+/// Name of the file that ends a round.
+pub const OUTCOME: &str = "outcome.json";
+
+/// A deliberate fault of the demo: each must end in a refusal, or the gate proves nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Control {
+    /// Rewards are permuted within each group, so that training follows noise.
+    ShuffledRewards,
+    /// The new adapter is tried against itself.
+    SameAdapter,
+    /// Training and gate both reward shortness.
+    LengthReward,
+}
+
+/// What a round is: fixed when it begins, compared when it is resumed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    pub round: String,
+    /// Root of every seed of the round.
+    pub seed: u64,
+    pub base: ModelIdentity,
+    /// SHA-256 of the settings that decide the round's bytes.
+    pub settings_sha256: String,
+    /// Threads the kernels ran with: sums in another order give other bytes.
+    pub threads: usize,
+    pub control: Option<Control>,
+    pub created_us: i64,
+    pub taod_version: String,
+}
+
+impl Plan {
+    /// Refuses to go on with a round under conditions that would give other bytes than it began with.
+    pub fn check_unchanged(&self, now: &Plan, allow_drift: bool) -> Result<(), RoundError> {
+        let differs = [
+            ("base model", self.base != now.base),
+            ("settings", self.settings_sha256 != now.settings_sha256),
+            ("number of threads", self.threads != now.threads),
+            ("control", self.control != now.control),
+            ("version of taod", self.taod_version != now.taod_version),
+        ];
+        let what: Vec<&str> = differs.iter().filter(|(_, differs)| *differs).map(|(what, _)| *what).collect();
+        if what.is_empty() || allow_drift {
+            return Ok(());
+        }
+        Err(RoundError::Drift { round: self.round.clone(), what: what.join(", ") })
+    }
+}
+
+/// Reads the plan of a round that was begun.
+pub fn read_plan(folder: &Path) -> Result<Plan, RoundError> {
+    Ok(durable::read_json(&folder.join(PLAN))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_one_round_runs_at_a_time() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = Paths::new(root.path());
+        let held = paths.lock().unwrap();
+        assert!(matches!(paths.lock(), Err(RoundError::Busy { .. })));
+        drop(held);
+        assert!(paths.lock().is_ok());
+    }
+
+    #[test]
+    fn rounds_are_numbered_and_an_unfinished_one_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = Paths::new(root.path());
+        assert_eq!(paths.next_round().unwrap(), "round-00001");
+        for id in ["round-00001", "round-00002"] {
+            durable::create_folder(&paths.round(id)).unwrap();
+            durable::write_json(&paths.round(id).join(PLAN), &0).unwrap();
+        }
+        durable::write_json(&paths.round("round-00002").join(OUTCOME), &0).unwrap();
+        assert_eq!(paths.unfinished().unwrap().as_deref(), Some("round-00001"));
+        assert_eq!(paths.next_round().unwrap(), "round-00003");
+    }
+}

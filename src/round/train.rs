@@ -1,0 +1,227 @@
+//! The training half of a round: candidates, rewards and an adapter, in `tuning.iterations` passes.
+//!
+//! The first pass samples from the base; each further one samples from the adapter of the one before and continues it
+//! with its optimizer. Only the last is registered. Every stage is skipped where its manifest already stands.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::rows::{Place, candidate_row};
+use super::{Control, Night, RoundError, StageReport};
+use crate::adapter::{self, Sample};
+use crate::candidates::{self, Candidate, Stream};
+use crate::dataset::{Dataset, Prompt};
+use crate::durable;
+use crate::engine::Adapter;
+use crate::record::derive_seed;
+use crate::rewards::{Item, Scored};
+use crate::table::Name;
+
+/// What training came to.
+#[derive(Debug)]
+pub enum Trained {
+    /// A PEFT folder to be registered.
+    Adapter(PathBuf),
+    /// Nothing to train on; the round ends without an adapter.
+    Nothing { reason: String },
+}
+
+/// The rewards of one candidate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    pub prompt_hash: String,
+    pub sample: usize,
+    pub total: f64,
+    pub passed: bool,
+    pub parts: BTreeMap<String, f64>,
+}
+
+/// What stands in the folder of a complete reward stage.
+#[derive(Debug, Serialize, Deserialize)]
+struct ScoreManifest {
+    rewards: String,
+    candidates: usize,
+    passed: usize,
+    mean: f64,
+    sha256: String,
+}
+
+/// Runs all passes of training on the dataset's train split.
+pub fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundError> {
+    if let Some(reason) = dataset.manifest.shortfall() {
+        return Ok(Trained::Nothing { reason });
+    }
+    let covered = |p: &&Prompt| night.rewards.covers(p.workload.as_deref());
+    let prompts: Vec<&Prompt> = dataset.train.prompts().iter().filter(covered).collect();
+    if prompts.is_empty() {
+        return Ok(Trained::Nothing { reason: "no training prompt belongs to a workload with rules".to_string() });
+    }
+    let mut previous: Option<PathBuf> = None;
+    for pass in 1..=night.config.tuning.iterations {
+        let folder = night.folder.join(format!("pass-{pass}"));
+        let drawn = draw(night, &prompts, previous.as_deref(), pass, &folder)?;
+        let scores = score(night, &prompts, &drawn, pass, &folder)?;
+        record(night, pass, &drawn, &scores)?;
+        let samples = training_samples(&drawn, &scores);
+        let tuned = folder.join("adapter");
+        let started = std::time::Instant::now();
+        let seed = derive_seed(night.plan.seed, &["tune", &pass.to_string()]);
+        let start = previous.as_deref();
+        let outcome =
+            match adapter::tune(night.model, &samples, start, &night.config.tuning, seed, &tuned, night.progress) {
+                Ok(outcome) => outcome,
+                Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
+                Err(error) => return Err(error.into()),
+            };
+        night.report(StageReport::new(
+            format!("adapter {pass}"),
+            outcome.samples_used as u64,
+            outcome.tokens as u64,
+            started,
+        ));
+        crate::durable::crash_point(&format!("adapter-{pass}"));
+        previous = Some(tuned);
+    }
+    match previous {
+        Some(tuned) => Ok(Trained::Adapter(tuned.join("adapter"))),
+        None => Ok(Trained::Nothing { reason: "tuning.iterations is 0".to_string() }),
+    }
+}
+
+fn draw(
+    night: &mut Night<'_>,
+    prompts: &[&Prompt],
+    previous: Option<&Path>,
+    pass: usize,
+    folder: &Path,
+) -> Result<Vec<Candidate>, RoundError> {
+    let started = std::time::Instant::now();
+    let adapter = previous.map(|dir| Adapter::load(&dir.join("adapter"), night.model)).transpose()?;
+    let sampler = adapter.as_ref().map_or("base".to_string(), |_| format!("{}/pass-{}", night.plan.round, pass - 1));
+    let name = format!("train/{pass}");
+    let stream = Stream { seed: night.plan.seed, name: &name, sampler: &sampler };
+    let out = folder.join("candidates");
+    let settings = &night.config.candidates;
+    let manifest = candidates::sample(night.model, adapter.as_ref(), prompts, settings, stream, &out, night.progress)?;
+    night.report(StageReport::new(format!("candidates {pass}"), manifest.candidates as u64, manifest.tokens, started));
+    crate::durable::crash_point(&format!("candidates-{pass}"));
+    Ok(candidates::load(&out)?)
+}
+
+fn score(
+    night: &mut Night<'_>,
+    prompts: &[&Prompt],
+    drawn: &[Candidate],
+    pass: usize,
+    folder: &Path,
+) -> Result<Vec<Score>, RoundError> {
+    let out = folder.join("rewards");
+    let path = out.join("scores.jsonl");
+    if out.join("manifest.json").exists() {
+        return Ok(durable::read_json_lines(&path)?);
+    }
+    let started = std::time::Instant::now();
+    durable::create_folder(&out)?;
+    let by_hash: BTreeMap<&str, &Prompt> = prompts.iter().map(|p| (p.prompt_hash.as_str(), *p)).collect();
+    let items: Vec<Item> = drawn.iter().filter_map(|c| Some(item(by_hash.get(c.prompt_hash.as_str())?, c))).collect();
+    let scored = night.rewards.train(&items)?;
+    let mut scores: Vec<Score> = drawn.iter().zip(scored).map(|(c, s)| to_score(c, s)).collect();
+    if night.plan.control == Some(Control::ShuffledRewards) {
+        shuffle_within_groups(&mut scores, derive_seed(night.plan.seed, &["shuffle", &pass.to_string()]));
+    }
+    durable::write_json_lines(&path, &scores)?;
+    let manifest = ScoreManifest {
+        rewards: night.rewards.identity(),
+        candidates: scores.len(),
+        passed: scores.iter().filter(|s| s.passed).count(),
+        mean: scores.iter().map(|s| s.total).sum::<f64>() / scores.len().max(1) as f64,
+        sha256: durable::sha256_file(&path)?,
+    };
+    durable::write_json(&out.join("manifest.json"), &manifest)?;
+    night.report(StageReport::new(format!("rewards {pass}"), scores.len() as u64, 0, started));
+    durable::crash_point(&format!("rewards-{pass}"));
+    Ok(scores)
+}
+
+/// Returns what the scorers see of one candidate.
+pub fn item(prompt: &Prompt, candidate: &Candidate) -> Item {
+    Item {
+        workload: prompt.workload.clone(),
+        messages: prompt.messages.clone(),
+        response: candidate.text.clone(),
+        finish_reason: candidate.finish_reason,
+        prompt_ids: Some(candidate.prompt_ids.clone()),
+        token_ids: Some(candidate.token_ids.clone()),
+    }
+}
+
+fn to_score(candidate: &Candidate, scored: Scored) -> Score {
+    Score {
+        prompt_hash: candidate.prompt_hash.clone(),
+        sample: candidate.sample,
+        total: scored.total,
+        passed: scored.passed,
+        parts: scored.parts,
+    }
+}
+
+/// Permutes the rewards among the answers of each prompt: the control whose training must not help.
+fn shuffle_within_groups(scores: &mut [Score], seed: u64) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for group in scores.chunk_by_mut(|a, b| a.prompt_hash == b.prompt_hash) {
+        let mut totals: Vec<(f64, bool)> = group.iter().map(|s| (s.total, s.passed)).collect();
+        totals.shuffle(&mut rng);
+        for (score, (total, passed)) in group.iter_mut().zip(totals) {
+            (score.total, score.passed) = (total, passed);
+        }
+    }
+}
+
+fn training_samples(drawn: &[Candidate], scores: &[Score]) -> Vec<Sample> {
+    let sample = |(c, s): (&Candidate, &Score)| Sample {
+        group: c.prompt_hash.clone(),
+        prompt: c.prompt_ids.clone(),
+        completion: c.token_ids.clone(),
+        reward: s.total,
+        old_logprobs: Some(c.logprobs.clone()),
+    };
+    drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
+}
+
+fn record(night: &Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score]) -> Result<(), RoundError> {
+    let app_id = format!("taod/candidates/{}/{pass}", night.plan.round);
+    let place = Place::Training { round: &night.plan.round, pass };
+    let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, s.total, s.passed, &s.parts);
+    let rows: Vec<_> = drawn.iter().zip(scores).map(row).collect();
+    night.append_once(Name::Candidates, &app_id, &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shuffling_keeps_each_groups_rewards_and_moves_them() {
+        let score = |group: &str, sample: usize| Score {
+            prompt_hash: group.into(),
+            sample,
+            total: sample as f64 / 8.0,
+            passed: sample > 4,
+            parts: BTreeMap::new(),
+        };
+        let before: Vec<Score> = ["a", "b"].iter().flat_map(|g| (0..8).map(|k| score(g, k))).collect();
+        let mut after = before.clone();
+        shuffle_within_groups(&mut after, 3);
+        assert_ne!(after, before);
+        for half in [0..8, 8..16] {
+            let mut totals: Vec<f64> = after[half.clone()].iter().map(|s| s.total).collect();
+            totals.sort_by(f64::total_cmp);
+            assert_eq!(totals, before[half].iter().map(|s| s.total).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The commit path: one conditional write per append, whatever the size of the table.
+//!
+//! A [`Table`] knows one version and the positions (`txn` actions) it has been asked about. An append holds only while
+//! every position stands where its [`TxnStep`] expects it, at the very version the commit builds on. Where the reply to
+//! a write is an error or is lost, the log decides: the entry is read back, and a commit that carries our own bytes has
+//! landed, whatever was answered. A position that another writer moved fences the append off.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use arrow::array::RecordBatch;
+use bytes::Bytes;
+use deltalake::kernel::transaction::TransactionError;
+use deltalake::kernel::{EagerSnapshot, Snapshot};
+use deltalake::logstore::{CommitOrBytes, LogStoreRef};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::log::{self, Add, Line, Txn};
+use super::schema::TableSpec;
+use super::{TableError, TableLocation, rows, write};
+
+/// How often a log entry is written or read back again before a commit is given up as unsettled.
+const ATTEMPTS: u32 = 6;
+/// After this long without contact the table is opened anew: log entries may have been cleaned up meanwhile, and a
+/// version number that looks free because its entry is gone must never be written.
+const STALE: Duration = Duration::from_secs(3600);
+
+/// One Delta table at one version.
+pub struct Table {
+    pub(super) spec: &'static TableSpec,
+    pub(super) log: LogStoreRef,
+    pub(super) version: u64,
+    name: String,
+    positions: HashMap<String, Option<i64>>,
+    seen: SystemTime,
+}
+
+/// One step of one position: `app_id` goes from `expect` (`None`: not there yet) to `set`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TxnStep {
+    pub app_id: String,
+    pub expect: Option<i64>,
+    pub set: i64,
+}
+
+/// An append that landed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appended {
+    /// The version of the table that holds it.
+    pub version: u64,
+    /// Bytes of the data file; 0 where only positions moved.
+    pub bytes: u64,
+}
+
+impl Table {
+    /// Opens the table at `location`, creating it where there is none.
+    pub async fn open_or_create(location: &TableLocation, spec: &'static TableSpec) -> Result<Table, TableError> {
+        let log = location.log_store()?;
+        let name = location.to_string();
+        let exists = log.is_delta_table_location().await.map_err(|e| TableError::store("cannot look for", &name, e))?;
+        if !exists {
+            create(&log, &name, spec).await?;
+        }
+        let mut table = Table { spec, log, version: 0, name, positions: HashMap::new(), seen: SystemTime::UNIX_EPOCH };
+        table.reopen().await?;
+        Ok(table)
+    }
+
+    /// Returns the version that reads see and the next append builds on.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Returns where the table lies, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Moves to the newest version.
+    pub async fn refresh(&mut self) -> Result<(), TableError> {
+        if self.is_stale() {
+            return self.reopen().await;
+        }
+        while let Some(bytes) = self.read_entry(self.version + 1).await? {
+            self.apply(self.version + 1, &bytes)?;
+        }
+        self.seen = SystemTime::now();
+        Ok(())
+    }
+
+    /// Returns the position of `app_id` at this version.
+    pub async fn txn(&mut self, app_id: &str) -> Result<Option<i64>, TableError> {
+        Ok(self.txns(&[app_id.to_owned()]).await?[0])
+    }
+
+    /// Returns the positions of `app_ids` at this version, in order.
+    pub async fn txns(&mut self, app_ids: &[String]) -> Result<Vec<Option<i64>>, TableError> {
+        let unknown: Vec<&String> = app_ids.iter().filter(|id| !self.positions.contains_key(*id)).collect();
+        if !unknown.is_empty() {
+            let fail = |e| TableError::store("cannot read the positions of", &self.name, e);
+            let snapshot = EagerSnapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
+            for id in unknown {
+                let position = snapshot.transaction_version(self.log.as_ref(), id).await.map_err(fail)?;
+                self.positions.insert(id.clone(), position);
+            }
+        }
+        Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
+    }
+
+    /// Appends rows and moves positions in one commit: all of it lands, once, or none.
+    pub async fn append(&mut self, batches: &[RecordBatch], txns: &[TxnStep]) -> Result<Appended, TableError> {
+        let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
+        if rows == 0 && txns.is_empty() {
+            return Ok(Appended { version: self.version, bytes: 0 });
+        }
+        self.check(txns).await?;
+        let adds = match rows {
+            0 => Vec::new(),
+            _ => vec![write::data_file(&self.name, self.spec, &self.log, batches).await?],
+        };
+        let bytes = adds.iter().map(|add| add.size).sum();
+        match self.commit(&adds, txns).await {
+            Ok(version) => Ok(Appended { version, bytes }),
+            Err(error) => {
+                if matches!(error, TableError::Fenced { .. }) {
+                    write::remove_files(&self.log, &adds).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Appends rows of a small table. A field without a column of its own goes into the table's `detail`.
+    pub async fn append_rows<T: Serialize>(&mut self, rows: &[T], txns: &[TxnStep]) -> Result<Appended, TableError> {
+        let batch = rows::to_batch(&self.name, self.spec, rows)?;
+        self.append(&[batch], txns).await
+    }
+
+    /// Writes the log entry, past the commits of other writers and past lost replies.
+    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep]) -> Result<u64, TableError> {
+        if self.is_stale() {
+            self.reopen().await?;
+        }
+        let id = Uuid::new_v4();
+        let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
+        let mut trouble = 0;
+        let bytes = log::append(id, self.version, adds, &txns, now_ms());
+        loop {
+            self.check(steps).await?;
+            let version = self.version + 1;
+            let written = self.log.write_commit_entry(version, CommitOrBytes::LogBytes(bytes.clone()), id).await;
+            let why = match written {
+                Ok(()) => return self.landed(version, &bytes),
+                Err(TransactionError::VersionAlreadyExists(_)) => "the store says that the entry exists".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            match self.read_entry(version).await {
+                Ok(Some(found)) if found == bytes => return self.landed(version, &bytes),
+                Ok(Some(found)) => {
+                    self.apply(version, &found)?;
+                    continue;
+                }
+                Ok(None) => tracing::warn!(table = self.name, version, why, "a commit did not land; writing it again"),
+                Err(error) => tracing::warn!(table = self.name, version, why, %error, "a commit cannot be read back"),
+            }
+            trouble += 1;
+            if trouble == ATTEMPTS {
+                return Err(TableError::Unsettled { table: self.name.clone(), version, why });
+            }
+            tokio::time::sleep(Duration::from_millis(50 << trouble)).await;
+        }
+    }
+
+    fn landed(&mut self, version: u64, bytes: &Bytes) -> Result<u64, TableError> {
+        self.apply(version, bytes)?;
+        self.seen = SystemTime::now();
+        Ok(version)
+    }
+
+    /// Refuses the steps unless every position stands where it is expected, at this version.
+    async fn check(&mut self, steps: &[TxnStep]) -> Result<(), TableError> {
+        let ids: Vec<String> = steps.iter().map(|step| step.app_id.clone()).collect();
+        let found = self.txns(&ids).await?;
+        match steps.iter().zip(found).find(|(step, found)| step.expect != *found) {
+            None => Ok(()),
+            Some((step, found)) => Err(TableError::Fenced {
+                table: self.name.clone(),
+                app_id: step.app_id.clone(),
+                expected: step.expect,
+                found,
+            }),
+        }
+    }
+
+    /// Takes in a commit that stands in the log, ours or another's.
+    fn apply(&mut self, version: u64, bytes: &[u8]) -> Result<(), TableError> {
+        for Line { txn, protocol, meta_data } in log::parse(&self.name, version, bytes)? {
+            if let Some(protocol) = protocol {
+                protocol.check(&self.name)?;
+            }
+            if let Some(metadata) = meta_data {
+                metadata.check(&self.name, self.spec)?;
+            }
+            if let Some(txn) = txn {
+                self.positions.insert(txn.app_id, Some(txn.version));
+            }
+        }
+        self.version = version;
+        Ok(())
+    }
+
+    /// Loads the newest version from the log, trusting nothing remembered.
+    async fn reopen(&mut self) -> Result<(), TableError> {
+        let fail = |e| TableError::store("cannot open", &self.name, e);
+        let snapshot = Snapshot::try_new(self.log.as_ref(), None).await.map_err(fail)?;
+        let retell = |e| TableError::Log { table: self.name.clone(), version: snapshot.version(), source: e };
+        let protocol = serde_json::to_value(snapshot.protocol()).map_err(retell)?;
+        let metadata = serde_json::to_value(snapshot.metadata()).map_err(retell)?;
+        serde_json::from_value::<log::Protocol>(protocol).map_err(retell)?.check(&self.name)?;
+        serde_json::from_value::<log::Metadata>(metadata).map_err(retell)?.check(&self.name, self.spec)?;
+        self.version = snapshot.version();
+        self.positions.clear();
+        self.seen = SystemTime::now();
+        Ok(())
+    }
+
+    async fn read_entry(&self, version: u64) -> Result<Option<Bytes>, TableError> {
+        let entry = self.log.read_commit_entry(version).await;
+        entry.map_err(|e| TableError::store("cannot read the log of", &self.name, e))
+    }
+
+    fn is_stale(&self) -> bool {
+        // A clock that went backwards counts as stale, too.
+        SystemTime::now().duration_since(self.seen).map_or(true, |age| age > STALE)
+    }
+}
+
+/// Writes version 0. Losing the race to another creator is fine: its table is checked when it is opened.
+async fn create(log: &LogStoreRef, name: &str, spec: &TableSpec) -> Result<(), TableError> {
+    let id = Uuid::new_v4();
+    let bytes = log::create(id, spec, now_ms());
+    match log.write_commit_entry(0, CommitOrBytes::LogBytes(bytes), id).await {
+        Ok(()) | Err(TransactionError::VersionAlreadyExists(_)) => Ok(()),
+        Err(error) => Err(TableError::store("cannot create", name, error)),
+    }
+}
+
+pub(super) fn now_ms() -> i64 {
+    chrono::Utc::now().timestamp_millis()
+}

@@ -1,0 +1,47 @@
+//! Upkeep off the hot path: a checkpoint so that opening stays quick, and the end of log entries past retention.
+
+use deltalake::DeltaTable;
+use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
+use deltalake::logstore::LogStoreRef;
+
+use super::{Table, TableError};
+
+/// Commits after which a checkpoint is worth its cost.
+const CHECKPOINT_EVERY: u64 = 100;
+
+/// The upkeep of one table, detached from it so that it can run beside appends.
+pub struct Upkeep {
+    log: LogStoreRef,
+    name: String,
+    version: u64,
+}
+
+impl Table {
+    /// Returns the upkeep that is due at this version, if any.
+    pub fn upkeep(&self) -> Option<Upkeep> {
+        let due = self.version > 0 && self.version.is_multiple_of(CHECKPOINT_EVERY);
+        due.then(|| self.upkeep_now())
+    }
+
+    /// Writes a checkpoint at this version and removes log entries past the table's retention.
+    pub async fn maintain(&self) -> Result<(), TableError> {
+        self.upkeep_now().run().await
+    }
+
+    fn upkeep_now(&self) -> Upkeep {
+        Upkeep { log: self.log.clone(), name: self.name().to_owned(), version: self.version }
+    }
+}
+
+impl Upkeep {
+    /// Does it. A failure harms nothing: the next one starts over.
+    pub async fn run(self) -> Result<(), TableError> {
+        let fail = |e| TableError::store("cannot checkpoint", &self.name, e);
+        let mut table = DeltaTable::new(self.log.clone());
+        table.load_version(self.version).await.map_err(fail)?;
+        create_checkpoint(&table, None).await.map_err(fail)?;
+        let removed = cleanup_metadata(&table, None).await.map_err(fail)?;
+        tracing::debug!(table = self.name, version = self.version, removed, "checkpoint written");
+        Ok(())
+    }
+}

@@ -1,0 +1,79 @@
+//! All tables under one root.
+
+use std::path::Path;
+
+use super::schema::{self, TableSpec};
+use super::{Table, TableError, TableLocation};
+
+/// Names of the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Name {
+    Queries,
+    DeadLetters,
+    Splits,
+    GateUsage,
+    Candidates,
+    Rounds,
+    Trials,
+    GateSteps,
+    Promotions,
+}
+
+impl Name {
+    /// All names, in the order of the flow.
+    pub const ALL: [Name; 9] = [
+        Name::Queries,
+        Name::DeadLetters,
+        Name::Splits,
+        Name::GateUsage,
+        Name::Candidates,
+        Name::Rounds,
+        Name::Trials,
+        Name::GateSteps,
+        Name::Promotions,
+    ];
+
+    /// Returns what the table holds.
+    pub fn spec(self) -> &'static TableSpec {
+        match self {
+            Name::Queries => &schema::QUERIES,
+            Name::DeadLetters => &schema::DEAD_LETTERS,
+            Name::Splits => &schema::SPLITS,
+            Name::GateUsage => &schema::GATE_USAGE,
+            Name::Candidates => &schema::CANDIDATES,
+            Name::Rounds => &schema::ROUNDS,
+            Name::Trials => &schema::TRIALS,
+            Name::GateSteps => &schema::GATE_STEPS,
+            Name::Promotions => &schema::PROMOTIONS,
+        }
+    }
+}
+
+/// The folder of tables. Cheap to clone; each table is opened on demand by whoever needs it.
+#[derive(Clone)]
+pub struct Tables {
+    root: TableLocation,
+}
+
+impl Tables {
+    /// Names the folder `root`. Nothing is created until a table is opened.
+    pub fn open(root: &Path) -> Result<Self, TableError> {
+        Ok(Tables::at(TableLocation::parse(&root.to_string_lossy())?))
+    }
+
+    /// Names a location.
+    pub fn at(root: TableLocation) -> Self {
+        Tables { root }
+    }
+
+    /// Returns where the tables lie.
+    pub fn root(&self) -> &TableLocation {
+        &self.root
+    }
+
+    /// Opens one table at its newest version, creating it where there is none.
+    pub async fn open_one(&self, name: Name) -> Result<Table, TableError> {
+        let spec = name.spec();
+        Table::open_or_create(&self.root.join(spec.name), spec).await
+    }
+}

