@@ -128,7 +128,8 @@ mod tests {
     #[test]
     fn the_defaults_are_valid_and_each_bound_bites() {
         assert_eq!(Settings::default().validate(), Ok(()));
-        let broken: [(&str, fn(&mut Settings)); 8] = [
+        type Breaking = fn(&mut Settings);
+        let broken: [(&str, Breaking); 8] = [
             ("rank is 0", |s| s.rank = 0),
             ("alpha is -1", |s| s.alpha = -1.0),
             ("learning_rate is NaN", |s| s.learning_rate = f64::NAN),

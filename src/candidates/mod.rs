@@ -74,9 +74,11 @@ impl Settings {
         Ok(())
     }
 
-    /// Returns how the engine is to draw.
-    pub fn sampling(&self) -> SamplingSettings {
-        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+    /// Returns how much is drawn for training, and how.
+    pub fn draw(&self) -> Draw {
+        let Settings { temperature, top_p, max_tokens, .. } = *self;
+        let sampling = SamplingSettings { temperature, top_p, top_k: 0, max_tokens };
+        Draw { samples: self.samples_per_prompt, sampling, max_sequences: self.max_sequences }
     }
 }
 
@@ -179,14 +181,22 @@ pub struct Manifest {
     pub sha256: Vec<String>,
 }
 
-/// Draws `samples` answers to each prompt and returns them prompt by prompt; prompts that do not fit the context give none.
+/// How much is drawn, and how.
+#[derive(Debug, Clone)]
+pub struct Draw {
+    /// Answers to each prompt.
+    pub samples: usize,
+    pub sampling: SamplingSettings,
+    /// Most sequences decoded at the same time.
+    pub max_sequences: usize,
+}
+
+/// Draws answers to each prompt and returns them prompt by prompt; prompts that do not fit the context give none.
 pub fn draw(
     model: &Model,
     adapter: Option<&Adapter>,
     prompts: &[&Prompt],
-    samples: usize,
-    sampling: &SamplingSettings,
-    max_sequences: usize,
+    how: &Draw,
     stream: Stream<'_>,
     step: &mut Step,
 ) -> Result<Vec<Vec<Candidate>>, CandidateError> {
@@ -194,17 +204,17 @@ pub fn draw(
     let mut owners = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
         let ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
-        if ids.len() + sampling.max_tokens > model.config().max_positions {
+        if ids.len() + how.sampling.max_tokens > model.config().max_positions {
             continue;
         }
         let seed =
             |k: usize| derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()]);
-        let seeds = (0..samples).map(seed).collect();
-        groups.push(Group { id: index as u64, prompt: ids, seeds, sampling: sampling.clone() });
+        let seeds = (0..how.samples).map(seed).collect();
+        groups.push(Group { id: index as u64, prompt: ids, seeds, sampling: how.sampling.clone() });
         owners.push(index);
     }
     let inputs: Vec<(Vec<u32>, Vec<u64>)> = groups.iter().map(|g| (g.prompt.clone(), g.seeds.clone())).collect();
-    let limits = BatchLimits { max_sequences, ..BatchLimits::default() };
+    let limits = BatchLimits { max_sequences: how.max_sequences, ..BatchLimits::default() };
     let completions =
         generate(model, adapter, groups, &limits, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
 
@@ -264,8 +274,7 @@ pub fn sample(
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
         let path = chunk_path(out, index);
         if !path.exists() {
-            let (k, limit) = (settings.samples_per_prompt, settings.max_sequences);
-            let drawn = draw(model, adapter, chunk, k, &settings.sampling(), limit, stream, &mut step)?;
+            let drawn = draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?;
             durable::write_json_lines(&path, &drawn.concat())?;
         }
         let written: Vec<Candidate> = durable::read_json_lines(&path)?;

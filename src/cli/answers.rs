@@ -12,7 +12,7 @@ use crate::record::{FinishReason, Message};
 
 /// A model and what is put on top of it.
 #[derive(Debug, Clone, Args)]
-pub struct ModelArgs {
+pub(super) struct ModelArgs {
     /// A folder in Hugging Face layout, a .gguf file, or a hub id.
     #[arg(long, value_name = "MODEL")]
     pub model: String,

@@ -21,7 +21,7 @@ pub struct Score {
 
 /// Whose scorers make the total.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum By {
+pub(super) enum By {
     /// What training learns from.
     Train,
     /// What the gate compares.

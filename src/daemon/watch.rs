@@ -20,7 +20,7 @@ use crate::round::Verdict;
 const EVERY: Duration = Duration::from_secs(2);
 
 /// Copies what the ingestion counts into metrics, and feeds systemd's watchdog while all loops turn.
-pub async fn observe(
+pub(super) async fn observe(
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     counters: Arc<Counters>,
@@ -79,7 +79,7 @@ fn raise(counter: &IntCounter, total: u64) {
 }
 
 /// Shows the stages of a finished round.
-pub fn measure_round(metrics: &Metrics, verdict: &Verdict) {
+pub(super) fn measure_round(metrics: &Metrics, verdict: &Verdict) {
     let mut seconds: BTreeMap<&'static str, (Stage, f64)> = BTreeMap::new();
     for stage in &verdict.stages {
         let name = stage.stage.split(' ').next().unwrap_or_default();
@@ -93,12 +93,12 @@ pub fn measure_round(metrics: &Metrics, verdict: &Verdict) {
 }
 
 /// Tells systemd that the config and the state are loaded.
-pub fn ready() {
+pub(super) fn ready() {
     notify(&[NotifyState::Ready]);
 }
 
 /// Tells systemd that what was read is being committed.
-pub fn stopping() {
+pub(super) fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 

@@ -18,27 +18,27 @@ use crate::rewards::{Item, Rewards};
 const EXAMPLES: usize = 3;
 
 /// The audit prompts and what is needed to ask and to score them.
-pub struct Audit {
+pub(super) struct Audit {
     config: Config,
     prompts: Vec<Prompt>,
     rewards: Arc<Rewards>,
 }
 
 /// An answer with how the rules judged it.
-pub struct Judged {
+pub(super) struct Judged {
     item: Item,
     passed: bool,
 }
 
 impl Audit {
     /// Takes the audit split's prompts; those of workloads without rules are left out.
-    pub fn new(config: &Config, prompts: &[Prompt], rewards: Arc<Rewards>) -> Self {
+    pub(super) fn new(config: &Config, prompts: &[Prompt], rewards: Arc<Rewards>) -> Self {
         let covered = prompts.iter().filter(|p| rewards.covers(p.workload.as_deref()));
         Audit { config: config.clone(), prompts: covered.cloned().collect(), rewards }
     }
 
     /// Asks every prompt once through the stable name, in production's decoding, and judges the answers.
-    pub async fn ask(&self, progress: &Progress) -> Result<Vec<Judged>> {
+    pub(super) async fn ask(&self, progress: &Progress) -> Result<Vec<Judged>> {
         let mut step = progress.step("ask the audit prompts", self.prompts.len() as u64, "prompts");
         let client = reqwest::Client::new();
         let asked: Vec<_> = self.prompts.iter().map(|prompt| ask_one(&client, &self.config, prompt)).collect();
@@ -68,7 +68,7 @@ impl Audit {
     }
 
     /// Compares the two askings by workload, and picks examples where the second passes and the first does not.
-    pub async fn compare(&self, before: &[Judged], after: &[Judged]) -> Result<(Vec<Comparison>, Vec<Example>)> {
+    pub(super) async fn compare(&self, before: &[Judged], after: &[Judged]) -> Result<(Vec<Comparison>, Vec<Example>)> {
         let names: Vec<String> = self.prompts.iter().filter_map(|p| p.workload.clone()).collect();
         let (old, new) = (self.sides(before, &names).await?, self.sides(after, &names).await?);
         let comparisons = old.into_iter().map(|(workload, before)| {

@@ -1,7 +1,7 @@
 //! The few statistics the demo prints.
 
 /// Returns the 95 % Wilson score interval of a proportion of `passed` out of `n` (Wilson 1927); (0, 1) when `n` is 0.
-pub fn wilson_95(passed: usize, n: usize) -> (f64, f64) {
+pub(super) fn wilson_95(passed: usize, n: usize) -> (f64, f64) {
     if n == 0 {
         return (0.0, 1.0);
     }

@@ -41,7 +41,7 @@ const BROKEN_RECORDS: usize = 7;
 
 /// One call to the endpoint.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Call {
+pub(super) struct Call {
     pub workload: String,
     pub text: String,
     pub user: String,
@@ -52,7 +52,7 @@ pub struct Call {
 
 /// Everything the demo sends.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Traffic {
+pub(super) struct Traffic {
     pub calls: Vec<Call>,
     /// Payloads produced to the topic as they stand.
     pub raw: Vec<Vec<u8>>,
@@ -64,14 +64,14 @@ struct Instruction {
 }
 
 /// Reads the instructions of AlpacaEval's file (a JSON array of objects with `instruction`), in the order of the file.
-pub fn read_instructions(path: &Path, max_chars: usize) -> Result<Vec<String>, FileError> {
+pub(super) fn read_instructions(path: &Path, max_chars: usize) -> Result<Vec<String>, FileError> {
     let all: Vec<Instruction> = durable::read_json(path)?;
     let texts = all.into_iter().map(|i| i.instruction.trim().to_string());
     Ok(texts.filter(|text| !text.is_empty() && text.chars().count() <= max_chars).collect())
 }
 
 /// Returns the traffic of a demo: `count` instructions chosen, spread over the workloads and ordered by the seed.
-pub fn plan(mut instructions: Vec<String>, workloads: &[Workload], count: usize, seed: u64) -> Traffic {
+pub(super) fn plan(mut instructions: Vec<String>, workloads: &[Workload], count: usize, seed: u64) -> Traffic {
     let mut rng = ChaCha8Rng::seed_from_u64(derive_seed(seed, &["demo", "traffic"]));
     instructions.shuffle(&mut rng);
     instructions.truncate(count);
@@ -87,8 +87,8 @@ pub fn plan(mut instructions: Vec<String>, workloads: &[Workload], count: usize,
     };
     let mut calls: Vec<Call> = instructions.iter().enumerate().map(|(index, text)| call(index, text)).collect();
     let share = |part: f64| (part * count as f64).round() as usize;
-    for index in 0..share(EXACT_DUPLICATES).min(instructions.len()) {
-        calls.push(call(index, &instructions[index]));
+    for (index, text) in instructions.iter().enumerate().take(share(EXACT_DUPLICATES)) {
+        calls.push(call(index, text));
     }
     for (index, text) in instructions.iter().enumerate().rev().take(share(NEAR_DUPLICATES)) {
         calls.push(call(index, &with_slip(text)));
@@ -131,7 +131,7 @@ fn raw_records() -> Vec<Vec<u8>> {
 /// Sends the calls, at most `concurrency` at a time, and returns how many were answered with success.
 ///
 /// A call that fails is part of the traffic; only an endpoint that cannot be reached at all is an error.
-pub async fn send(
+pub(super) async fn send(
     url: &str,
     model: &str,
     calls: &[Call],
@@ -174,7 +174,7 @@ pub async fn send(
 }
 
 /// Produces records to the topic as they stand, and waits until the broker has them.
-pub async fn produce(brokers: &str, topic: &str, payloads: &[Vec<u8>]) -> anyhow::Result<()> {
+pub(super) async fn produce(brokers: &str, topic: &str, payloads: &[Vec<u8>]) -> anyhow::Result<()> {
     let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
     for payload in payloads {
         let record = FutureRecord::<(), [u8]>::to(topic).payload(payload.as_slice());

@@ -40,7 +40,7 @@ impl Stage {
         let intent = registry.override_promote(&version, "tester", "a test", 2).unwrap();
         let fleet = Fleet::new(&settings).unwrap();
         let to = fleet.target(&registry, &version);
-        Stage { servers: servers, fleet, registry, intent, to, panel: panel(vec![Who::Base, Who::New]) }
+        Stage { servers, fleet, registry, intent, to, panel: panel(vec![Who::Base, Who::New]) }
     }
 
     fn promotion(&self) -> Promotion<'_> {

@@ -155,7 +155,7 @@ fn tells_apart(prompt: usize, served: &[Vec<f64>], local: &BTreeMap<Who, Vec<Vec
 /// beyond everything.
 fn judge(distances: &BTreeMap<Who, f64>, tolerance: f64, wide: f64) -> Attribution {
     let near: Vec<Who> = distances.iter().filter(|(_, d)| **d <= tolerance).map(|(&who, _)| who).collect();
-    let far = distances.values().filter(|d| !(**d < wide)).count();
+    let far = distances.values().filter(|d| !d.is_finite() || **d >= wide).count();
     match near.as_slice() {
         [who] if far + 1 == distances.len() => Attribution::Proven(*who),
         [] if far == distances.len() => Attribution::Wrong,

@@ -120,9 +120,9 @@ impl ModelConfig {
     fn check(self, path: &Path) -> Result<Self, EngineError> {
         let problem = if [self.vocab, self.hidden_size, self.intermediate_size, self.layers].contains(&0) {
             "vocabulary, hidden size, intermediate size and layers must all be above 0".to_string()
-        } else if self.kv_heads == 0 || self.heads % self.kv_heads != 0 {
+        } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             format!("{} heads are not a multiple of {} key-value heads", self.heads, self.kv_heads)
-        } else if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        } else if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             format!("head dimension {} is not an even number above 0", self.head_dim)
         } else {
             return Ok(self);
@@ -145,7 +145,7 @@ impl Fields<'_> {
             return Err(EngineError::file(self.path, format!("hidden_act {activation} is not silu"), CONFIG_REMEDY));
         }
         let (heads, hidden_size) = (self.count("num_attention_heads")?, self.count("hidden_size")?);
-        let head_dim = self.optional("head_dim").unwrap_or(if heads == 0 { 0 } else { hidden_size / heads });
+        let head_dim = self.optional("head_dim").unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
         let positions = self.optional("max_position_embeddings").unwrap_or(2048);
         // transformers 5 moved both rotary settings into `rope_parameters`.
         let rope = if self.value["rope_parameters"].is_object() { "rope_parameters" } else { "rope_scaling" };
@@ -220,7 +220,7 @@ impl Gguf<'_> {
         let head_dim = self
             .optional("attention.key_length")
             .or(self.optional("rope.dimension_count"))
-            .unwrap_or(if heads == 0 { 0 } else { hidden_size / heads });
+            .unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
         if let Some(rotated) = self.optional("rope.dimension_count").filter(|d| *d != head_dim) {
             let problem = format!("rotates {rotated} of {head_dim} dimensions of a head, which is not supported");
             return Err(EngineError::file(self.path, problem, CONFIG_REMEDY));

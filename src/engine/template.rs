@@ -65,8 +65,11 @@ impl ChatTemplate {
     }
 }
 
+/// A template, the opening and the closing token, where a model has them.
+type Found = (Option<String>, Option<String>, Option<String>);
+
 /// Reads `chat_template.jinja`, or the template in `tokenizer_config.json`, and the special tokens.
-fn in_folder(files: &Files) -> Result<(Option<String>, Option<String>, Option<String>), EngineError> {
+fn in_folder(files: &Files) -> Result<Found, EngineError> {
     let config = files.json("tokenizer_config.json")?;
     let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str()).map(str::to_string);
     let named = |list: &Vec<Value>| list.iter().find(|t| t["name"] == "default").map(|t| t["template"].clone());

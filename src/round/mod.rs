@@ -150,7 +150,6 @@ pub struct Options {
 /// Everything the stages of one night share.
 struct Night<'a> {
     config: &'a Config,
-    paths: &'a Paths,
     plan: Plan,
     folder: PathBuf,
     model: &'a Model,
@@ -179,7 +178,6 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     let (plan, folder) = begin(config, options, &paths, &model)?;
     let mut night = Night {
         config,
-        paths: &paths,
         plan,
         folder,
         model: &model,
@@ -318,7 +316,7 @@ impl Night<'_> {
         }
     }
 
-    fn finish(mut self, outcome: Outcome) -> Result<Verdict, RoundError> {
+    fn finish(self, outcome: Outcome) -> Result<Verdict, RoundError> {
         self.state(outcome.name(), json!({ "outcome": outcome, "stages": self.stages }))?;
         let verdict = Verdict { round: self.plan.round.clone(), outcome, stages: self.stages };
         durable::write_json(&self.folder.join(state::OUTCOME), &verdict)?;

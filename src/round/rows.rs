@@ -12,7 +12,7 @@ use crate::record::Purpose;
 
 /// One change of a round's state: a row of `rounds`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct RoundRow {
+pub(super) struct RoundRow {
     pub round: String,
     pub state: String,
     pub time: DateTime<Utc>,
@@ -24,7 +24,7 @@ pub struct RoundRow {
 
 impl RoundRow {
     /// Returns a row stamped now.
-    pub fn new(round: &str, state: &str, seed: u64, detail: Value) -> Self {
+    pub(super) fn new(round: &str, state: &str, seed: u64, detail: Value) -> Self {
         RoundRow {
             round: round.to_string(),
             state: state.to_string(),
@@ -37,7 +37,7 @@ impl RoundRow {
 
 /// One scored answer: a row of `candidates`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct CandidateRow {
+pub(super) struct CandidateRow {
     pub purpose: Purpose,
     pub round: Option<String>,
     pub trial: Option<String>,
@@ -66,13 +66,13 @@ pub struct CandidateRow {
 
 /// Where a candidate belongs, besides to its prompt.
 #[derive(Debug, Clone, Copy)]
-pub enum Place<'a> {
+pub(super) enum Place<'a> {
     Training { round: &'a str, pass: usize },
     Trial { trial: &'a str, side: &'a str },
 }
 
 /// Returns the row of one answer and its rewards.
-pub fn candidate_row(
+pub(super) fn candidate_row(
     place: Place<'_>,
     c: &Candidate,
     total: f64,

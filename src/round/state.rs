@@ -83,9 +83,9 @@ impl Paths {
 }
 
 /// Name of the file that begins a round.
-pub const PLAN: &str = "plan.json";
+pub(super) const PLAN: &str = "plan.json";
 /// Name of the file that ends a round.
-pub const OUTCOME: &str = "outcome.json";
+pub(super) const OUTCOME: &str = "outcome.json";
 
 /// A deliberate fault of the demo: each must end in a refusal, or the gate proves nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -134,7 +134,7 @@ impl Plan {
 }
 
 /// Reads the plan of a round that was begun.
-pub fn read_plan(folder: &Path) -> Result<Plan, RoundError> {
+pub(super) fn read_plan(folder: &Path) -> Result<Plan, RoundError> {
     Ok(durable::read_json(&folder.join(PLAN))?)
 }
 

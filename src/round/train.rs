@@ -24,7 +24,7 @@ use crate::table::Name;
 
 /// What training came to.
 #[derive(Debug)]
-pub enum Trained {
+pub(super) enum Trained {
     /// A PEFT folder to be registered.
     Adapter(PathBuf),
     /// Nothing to train on; the round ends without an adapter.
@@ -33,7 +33,7 @@ pub enum Trained {
 
 /// The rewards of one candidate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Score {
+pub(super) struct Score {
     pub prompt_hash: String,
     pub sample: usize,
     pub total: f64,
@@ -52,7 +52,7 @@ struct ScoreManifest {
 }
 
 /// Runs all passes of training on the dataset's train split.
-pub fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundError> {
+pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundError> {
     if let Some(reason) = dataset.manifest.shortfall() {
         return Ok(Trained::Nothing { reason });
     }
@@ -149,7 +149,7 @@ fn score(
 }
 
 /// Returns what the scorers see of one candidate.
-pub fn item(prompt: &Prompt, candidate: &Candidate) -> Item {
+pub(super) fn item(prompt: &Prompt, candidate: &Candidate) -> Item {
     Item {
         workload: prompt.workload.clone(),
         messages: prompt.messages.clone(),

@@ -15,16 +15,16 @@ use super::book::{self, stored};
 use super::rows::{Place, candidate_row};
 use super::train::item;
 use super::{Control, Night, Outcome, RoundError, StageReport};
-use crate::candidates::{self, Candidate, Stream};
+use crate::candidates::{self, Candidate, Draw, Stream};
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
-use crate::engine::{Adapter, ScoreItem, divergence};
+use crate::engine::{Adapter, SamplingSettings, ScoreItem, divergence};
 use crate::gate::trial::{Block, open_trial};
 use crate::gate::{
     self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow,
     Waiting,
 };
-use crate::progress::Step;
+use crate::progress::{Progress, Step};
 use crate::record::derive_seed;
 use crate::rewards::rules::{Kind, Unit};
 use crate::rewards::{Item, Scored, Workload};
@@ -44,14 +44,14 @@ struct Sides {
 }
 
 /// Returns the trial that is open, if one is.
-pub fn open_one(night: &mut Night<'_>) -> Result<Option<Trial>, RoundError> {
+pub(super) fn open_one(night: &mut Night<'_>) -> Result<Option<Trial>, RoundError> {
     let rows = trial_rows(night)?;
     let steps: Vec<StepRow> = read(night, Name::GateSteps)?;
     Ok(open_trial(&rows).map(|row| Trial::resume(&row.facts.trial, &rows, &steps)).transpose()?)
 }
 
 /// Opens the trial of a newly registered adapter against the one being served, or returns the one this round opened.
-pub fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError> {
+pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError> {
     let rows = trial_rows(night)?;
     if let Some(mine) = rows.iter().find(|row| row.facts.challenger == challenger) {
         let steps: Vec<StepRow> = read(night, Name::GateSteps)?;
@@ -78,7 +78,7 @@ pub fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError
 }
 
 /// Extends a trial with the night's fresh gate clusters until it is decided or they are used up.
-pub fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset) -> Result<Outcome, RoundError> {
+pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset) -> Result<Outcome, RoundError> {
     let started = Instant::now();
     if let Some(void) = void_reason(night, &trial)? {
         return close(night, &mut trial, Decision::Void(void));
@@ -240,11 +240,9 @@ fn answer(
 ) -> Result<Vec<Answers>, RoundError> {
     let name = format!("gate/{}/{side}", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let (samples, limit) = (night.config.gate.samples as usize, night.config.candidates.max_sequences);
     let sampling = night.config.decoding.sampling();
-    let mut silent = crate::progress::Progress::silent().step("", 0, "");
-    let drawn =
-        candidates::draw(night.model, adapter.as_ref(), prompts, samples, &sampling, limit, stream, &mut silent)?;
+    let how = Draw { samples: night.config.gate.samples as usize, sampling, max_sequences: batch(night) };
+    let drawn = candidates::draw(night.model, adapter.as_ref(), prompts, &how, stream, &mut silent())?;
     let items: Vec<Item> = prompts.iter().zip(&drawn).flat_map(|(p, group)| group.iter().map(|c| item(p, c))).collect();
     let mut scored = night.rewards.gate(&items)?.into_iter();
     let mut quality = night.rewards.quality(&items)?.into_iter();
@@ -253,6 +251,15 @@ fn answer(
         Answers { drawn, scored: scored.by_ref().take(n).collect(), quality: quality.by_ref().take(n).collect() }
     });
     Ok(answers.collect())
+}
+
+fn batch(night: &Night<'_>) -> usize {
+    night.config.candidates.max_sequences
+}
+
+/// Returns a step that nobody watches: the gate reports prompts, not tokens.
+fn silent() -> Step {
+    Progress::silent().step("gate answers", 0, "tokens")
 }
 
 /// Measures KL(new || base) on fresh temperature-1 samples of the challenger, for as many prompts as the gate asks.
@@ -267,12 +274,9 @@ fn divergences(
     let wanted = limit.saturating_sub(block.first_step - 1).min(prompts.len() as u64) as usize;
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling =
-        crate::engine::SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let mut silent = crate::progress::Progress::silent().step("", 0, "");
-    let batch = night.config.candidates.max_sequences;
-    let drawn =
-        candidates::draw(night.model, adapter.as_ref(), &prompts[..wanted], 1, &sampling, batch, stream, &mut silent)?;
+    let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
+    let how = Draw { samples: 1, sampling, max_sequences: batch(night) };
+    let drawn = candidates::draw(night.model, adapter.as_ref(), &prompts[..wanted], &how, stream, &mut silent())?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();
     let items: Vec<ScoreItem<'_>> =
         answers.iter().map(|c| ScoreItem { prompt: &c.prompt_ids, completion: &c.token_ids }).collect();

@@ -113,14 +113,15 @@ pub(crate) struct ChatRequest {
     logprobs: Option<bool>,
     top_logprobs: Option<usize>,
     return_token_ids: Option<bool>,
-    pub(crate) user: Option<String>,
-    pub(crate) metadata: Option<Map<String, Value>>,
     #[serde(flatten)]
     rest: Map<String, Value>,
 }
 
+/// Tells whether a value leaves the answer as it is.
+type IsOff = fn(&Value) -> bool;
+
 /// Parameters that would change the answer and that the sampler does not have, with the value that means "off".
-const UNSUPPORTED: [(&str, fn(&Value) -> bool); 5] = [
+const UNSUPPORTED: [(&str, IsOff); 5] = [
     ("frequency_penalty", |v| v.as_f64() == Some(0.0)),
     ("presence_penalty", |v| v.as_f64() == Some(0.0)),
     ("repetition_penalty", |v| v.as_f64() == Some(1.0)),

@@ -54,6 +54,9 @@ struct Engine<'m> {
     next_group: u64,
 }
 
+/// The adapter, the prompt's ids and the most new tokens of a job that may begin.
+type Admitted = (Option<Arc<Adapter>>, Vec<u32>, usize);
+
 impl<'m> Engine<'m> {
     fn new(model: &'m Model, settings: &'m Settings) -> Self {
         let (adapters, waiting) = Default::default();
@@ -111,7 +114,7 @@ impl<'m> Engine<'m> {
         }
     }
 
-    fn admit(&self, job: &Job) -> Result<(Option<Arc<Adapter>>, Vec<u32>, usize), Refusal> {
+    fn admit(&self, job: &Job) -> Result<Admitted, Refusal> {
         let adapter = match &job.adapter {
             None => None,
             // It was there when the name was resolved, so it was unloaded a moment ago.
@@ -182,7 +185,7 @@ impl<'m> Batch<'m> {
         let (temperature, top_p, top_k) = (job.sampling.temperature, job.sampling.top_p, job.sampling.top_k);
         let sampling = SamplingSettings { temperature, top_p, max_tokens, top_k };
         match self.batcher.push(Group { id, prompt, seeds: job.seeds.clone(), sampling }) {
-            Ok(()) => drop(self.running.insert(id, Running { emitter, job: job })),
+            Ok(()) => drop(self.running.insert(id, Running { emitter, job })),
             Err(error) => drop(job.events.send(Event::Refused(Refusal::Engine(error.to_string())))),
         }
     }

@@ -64,10 +64,10 @@ fn without_reason(text: &str) -> BTreeSet<String> {
         if line.starts_with('[') {
             in_list = line.starts_with("[[");
         }
-        if let Some((key, _)) = line.split_once(" = ").filter(|(key, _)| !key.starts_with(['#', ' ']) && !in_list) {
-            if !before.starts_with('#') {
-                missing.insert(key.to_string());
-            }
+        if let Some((key, _)) = line.split_once(" = ").filter(|(key, _)| !key.starts_with(['#', ' ']) && !in_list)
+            && !before.starts_with('#')
+        {
+            missing.insert(key.to_string());
         }
         before = line;
     }

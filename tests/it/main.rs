@@ -1,5 +1,10 @@
 //! The integration tests: one binary, so that it links once. A subject is a file, a case is a few lines.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on ends; clippy's own setting covers only #[test] functions"
+)]
+
 mod harness;
 
 mod cli;

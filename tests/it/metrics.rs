@@ -34,7 +34,7 @@ const UNITS: &[&str] = &[
 ];
 
 /// One metric as it is exported.
-pub struct Metric {
+pub(crate) struct Metric {
     pub name: String,
     pub kind: String,
     help: String,
@@ -42,7 +42,7 @@ pub struct Metric {
 }
 
 /// Returns every metric, by name.
-pub fn all() -> Vec<Metric> {
+pub(crate) fn all() -> Vec<Metric> {
     let text = Metrics::new().unwrap().render().unwrap();
     let mut metrics: Vec<Metric> = Vec::new();
     for line in text.lines() {

@@ -102,7 +102,7 @@ fn digest(batches: &[RecordBatch]) -> Value {
 }
 
 /// Reads tables with the independent readers; one JSON object per table.
-pub fn read(python: &Path, folders: &[String]) -> Vec<Value> {
+pub(crate) fn read(python: &Path, folders: &[String]) -> Vec<Value> {
     let script = harness::root().join("tests/tools/read_tables.py");
     let output = Command::new(python).arg(script).args(folders).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -111,7 +111,7 @@ pub fn read(python: &Path, folders: &[String]) -> Vec<Value> {
 }
 
 /// Compares one table with what the independent readers said of it.
-pub async fn assert_same(table: &Table, said: &Value) {
+pub(crate) async fn assert_same(table: &Table, said: &Value) {
     let ours = digest(&table.query("select * from t").await.unwrap());
     assert_eq!(said["version"], json!(table.version()), "{}", table.name());
     assert_eq!(said["deltalake"], ours, "python deltalake, {}", table.name());

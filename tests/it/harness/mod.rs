@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Returns the folder of the repository.
-pub fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Returns the text of a file of the repository.
-pub fn text(path: &str) -> String {
+pub(crate) fn text(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("cannot read {path}: {e}"))
 }
 
 /// Returns every file below a folder of the repository that has this extension, by its path in the repository.
-pub fn files(folder: &str, extension: &str) -> Vec<String> {
+pub(crate) fn files(folder: &str, extension: &str) -> Vec<String> {
     fn walk(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
@@ -32,7 +32,7 @@ pub fn files(folder: &str, extension: &str) -> Vec<String> {
 }
 
 /// Compares `actual` with a committed file; with TAOD_UPDATE_GOLDEN=1 it writes the file instead.
-pub fn assert_golden(path: &str, actual: &str) {
+pub(crate) fn assert_golden(path: &str, actual: &str) {
     let full = root().join(path);
     if std::env::var_os("TAOD_UPDATE_GOLDEN").is_some() {
         return std::fs::write(&full, actual).unwrap();
@@ -53,7 +53,7 @@ pub fn assert_golden(path: &str, actual: &str) {
 }
 
 /// How one run of the program ended.
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub code: i32,
     pub out: String,
     pub err: String,
@@ -61,19 +61,19 @@ pub struct Outcome {
 
 impl Outcome {
     /// Checks the exit code, shows all output where it is another, and hands the outcome on.
-    pub fn code(self, expected: i32) -> Self {
+    pub(crate) fn code(self, expected: i32) -> Self {
         assert_eq!(self.code, expected, "standard output:\n{}\nstandard error:\n{}", self.out, self.err);
         self
     }
 }
 
 /// Runs the program in an empty folder with no environment of ours; see [`taod_in`].
-pub fn taod(arguments: &[&str]) -> Outcome {
+pub(crate) fn taod(arguments: &[&str]) -> Outcome {
     taod_in(tempfile::tempdir().unwrap().path(), arguments, &[])
 }
 
 /// Runs the program in `folder` with these environment variables, and nothing on standard input.
-pub fn taod_in(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+pub(crate) fn taod_in(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
     let inherited = std::env::vars_os().filter(|(name, _)| !name.to_string_lossy().starts_with("TAOD_"));
     let output = Command::new(env!("CARGO_BIN_EXE_taod"))
         .args(arguments)
@@ -94,7 +94,7 @@ pub fn taod_in(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) 
 
 /// Returns true where an optional part of this machine is there. Where it is not, the caller returns at once and the
 /// test says that it was skipped; but where TAOD_REQUIRE names the part (CI), its absence fails the test.
-pub fn has(part: &str, there: bool, remedy: &str) -> bool {
+pub(crate) fn has(part: &str, there: bool, remedy: &str) -> bool {
     let required = std::env::var("TAOD_REQUIRE").unwrap_or_default();
     let demanded = required.split(',').any(|name| name.trim() == part);
     assert!(there || !demanded, "TAOD_REQUIRE demands {part}, and it is not here; {remedy}");
@@ -105,20 +105,19 @@ pub fn has(part: &str, there: bool, remedy: &str) -> bool {
 }
 
 /// Returns the folder that `make` caches things in.
-pub fn cache() -> PathBuf {
+pub(crate) fn cache() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
     std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()).map_or_else(home, PathBuf::from).join("taod")
 }
 
 /// Returns the folder of the demo's model, scorer and prompts, where they were fetched.
-#[expect(dead_code, reason = "used by the tests of the engine, the rewards and the demo as they are added")]
-pub fn models() -> Option<PathBuf> {
+pub(crate) fn models() -> Option<PathBuf> {
     let folder = cache().join("models");
     has("models", folder.join("SmolLM2-135M-Instruct.Q4_1.gguf").is_file(), "run `make models`").then_some(folder)
 }
 
 /// Returns the Python that has the independent readers of Delta tables.
-pub fn readers() -> Option<PathBuf> {
+pub(crate) fn readers() -> Option<PathBuf> {
     let python = cache().join("readers/bin/python");
     has("readers", python.is_file(), "run `tools/setup.sh test`").then_some(python)
 }
