@@ -38,7 +38,14 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { samples_per_prompt: 8, temperature: 1.0, top_p: 1.0, max_tokens: 512, chunk_prompts: 16, max_sequences: 64 }
+        Settings {
+            samples_per_prompt: 8,
+            temperature: 1.0,
+            top_p: 1.0,
+            max_tokens: 512,
+            chunk_prompts: 16,
+            max_sequences: 64,
+        }
     }
 }
 
@@ -55,9 +62,11 @@ impl Settings {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
         }
-        for (key, value) in
-            [("max_tokens", self.max_tokens), ("chunk_prompts", self.chunk_prompts), ("max_sequences", self.max_sequences)]
-        {
+        for (key, value) in [
+            ("max_tokens", self.max_tokens),
+            ("chunk_prompts", self.chunk_prompts),
+            ("max_sequences", self.max_sequences),
+        ] {
             if value == 0 {
                 return Err(format!("{key} = 0: set at least 1"));
             }
@@ -188,7 +197,8 @@ pub fn draw(
         if ids.len() + sampling.max_tokens > model.config().max_positions {
             continue;
         }
-        let seed = |k: usize| derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()]);
+        let seed =
+            |k: usize| derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()]);
         let seeds = (0..samples).map(seed).collect();
         groups.push(Group { id: index as u64, prompt: ids, seeds, sampling: sampling.clone() });
         owners.push(index);

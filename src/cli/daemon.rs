@@ -82,8 +82,12 @@ pub(super) fn run(global: &Global, _: &Run) -> anyhow::Result<Exit> {
 
 pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
-    let launch =
-        Launch { config: global.config.clone(), resume: args.resume, allow_drift: args.allow_drift, ..Default::default() };
+    let launch = Launch {
+        config: global.config.clone(),
+        resume: args.resume,
+        allow_drift: args.allow_drift,
+        ..Default::default()
+    };
     let night = runtime()?.block_on(daemon::night(&config, &launch))?;
     let mut out = Output::stdout();
     match args.json {

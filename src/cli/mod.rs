@@ -52,7 +52,13 @@ pub struct Global {
     #[arg(long, short, global = true, env = "TAOD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// What is logged, such as `info` or `warn,taod::ingest=debug`. Text of queries appears at debug and below only.
-    #[arg(long, global = true, env = "TAOD_LOG", default_value = "info,buoyant_kernel=warn,buoyant_kernel_engine=warn,deltalake_core=warn", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "TAOD_LOG",
+        default_value = "info,buoyant_kernel=warn,buoyant_kernel_engine=warn,deltalake_core=warn",
+        value_name = "FILTER"
+    )]
     pub log: String,
     /// How log lines are written.
     #[arg(long, global = true, env = "TAOD_LOG_FORMAT", value_enum, default_value_t = logs::Format::Text)]

@@ -57,7 +57,9 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
     let ingesting = {
         let (daemon, stop) = (daemon.clone(), stop.clone());
-        tokio::spawn(async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await })
+        tokio::spawn(
+            async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await },
+        )
     };
     let scheduling = tokio::spawn(schedule(daemon.clone(), stop.clone()));
     let reconciling = tokio::spawn(reconcile(daemon, stop.clone()));
@@ -154,8 +156,12 @@ impl Daemon {
             self.metrics.endpoint.proof.set(1);
             self.metrics.endpoint.proof_time.set(Utc::now().timestamp() as f64);
         }
-        tracing::info!(round = night.verdict.round, outcome = night.verdict.outcome.name(),
-            reason = night.verdict.outcome.reason(), "the round ended");
+        tracing::info!(
+            round = night.verdict.round,
+            outcome = night.verdict.outcome.name(),
+            reason = night.verdict.outcome.reason(),
+            "the round ended"
+        );
     }
 }
 

@@ -58,7 +58,13 @@ pub async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Resul
 }
 
 /// Promotes a registered version on an operator's word, which is recorded.
-pub async fn override_promote(config: &Config, version: &str, operator: &str, reason: &str, model: &Model) -> Result<Promoted> {
+pub async fn override_promote(
+    config: &Config,
+    version: &str,
+    operator: &str,
+    reason: &str,
+    model: &Model,
+) -> Result<Promoted> {
     let (registry, tables) = open(config)?;
     let intent = registry.override_promote(version, operator, reason, now_us())?;
     let promoted = carry_out(config, &registry, &intent, model).await?;
@@ -160,8 +166,7 @@ fn likelihood(model: &Model, adapter: Option<&Adapter>, answers: &[Answered]) ->
         };
         pairs.push((prompt, completion));
     }
-    let items: Vec<ScoreItem<'_>> =
-        pairs.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
+    let items: Vec<ScoreItem<'_>> = pairs.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
     logprobs(model, adapter, &items).map_err(|e| e.to_string())
 }
 
@@ -211,7 +216,13 @@ struct PromotionRow<'a> {
     detail: serde_json::Value,
 }
 
-async fn record(tables: &Tables, intent: &Intent, action: &str, trial: Option<&str>, promoted: &Promoted) -> Result<()> {
+async fn record(
+    tables: &Tables,
+    intent: &Intent,
+    action: &str,
+    trial: Option<&str>,
+    promoted: &Promoted,
+) -> Result<()> {
     let row = PromotionRow {
         id: intent.promotion(),
         action,

@@ -20,7 +20,12 @@ use crate::round::Verdict;
 const EVERY: Duration = Duration::from_secs(2);
 
 /// Copies what the ingestion counts into metrics, and feeds systemd's watchdog while all loops turn.
-pub async fn observe(metrics: Arc<Metrics>, health: Arc<Health>, counters: Arc<Counters>, mut stop: watch::Receiver<bool>) {
+pub async fn observe(
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+    counters: Arc<Counters>,
+    mut stop: watch::Receiver<bool>,
+) {
     let started = Instant::now();
     loop {
         health.beat("observe", TURN);

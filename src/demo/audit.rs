@@ -92,10 +92,8 @@ impl Audit {
     }
 
     async fn sides(&self, judged: &[Judged], names: &[String]) -> Result<BTreeMap<String, Side>> {
-        let pairs: Vec<(String, String)> = judged
-            .iter()
-            .map(|j| (self.rewards.question(&j.item), j.item.response.clone()))
-            .collect();
+        let pairs: Vec<(String, String)> =
+            judged.iter().map(|j| (self.rewards.question(&j.item), j.item.response.clone())).collect();
         let rewards = self.rewards.clone();
         let similarity = tokio::task::spawn_blocking(move || rewards.similarity(&pairs)).await??;
         let mut sides: BTreeMap<String, Side> = BTreeMap::new();

@@ -83,7 +83,8 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
     let dead_letters = tables.open_one(Name::DeadLetters).await?.count().await? as i64;
     stages.push(stage("ingest", (rows + dead_letters) as u64, 0, began));
 
-    let launch = round::child::Launch { config: Some(config_file.clone()), control: options.control, ..Default::default() };
+    let launch =
+        round::child::Launch { config: Some(config_file.clone()), control: options.control, ..Default::default() };
     let status = round::child::run(&launch).await?;
     let Some(verdict) = round::book::newest_verdict(&paths)? else {
         bail!("the round's process ended without a verdict ({status}); its messages stand above");
@@ -164,10 +165,20 @@ async fn start_endpoint(config: &mut Config, model: &Model) -> Result<Endpoint> 
     Ok(Endpoint { stop, task })
 }
 
-async fn send_traffic(config: &Config, options: &Options, stages: &mut Vec<StageReport>, progress: &Progress) -> Result<()> {
+async fn send_traffic(
+    config: &Config,
+    options: &Options,
+    stages: &mut Vec<StageReport>,
+    progress: &Progress,
+) -> Result<()> {
     let instructions = traffic::read_instructions(&options.prompts, MAX_INSTRUCTION)?;
     if instructions.len() < options.calls {
-        bail!("{} holds {} instructions; --calls {} is too many", options.prompts.display(), instructions.len(), options.calls);
+        bail!(
+            "{} holds {} instructions; --calls {} is too many",
+            options.prompts.display(),
+            instructions.len(),
+            options.calls
+        );
     }
     let plan = traffic::plan(instructions, &config.workload, options.calls, config.round.seed);
     for replica in Vllm::replicas(&config.endpoint)? {
@@ -201,7 +212,8 @@ async fn evidence(tables: &Tables, paths: &Paths, verdict: &Verdict) -> Result<r
     let n = steps.len().max(1) as f64;
     let mean = steps.iter().map(|s| s.d).sum::<f64>() / n;
     let variance = steps.iter().map(|s| (s.d - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    let guardrail = |f: &crate::gate::Finding| format!("guardrail {}: {:?} ({})", f.guardrail.as_str(), f.outcome, f.reason);
+    let guardrail =
+        |f: &crate::gate::Finding| format!("guardrail {}: {:?} ({})", f.guardrail.as_str(), f.outcome, f.reason);
     Ok(report::Evidence {
         ln_wealth: steps.iter().map(|s| s.ln_wealth).collect(),
         bar: summary.bar,

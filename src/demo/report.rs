@@ -103,7 +103,8 @@ impl Report {
     fn stages(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{:<24}{:>10}{:>12}{:>10}{:>10}", "stage", "rows", "tokens", "seconds", "tokens/s")?;
         for stage in &self.stages {
-            let rate = if stage.tokens > 0 { format!("{:.0}", stage.tokens as f64 / stage.seconds) } else { String::new() };
+            let rate =
+                if stage.tokens > 0 { format!("{:.0}", stage.tokens as f64 / stage.seconds) } else { String::new() };
             let tokens = if stage.tokens > 0 { stage.tokens.to_string() } else { String::new() };
             writeln!(f, "{:<24}{:>10}{:>12}{:>10.1}{:>10}", stage.stage, stage.rows, tokens, stage.seconds, rate)?;
         }
@@ -116,7 +117,11 @@ impl Report {
             return Ok(());
         }
         writeln!(f, "\nAudit prompts, used by neither training nor gate, asked through the name clients use")?;
-        writeln!(f, "{:<14}{:^38}{:^38}{:^13}{:^13}", "", "strict pass before", "strict pass after", "words", "similarity")?;
+        writeln!(
+            f,
+            "{:<14}{:^38}{:^38}{:^13}{:^13}",
+            "", "strict pass before", "strict pass after", "words", "similarity"
+        )?;
         for row in &self.workloads {
             row_of(f, &row.workload, &row.before, &row.after)?;
         }
@@ -161,7 +166,10 @@ impl Report {
             writeln!(f, "Adapter   {adapter}")?;
         }
         writeln!(f, "Config    {}", self.paths.config)?;
-        writeln!(f, "\nNext, for an endpoint of your own: copy config/production.toml, set brokers, topic, model and endpoint,")?;
+        writeln!(
+            f,
+            "\nNext, for an endpoint of your own: copy config/production.toml, set brokers, topic, model and endpoint,"
+        )?;
         writeln!(f, "then `taod config check --config FILE` and `taod run --config FILE`.")
     }
 }

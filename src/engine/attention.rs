@@ -3,7 +3,7 @@
 //! Query heads that share a key-value head are computed together, so that each key and value is read once for them.
 //! Work per call is small; callers spread rows and heads over threads.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 use super::cache::{BLOCK, Segment};
 use super::math;
@@ -23,47 +23,13 @@ pub(crate) struct View<'a> {
 impl View<'_> {
     /// Writes the attended values of the query heads in `q` (already scaled). `scratch` is kept between calls.
     pub(crate) fn attend(&self, q: &[f32], out: &mut [f32], scratch: &mut Vec<f32>) {
-        let width = TOGETHER * self.head_dim;
+        let (arch, width) = (Arch::new(), TOGETHER * self.head_dim);
         for (q, out) in q.chunks(width).zip(out.chunks_mut(width)) {
             match q.len() / self.head_dim {
-                1 => Arch::new().dispatch(|| self.heads::<1>(q, out, scratch)),
-                2 => Arch::new().dispatch(|| self.heads::<2>(q, out, scratch)),
-                3 => Arch::new().dispatch(|| self.heads::<3>(q, out, scratch)),
-                _ => Arch::new().dispatch(|| self.heads::<4>(q, out, scratch)),
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn heads<const HEADS: usize>(&self, q: &[f32], out: &mut [f32], scratch: &mut Vec<f32>) {
-        let dim = self.head_dim;
-        let q: [&[f32]; HEADS] = std::array::from_fn(|h| &q[h * dim..][..dim]);
-        let blocks = self.blocks().count();
-        let row = blocks * BLOCK;
-        scratch.clear();
-        scratch.resize(HEADS * row, 0.0);
-        for (at, (keys, _, visible)) in self.blocks().enumerate() {
-            let scores = scores(q, keys, visible);
-            for (h, scores) in scores.iter().enumerate() {
-                scratch[h * row + at * BLOCK..][..BLOCK].copy_from_slice(scores);
-            }
-        }
-        let mut inverse = [0.0; HEADS];
-        for (weights, inverse) in scratch.chunks_exact_mut(row).zip(&mut inverse) {
-            *inverse = 1.0 / math::exp_sum(weights, math::max(weights));
-        }
-        for chunk in 0..dim.div_ceil(BLOCK) {
-            let mut sums = [[0.0f32; BLOCK]; HEADS];
-            for (at, (_, values, _)) in self.blocks().enumerate() {
-                let weights: [&[f32]; HEADS] = std::array::from_fn(|h| &scratch[h * row + at * BLOCK..][..BLOCK]);
-                add_values(&mut sums, weights, &values[chunk * BLOCK * BLOCK..][..BLOCK * BLOCK]);
-            }
-            for (h, sums) in sums.iter().enumerate() {
-                let end = dim.min((chunk + 1) * BLOCK);
-                let out = &mut out[h * dim + chunk * BLOCK..h * dim + end];
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out = sum * inverse[h];
-                }
+                1 => arch.dispatch(Heads::<1> { view: self, q, out, scratch }),
+                2 => arch.dispatch(Heads::<2> { view: self, q, out, scratch }),
+                3 => arch.dispatch(Heads::<3> { view: self, q, out, scratch }),
+                _ => arch.dispatch(Heads::<TOGETHER> { view: self, q, out, scratch }),
             }
         }
     }
@@ -77,6 +43,51 @@ impl View<'_> {
                 (keys, values, (visible - page * BLOCK).min(BLOCK))
             })
         })
+    }
+}
+
+/// A few query heads over the keys and values they share.
+struct Heads<'a, const HEADS: usize> {
+    view: &'a View<'a>,
+    q: &'a [f32],
+    out: &'a mut [f32],
+    scratch: &'a mut Vec<f32>,
+}
+
+impl<const HEADS: usize> WithSimd for Heads<'_, HEADS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (view, dim, scratch) = (self.view, self.view.head_dim, self.scratch);
+        let q: [&[f32]; HEADS] = std::array::from_fn(|h| &self.q[h * dim..][..dim]);
+        let row = view.blocks().count() * BLOCK;
+        scratch.clear();
+        scratch.resize(HEADS * row, 0.0);
+        for (at, (keys, _, visible)) in view.blocks().enumerate() {
+            let scores = scores(q, keys, visible);
+            for (h, scores) in scores.iter().enumerate() {
+                scratch[h * row + at * BLOCK..][..BLOCK].copy_from_slice(scores);
+            }
+        }
+        let mut inverse = [0.0; HEADS];
+        for (weights, inverse) in scratch.chunks_exact_mut(row).zip(&mut inverse) {
+            *inverse = 1.0 / math::exp_sum(weights, math::max(weights));
+        }
+        for chunk in 0..dim.div_ceil(BLOCK) {
+            let mut sums = [[0.0f32; BLOCK]; HEADS];
+            for (at, (_, values, _)) in view.blocks().enumerate() {
+                let weights: [&[f32]; HEADS] = std::array::from_fn(|h| &scratch[h * row + at * BLOCK..][..BLOCK]);
+                add_values(&mut sums, weights, &values[chunk * BLOCK * BLOCK..][..BLOCK * BLOCK]);
+            }
+            for (h, sums) in sums.iter().enumerate() {
+                let end = dim.min((chunk + 1) * BLOCK);
+                let out = &mut self.out[h * dim + chunk * BLOCK..h * dim + end];
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = sum * inverse[h];
+                }
+            }
+        }
     }
 }
 

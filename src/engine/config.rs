@@ -54,11 +54,20 @@ impl Architecture {
 pub enum RopeScaling {
     None,
     /// All frequencies divided by `factor`.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
     /// One divisor per frequency, as a GGUF carries it in `rope_freqs.weight`.
-    Divisors { divisors: Vec<f32> },
+    Divisors {
+        divisors: Vec<f32>,
+    },
 }
 
 /// The shape and the constants of a decoder.
@@ -94,7 +103,8 @@ impl ModelConfig {
 
     /// Reads Hugging Face's `config.json`.
     pub fn from_json(path: &Path) -> Result<Self, EngineError> {
-        let bytes = std::fs::read(path).map_err(|e| EngineError::file(path, e, "copy the model's config.json there"))?;
+        let bytes =
+            std::fs::read(path).map_err(|e| EngineError::file(path, e, "copy the model's config.json there"))?;
         let value = serde_json::from_slice(&bytes).map_err(|e| EngineError::file(path, e, CONFIG_REMEDY))?;
         Fields { path, value: &value }.config()
     }
@@ -175,7 +185,9 @@ impl Fields<'_> {
     fn scaling(&self, rope: &Value) -> Result<RopeScaling, EngineError> {
         let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
         let number = |key: &str| {
-            rope[key].as_f64().ok_or_else(|| EngineError::file(self.path, format!("rope {key} is missing"), CONFIG_REMEDY))
+            rope[key]
+                .as_f64()
+                .ok_or_else(|| EngineError::file(self.path, format!("rope {key} is missing"), CONFIG_REMEDY))
         };
         match kind {
             "default" => Ok(RopeScaling::None),

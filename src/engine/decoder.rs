@@ -18,7 +18,8 @@ use super::weights::{LayerWeights, Weights};
 /// A model laid out for inference.
 pub(crate) struct Decoder {
     config: ModelConfig,
-    embed: Vec<f32>,
+    /// `[vocab, hidden]`; none where the model ties it to `head`, which then is read instead.
+    embed: Option<Vec<f32>>,
     layers: Vec<Layer>,
     norm: Vec<f32>,
     head: Packed,
@@ -58,7 +59,7 @@ impl Decoder {
         let layers = weights.layers.par_iter().map(|l| Layer::new(config, l)).collect::<Result<_, EngineError>>()?;
         Ok(Decoder {
             config: config.clone(),
-            embed: flat(&weights.embed)?,
+            embed: (!config.tied).then(|| flat(&weights.embed)).transpose()?,
             layers,
             norm: flat(&weights.norm)?,
             head: Packed::new(&[&weights.lm_head])?,
@@ -94,7 +95,10 @@ impl Decoder {
         }
         let mut x = vec![0.0; rows.len() * hidden];
         for (x, token) in x.chunks_exact_mut(hidden).zip(runs.iter().flat_map(|r| r.tokens)) {
-            x.copy_from_slice(&self.embed[*token as usize * hidden..][..hidden]);
+            match &self.embed {
+                Some(embed) => x.copy_from_slice(&embed[*token as usize * hidden..][..hidden]),
+                None => self.head.copy_output(*token as usize, x),
+            }
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let lora = adapter.map(|a| &a.layers[i]);
@@ -210,7 +214,7 @@ impl Decoder {
             |both, (i, out)| {
                 product.copy_row(i, both);
                 let (gate, up) = both.split_at(wide);
-                pulp::Arch::new().dispatch(|| math::swiglu(gate, up, out));
+                math::swiglu(gate, up, out);
             },
         );
         let mut product = layer.down.apply(&active, rows);

@@ -53,9 +53,8 @@ pub(crate) fn draw(logits: &[f32], sampling: &SamplingSettings, rng: &mut impl R
     let chance: f64 = rng.random();
     weights.clear();
     weights.extend_from_slice(logits);
-    let arch = pulp::Arch::new();
-    let largest = arch.dispatch(|| math::max(logits));
-    let raw_total = arch.dispatch(|| math::exp_sum(weights, largest));
+    let largest = math::wide_max(logits);
+    let raw_total = math::wide_exp_sum(weights, largest);
     let logprob = |token: usize| logits[token] - largest - raw_total.ln();
     if sampling.temperature == 0.0 {
         let token = logits.iter().position(|l| *l == largest).unwrap_or_default();
@@ -65,7 +64,7 @@ pub(crate) fn draw(logits: &[f32], sampling: &SamplingSettings, rng: &mut impl R
     if sampling.temperature != 1.0 {
         let inverse = (1.0 / sampling.temperature) as f32;
         weights.iter_mut().zip(logits).for_each(|(w, l)| *w = (l - largest) * inverse);
-        total = f64::from(arch.dispatch(|| math::exp_sum(weights, 0.0)));
+        total = f64::from(math::wide_exp_sum(weights, 0.0));
     }
     let (token, total) = match sampling.filters() {
         false => (walk(weights, chance * total), total),
@@ -194,7 +193,9 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_refused_with_their_value() {
-        for (bad, word) in [(settings(-1.0, 1.0, 0), "-1"), (settings(f64::NAN, 1.0, 0), "NaN"), (settings(1.0, 0.0, 0), "top_p 0")] {
+        for (bad, word) in
+            [(settings(-1.0, 1.0, 0), "-1"), (settings(f64::NAN, 1.0, 0), "NaN"), (settings(1.0, 0.0, 0), "top_p 0")]
+        {
             assert!(bad.check().unwrap_err().to_string().contains(word));
         }
     }

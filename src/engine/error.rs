@@ -5,7 +5,9 @@ use std::path::Path;
 /// A model, an adapter or a request that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    #[error("model {model} not found: {problem}; give a folder in Hugging Face layout, a .gguf file or a hub id such as org/name")]
+    #[error(
+        "model {model} not found: {problem}; give a folder in Hugging Face layout, a .gguf file or a hub id such as org/name"
+    )]
     ModelNotFound { model: String, problem: String },
     #[error("{file}: architecture {found} is not supported; use a model of one of: {supported}")]
     Architecture { file: String, found: String, supported: String },

@@ -69,7 +69,12 @@ impl Gguf {
     }
 
     pub(crate) fn counts(&self, key: &str) -> Option<Vec<u64>> {
-        self.list(key, |v| v.to_u64().ok().or(v.to_i64().ok().map(|i| i as u64)).or(v.to_i32().ok().map(|i| i as u64)))
+        // By variant: candle's conversions take a backtrace for each one that does not fit.
+        self.list(key, |v| match v {
+            GgufValue::I32(value) => u64::try_from(*value).ok(),
+            GgufValue::U32(value) => Some(u64::from(*value)),
+            other => other.to_u64().ok(),
+        })
     }
 
     /// Returns the text of a special token: `bos` or `eos`.

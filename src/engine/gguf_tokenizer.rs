@@ -9,7 +9,8 @@ use super::error::EngineError;
 use super::gguf::Gguf;
 
 const REMEDY: &str = "use the model's folder in Hugging Face layout";
-const DIGITS_ONE_BY_ONE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DIGITS_ONE_BY_ONE: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DIGITS_BY_THREE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// llama.cpp's kinds of tokens.
@@ -41,10 +42,9 @@ pub(crate) fn to_json(gguf: &Gguf) -> Result<Value, EngineError> {
 
 /// Returns the normaliser and the pre-tokenizers that llama.cpp's name stands for.
 fn byte_level_cut(name: &str) -> Option<(Value, Vec<Value>)> {
-    let bytes = |use_regex: bool| {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-    };
-    let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    let split =
+        |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     match name {
         "default" | "gpt-2" => Some((Value::Null, vec![bytes(true)])),
         "smollm" => Some((Value::Null, vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)])),

@@ -20,7 +20,8 @@ use crate::durable;
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 const BASE_NOTE: &str = "base_model_sha256";
-const NOT_A_PEFT_FOLDER: &str = "give a folder with adapter_config.json and adapter_model.safetensors as PEFT writes it";
+const NOT_A_PEFT_FOLDER: &str =
+    "give a folder with adapter_config.json and adapter_model.safetensors as PEFT writes it";
 const OTHER_BASE: &str = "give the model that the adapter was trained on";
 
 /// The seven linear layers of a decoder layer that an adapter can change.
@@ -38,8 +39,7 @@ pub enum Linear {
 
 impl Linear {
     /// Every linear layer, in the order of the forward pass.
-    pub const ALL: [Linear; 7] =
-        [Linear::Q, Linear::K, Linear::V, Linear::O, Linear::Gate, Linear::Up, Linear::Down];
+    pub const ALL: [Linear; 7] = [Linear::Q, Linear::K, Linear::V, Linear::O, Linear::Gate, Linear::Up, Linear::Down];
 
     /// Returns the module's path inside its layer, as PEFT writes it.
     pub fn peft_name(self) -> &'static str {
@@ -315,9 +315,8 @@ fn check_complete(dir: &Path, shard: &Shard, layers: &[[Option<LoraPair>; 7]]) -
         return Ok(());
     }
     let known = |name: &String| {
-        (0..layers.len()).any(|i| {
-            Linear::ALL.iter().any(|l| *name == l.peft_key(i, Factor::A) || *name == l.peft_key(i, Factor::B))
-        })
+        (0..layers.len())
+            .any(|i| Linear::ALL.iter().any(|l| *name == l.peft_key(i, Factor::A) || *name == l.peft_key(i, Factor::B)))
     };
     let stranger = names.iter().find(|name| !known(name)).map_or("(none)", String::as_str);
     let problem = format!("{} of {} tensors fit the model; {stranger} does not", taken, names.len());

@@ -1,8 +1,9 @@
 //! The small numeric loops of the decoder, written so that the compiler makes vectors of them.
 //!
-//! Each runs inside `pulp`'s dispatch, which compiles it once for every instruction set and picks at run time.
+//! `pulp` compiles what is inlined into a `with_simd` once for every instruction set and picks at run time. Inlining
+//! must be forced: what is left as a call, a closure for example, is compiled for the oldest processor.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 /// Returns e^x to within two units in the last place, for x from -87 up; below it returns 0.
 ///
@@ -60,17 +61,51 @@ pub(crate) fn exp_sum(values: &mut [f32], shift: f32) -> f32 {
     sum
 }
 
-/// Writes the root-mean-square norm of `x` times `weight`.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
-    Arch::new().dispatch(|| {
-        let scale = inverse_rms(x, eps);
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
+/// Returns the largest value, in the widest vectors.
+pub(crate) fn wide_max(values: &[f32]) -> f32 {
+    struct Max<'a>(&'a [f32]);
+    impl WithSimd for Max<'_> {
+        type Output = f32;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> f32 {
+            max(self.0)
         }
-    });
+    }
+    Arch::new().dispatch(Max(values))
 }
 
-/// Norms `x` in place.
+/// Replaces each value by e^(value - shift) and returns their sum, in the widest vectors.
+pub(crate) fn wide_exp_sum(values: &mut [f32], shift: f32) -> f32 {
+    struct ExpSum<'a>(&'a mut [f32], f32);
+    impl WithSimd for ExpSum<'_> {
+        type Output = f32;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> f32 {
+            exp_sum(self.0, self.1)
+        }
+    }
+    Arch::new().dispatch(ExpSum(values, shift))
+}
+
+/// Writes the root-mean-square norm of a row times `weight`, in the widest vectors.
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
+    struct Norm<'a>(&'a [f32], f64, &'a mut [f32]);
+    impl WithSimd for Norm<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let Norm(weight, eps, out) = self;
+            let scale = inverse_rms(out, eps);
+            for (x, weight) in out.iter_mut().zip(weight) {
+                *x = *x * scale * weight;
+            }
+        }
+    }
+    out.copy_from_slice(x);
+    Arch::new().dispatch(Norm(weight, eps, out));
+}
+
+/// Norms one head in place.
 pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f64) {
     let scale = inverse_rms(x, eps);
     for (x, weight) in x.iter_mut().zip(weight) {
@@ -91,12 +126,19 @@ fn inverse_rms(x: &[f32], eps: f64) -> f32 {
     1.0 / (sum / x.len() as f32 + eps as f32).sqrt()
 }
 
-/// Writes `silu(gate) * up`.
-#[inline(always)]
+/// Writes `silu(gate) * up`, in the widest vectors.
 pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
+    struct SwiGlu<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
+    impl WithSimd for SwiGlu<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for ((out, gate), up) in self.2.iter_mut().zip(self.0).zip(self.1) {
+                *out = gate / (1.0 + exp(-gate)) * up;
+            }
+        }
     }
+    Arch::new().dispatch(SwiGlu(gate, up, out));
 }
 
 /// Rotates the two halves of a head by the angles of its position.

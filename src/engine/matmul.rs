@@ -7,7 +7,7 @@
 //! Every output is one sum over the inputs in order, whatever rows stand beside it: a sequence gets the same numbers in
 //! any batch and with any number of threads.
 
-use candle_core::Tensor;
+use candle_core::{Storage, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -37,7 +37,7 @@ impl Packed {
         let mut first = 0;
         for weight in weights {
             let rows = weight.dim(0)?;
-            packed.fill(first, 0, &weight.flatten_all()?.to_vec1::<f32>()?, inputs, 1.0);
+            read_values(weight, |values| packed.fill(first, 0, values, inputs, 1.0))?;
             first += rows;
         }
         Ok(packed)
@@ -58,6 +58,14 @@ impl Packed {
             for (slot, value) in panel.iter_mut().skip(lane).step_by(WIDTH).zip(values) {
                 *slot = value * scale;
             }
+        }
+    }
+
+    /// Copies the weights of one output.
+    pub(crate) fn copy_output(&self, output: usize, out: &mut [f32]) {
+        let panel = &self.data[self.start + output / WIDTH * self.inputs * WIDTH..];
+        for (out, value) in out.iter_mut().zip(panel[output % WIDTH..].iter().step_by(WIDTH)) {
+            *out = *value;
         }
     }
 
@@ -98,6 +106,17 @@ impl Packed {
             arch.dispatch(Panel { x, inputs, panel, out });
         });
     }
+}
+
+/// Hands over the values of a tensor, row-major, without copying them where they lie so already.
+fn read_values(tensor: &Tensor, take: impl FnOnce(&[f32])) -> Result<(), EngineError> {
+    let (storage, layout) = tensor.storage_and_layout();
+    if let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
+        take(&storage.as_slice::<f32>()?[start..end]);
+    } else {
+        take(&tensor.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok(())
 }
 
 /// A product, panel after panel, each `[rows][WIDTH]`.

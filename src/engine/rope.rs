@@ -17,9 +17,7 @@ impl Rope {
     pub fn new(config: &ModelConfig) -> Result<Self, EngineError> {
         let frequencies = frequencies(config);
         let shape = (config.max_positions, frequencies.len());
-        let angles = || {
-            (0..config.max_positions).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f))
-        };
+        let angles = || (0..config.max_positions).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
         let cos: Vec<f32> = angles().map(f32::cos).collect();
         let sin: Vec<f32> = angles().map(f32::sin).collect();
         let device = Device::Cpu;

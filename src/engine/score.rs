@@ -31,11 +31,7 @@ pub struct ScoreItem<'a> {
 }
 
 /// Returns the log-probabilities of each item's completion tokens, at temperature 1.
-pub fn logprobs(
-    model: &Model,
-    adapter: Option<&Adapter>,
-    items: &[ScoreItem],
-) -> Result<Vec<Vec<f32>>, EngineError> {
+pub fn logprobs(model: &Model, adapter: Option<&Adapter>, items: &[ScoreItem]) -> Result<Vec<Vec<f32>>, EngineError> {
     let scorer = Scorer::new(model, adapter)?;
     score(model, items, |batch| {
         let targets: Vec<u32> = batch.iter().flat_map(|item| item.completion.iter().copied()).collect();
@@ -213,12 +209,10 @@ impl Default for LogSum {
 impl LogSum {
     /// Adds logits, which are overwritten by their exponentials above the largest so far.
     fn add(&mut self, logits: &mut [f32]) {
-        pulp::Arch::new().dispatch(|| {
-            let largest = math::max(logits).max(self.largest);
-            let kept = if self.sum > 0.0 { self.sum * f64::from(self.largest - largest).exp() } else { 0.0 };
-            self.sum = kept + f64::from(math::exp_sum(logits, largest));
-            self.largest = largest;
-        });
+        let largest = math::wide_max(logits).max(self.largest);
+        let kept = if self.sum > 0.0 { self.sum * f64::from(self.largest - largest).exp() } else { 0.0 };
+        self.sum = kept + f64::from(math::wide_exp_sum(logits, largest));
+        self.largest = largest;
     }
 
     fn ln(&self) -> f64 {

@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -92,7 +94,8 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         logits_off = logits_off.max(worst(&logits[..case.logits.len()], &case.logits));
         let scored = logprobs(model, None, &[case.item()]).unwrap();
         logprobs_off = logprobs_off.max(worst(&scored[0], &case.logprobs));
-        let group = Group { id: 1, prompt: case.prompt_ids.clone(), seeds: vec![1], sampling: greedy(case.greedy.len()) };
+        let group =
+            Group { id: 1, prompt: case.prompt_ids.clone(), seeds: vec![1], sampling: greedy(case.greedy.len()) };
         let sampled = generate(model, None, vec![group], &BatchLimits::default(), &mut |_, _, _| {}).unwrap();
         assert_eq!(sampled[0][0].token_ids, case.greedy, "{name}");
     }
@@ -138,6 +141,129 @@ pub(crate) fn model_file(name: &str) -> Option<PathBuf> {
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     let folder = std::env::var_os("TAOD_MODELS").map(PathBuf::from).or_else(|| Some(cache?.join("taod/models")));
     folder.map(|f| f.join(name)).filter(|path| path.exists())
+}
+
+/// Writes a tiny model as llama.cpp's converter does: its own names, interleaved query and key rows, its tokenizer.
+fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) {
+    let (c, w) = (model.config(), model.weights());
+    let interleave = |t: &Tensor, heads: usize| {
+        let (rows, columns) = t.dims2().unwrap();
+        let split = t.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
+        split.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, columns)).unwrap()
+    };
+    let mut tensors = vec![("token_embd".to_string(), w.embed.clone()), ("output_norm".to_string(), w.norm.clone())];
+    for (i, l) in w.layers.iter().enumerate() {
+        let (q, k) = (interleave(&l.q, c.heads), interleave(&l.k, c.kv_heads));
+        let parts = [
+            ("attn_norm", &l.attn_norm),
+            ("attn_q", &q),
+            ("attn_k", &k),
+            ("attn_v", &l.v),
+            ("attn_output", &l.o),
+            ("ffn_norm", &l.mlp_norm),
+            ("ffn_gate", &l.gate),
+            ("ffn_up", &l.up),
+            ("ffn_down", &l.down),
+        ];
+        tensors.extend(parts.map(|(name, t)| (format!("blk.{i}.{name}"), t.clone())));
+    }
+    let quantise = |t: &Tensor| QTensor::quantize(t, if t.rank() == 1 { GgmlDType::F32 } else { dtype }).unwrap();
+    let tensors: Vec<_> = tensors.iter().map(|(name, t)| (format!("{name}.weight"), quantise(t))).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+    let metadata = gguf_metadata(c, architecture);
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+fn gguf_metadata(c: &ModelConfig, architecture: &str) -> Vec<(String, gguf_file::Value)> {
+    use gguf_file::Value as V;
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(fixture("tiny-llama").join(name)).unwrap()).unwrap()
+    };
+    let (tokenizer, described) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    let text = |v: &Value| V::String(v.as_str().unwrap().to_string());
+    let mut tokens = vec![V::U32(0); c.vocab];
+    for (token, id) in tokenizer["model"]["vocab"].as_object().unwrap() {
+        tokens[id.as_u64().unwrap() as usize] = V::String(token.clone());
+    }
+    let merge = |m: &Value| V::String(format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap()));
+    let merges = tokenizer["model"]["merges"].as_array().unwrap().iter().map(merge).collect();
+    let kinds = (0..c.vocab).map(|id| V::I32(if id < 3 { 3 } else { 1 })).collect();
+    let own = [
+        ("block_count", V::U32(c.layers as u32)),
+        ("context_length", V::U32(c.max_positions as u32)),
+        ("embedding_length", V::U32(c.hidden_size as u32)),
+        ("feed_forward_length", V::U32(c.intermediate_size as u32)),
+        ("attention.head_count", V::U32(c.heads as u32)),
+        ("attention.head_count_kv", V::U32(c.kv_heads as u32)),
+        ("attention.layer_norm_rms_epsilon", V::F32(c.rms_eps as f32)),
+        ("rope.freq_base", V::F32(c.rope_theta as f32)),
+    ];
+    let shared = [
+        ("general.architecture", V::String(architecture.to_string())),
+        ("tokenizer.ggml.model", V::String("gpt2".to_string())),
+        ("tokenizer.ggml.pre", V::String("gpt-2".to_string())),
+        ("tokenizer.ggml.tokens", V::Array(tokens)),
+        ("tokenizer.ggml.merges", V::Array(merges)),
+        ("tokenizer.ggml.token_type", V::Array(kinds)),
+        ("tokenizer.ggml.bos_token_id", V::U32(0)),
+        ("tokenizer.ggml.eos_token_id", V::U32(2)),
+        ("tokenizer.chat_template", text(&described["chat_template"])),
+    ];
+    let own = own.map(|(key, value)| (format!("{architecture}.{key}"), value));
+    own.into_iter().chain(shared.map(|(key, value)| (key.to_string(), value))).collect()
+}
+
+/// Returns a copy of tiny-llama whose rotary embedding is not stretched, as the metadata above says.
+fn unstretched(folder: &Path) -> Model {
+    for entry in std::fs::read_dir(fixture("tiny-llama")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let config = folder.join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"llama3\"", "\"default\"");
+    std::fs::write(&config, text).unwrap();
+    load(folder)
+}
+
+#[test]
+fn a_gguf_gives_what_the_folder_gives() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = unstretched(folder.path());
+    let case = &golden("tiny-llama")[1];
+    let expected = logprobs(&model, None, &[case.item()]).unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let kinds = [
+        (GgmlDType::F32, 1e-6),
+        (GgmlDType::F16, 1e-3),
+        (GgmlDType::Q8_0, 0.1),
+        (GgmlDType::Q4_1, 3.0),
+        (GgmlDType::Q4_0, 3.0),
+    ];
+    for (dtype, tolerance) in kinds {
+        write_gguf(&model, "llama", dtype, &path);
+        let read = load(&path);
+        assert_eq!(read.prompt_ids(&case.messages, case.tools.as_ref()).unwrap(), case.prompt_ids);
+        assert_eq!(read.tokenizer().closing_id(), Some(2));
+        let off = worst(&logprobs(&read, None, &[case.item()]).unwrap()[0], &expected[0]);
+        assert!(off < tolerance, "{dtype:?}: {off}");
+    }
+}
+
+#[test]
+fn a_broken_gguf_is_refused_with_the_file_and_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = load(&fixture("tiny-llama"));
+    let path = folder.path().join("tiny.gguf");
+    let error = || Model::load(&path.display().to_string()).unwrap_err().to_string();
+    write_gguf(&model, "gemma3", GgmlDType::F32, &path);
+    assert!(error().contains("architecture gemma3 is not supported"), "{}", error());
+    write_gguf(&model, "llama", GgmlDType::F32, &path);
+    let whole = std::fs::read(&path).unwrap();
+    for keep in [whole.len() - 100, 5000, 10] {
+        std::fs::write(&path, &whole[..keep]).unwrap();
+        assert!(error().contains("tiny.gguf") && error().contains("download"), "{}", error());
+    }
 }
 
 #[test]
@@ -233,6 +359,26 @@ fn groups_may_come_and_go_while_the_batch_runs() {
 
 #[test]
 fn memory_stays_flat_over_ten_thousand_steps() {
+    const ALONE: &str = "TAOD_TEST_ALONE";
+    // The memory of a process is that of all its tests: this one measures itself in a process of its own.
+    if std::env::var_os(ALONE).is_none() {
+        let name = "engine::tests::memory_stays_flat_over_ten_thousand_steps";
+        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = alone.args(["--exact", name]).env(ALONE, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    const CHILD: &str = "TAOD_TEST_MEMORY_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        // Alone in a process: the other tests' models would be counted too.
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let filter = ["--exact", "engine::tests::memory_stays_flat_over_ten_thousand_steps", "--nocapture"];
+        let output = child.args(filter).env(CHILD, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
     let model = load(&fixture("tiny-llama"));
     let limits = BatchLimits { max_sequences: 4, ..BatchLimits::default() };
     let mut batcher = Batcher::new(&model, None, limits).unwrap();
@@ -319,7 +465,11 @@ fn a_broken_model_is_refused_with_the_file_and_the_remedy() {
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("\"model_type\": \"llama\"", "\"model_type\": \"gemma3\"")).unwrap();
-    assert!(error().contains("gemma3 is not supported") && error().contains("llama, mistral, qwen2, qwen3"), "{}", error());
+    assert!(
+        error().contains("gemma3 is not supported") && error().contains("llama, mistral, qwen2, qwen3"),
+        "{}",
+        error()
+    );
     std::fs::write(&config, text.replace("\"hidden_size\": 64", "\"hidden_size\": 32")).unwrap();
     assert!(error().contains("model.embed_tokens.weight has shape [340, 64]"), "{}", error());
 }

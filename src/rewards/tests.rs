@@ -169,7 +169,7 @@ fn a_missing_model_or_calibration_is_named_with_the_remedy() {
 
 #[test]
 fn the_demo_accepts_an_answer_and_neither_a_bare_ok_nor_an_echo() {
-    let demo = workloads(include_str!("../../config/demo-workloads.toml"));
+    let demo = workloads(include_str!("../../config/demo.toml"));
     let rewards = Rewards::without_base(&rules_only(), &demo).unwrap();
     let question = "Why do leaves turn yellow in autumn?";
     let ask = |workload: &Workload, response: &str| {

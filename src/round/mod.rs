@@ -39,7 +39,9 @@ use train::Trained;
 pub enum RoundError {
     #[error("another round is running (it holds {lock}); wait for it, or stop it")]
     Busy { lock: String },
-    #[error("{round} was begun under another {what}; finish it under the old one, or accept other bytes with --allow-drift")]
+    #[error(
+        "{round} was begun under another {what}; finish it under the old one, or accept other bytes with --allow-drift"
+    )]
     Drift { round: String, what: String },
     #[error("no unfinished round to resume; start one with `taod round --once`")]
     NothingToResume,
@@ -242,7 +244,12 @@ fn view(workload: &Workload) -> WorkloadView {
 /// Returns a dataset's range of offsets (both included) as the registry's (end excluded).
 fn offset_range((name, range): (&String, &dataset::OffsetRange)) -> Option<OffsetRange> {
     let (topic, partition) = name.rsplit_once('/')?;
-    Some(OffsetRange { topic: topic.to_string(), partition: partition.parse().ok()?, from: range.first, to: range.last + 1 })
+    Some(OffsetRange {
+        topic: topic.to_string(),
+        partition: partition.parse().ok()?,
+        from: range.first,
+        to: range.last + 1,
+    })
 }
 
 impl Night<'_> {

@@ -25,7 +25,13 @@ pub struct RoundRow {
 impl RoundRow {
     /// Returns a row stamped now.
     pub fn new(round: &str, state: &str, seed: u64, detail: Value) -> Self {
-        RoundRow { round: round.to_string(), state: state.to_string(), time: Utc::now(), seed: seed.to_string(), detail }
+        RoundRow {
+            round: round.to_string(),
+            state: state.to_string(),
+            time: Utc::now(),
+            seed: seed.to_string(),
+            detail,
+        }
     }
 }
 
@@ -66,7 +72,13 @@ pub enum Place<'a> {
 }
 
 /// Returns the row of one answer and its rewards.
-pub fn candidate_row(place: Place<'_>, c: &Candidate, total: f64, passed: bool, parts: &BTreeMap<String, f64>) -> CandidateRow {
+pub fn candidate_row(
+    place: Place<'_>,
+    c: &Candidate,
+    total: f64,
+    passed: bool,
+    parts: &BTreeMap<String, f64>,
+) -> CandidateRow {
     let (purpose, round, trial, iteration, side) = match place {
         Place::Training { round, pass } => (Purpose::Train, Some(round.to_string()), None, Some(pass as i32), None),
         Place::Trial { trial, side } => (Purpose::Gate, None, Some(trial.to_string()), None, Some(side.to_string())),

@@ -72,12 +72,18 @@ pub fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundE
         let started = std::time::Instant::now();
         let seed = derive_seed(night.plan.seed, &["tune", &pass.to_string()]);
         let start = previous.as_deref();
-        let outcome = match adapter::tune(night.model, &samples, start, &night.config.tuning, seed, &tuned, night.progress) {
-            Ok(outcome) => outcome,
-            Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
-            Err(error) => return Err(error.into()),
-        };
-        night.report(StageReport::new(format!("adapter {pass}"), outcome.samples_used as u64, outcome.tokens as u64, started));
+        let outcome =
+            match adapter::tune(night.model, &samples, start, &night.config.tuning, seed, &tuned, night.progress) {
+                Ok(outcome) => outcome,
+                Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
+                Err(error) => return Err(error.into()),
+            };
+        night.report(StageReport::new(
+            format!("adapter {pass}"),
+            outcome.samples_used as u64,
+            outcome.tokens as u64,
+            started,
+        ));
         crate::durable::crash_point(&format!("adapter-{pass}"));
         previous = Some(tuned);
     }

@@ -21,7 +21,8 @@ use crate::durable;
 use crate::engine::{Adapter, ScoreItem, divergence};
 use crate::gate::trial::{Block, open_trial};
 use crate::gate::{
-    self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow, Waiting,
+    self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow,
+    Waiting,
 };
 use crate::progress::Step;
 use crate::record::derive_seed;
@@ -131,7 +132,9 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
     let (id, challenger, reason) = (verdict.trial.clone(), verdict.challenger.clone(), verdict.reason.clone());
     match decision {
         Decision::Promote => Ok(Outcome::Promote { trial: id, challenger, reason }),
-        Decision::Continue(Waiting::Evidence | Waiting::Guardrails(_)) => Ok(Outcome::Open { trial: id, challenger, reason }),
+        Decision::Continue(Waiting::Evidence | Waiting::Guardrails(_)) => {
+            Ok(Outcome::Open { trial: id, challenger, reason })
+        }
         Decision::Refuse { .. } | Decision::Futile | Decision::Expired | Decision::Void(_) => {
             if let Some(row) = trial.close(&decision, now_us()) {
                 store_trial(night, &row)?;
@@ -142,7 +145,11 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
 }
 
 /// Returns the gate prompts no trial has used, one for each cluster, that can be judged: covered by rules and short enough.
-fn fresh_prompts(night: &mut Night<'_>, trial: &Trial, dataset: &Dataset) -> Result<BTreeMap<String, Prompt>, RoundError> {
+fn fresh_prompts(
+    night: &mut Night<'_>,
+    trial: &Trial,
+    dataset: &Dataset,
+) -> Result<BTreeMap<String, Prompt>, RoundError> {
     let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
     let others = |row: &&UsageRow| row.trial != trial.id();
     let spent: BTreeSet<String> = usage.iter().filter(others).map(|row| row.cluster.clone()).collect();
@@ -236,7 +243,8 @@ fn answer(
     let (samples, limit) = (night.config.gate.samples as usize, night.config.candidates.max_sequences);
     let sampling = night.config.decoding.sampling();
     let mut silent = crate::progress::Progress::silent().step("", 0, "");
-    let drawn = candidates::draw(night.model, adapter.as_ref(), prompts, samples, &sampling, limit, stream, &mut silent)?;
+    let drawn =
+        candidates::draw(night.model, adapter.as_ref(), prompts, samples, &sampling, limit, stream, &mut silent)?;
     let items: Vec<Item> = prompts.iter().zip(&drawn).flat_map(|(p, group)| group.iter().map(|c| item(p, c))).collect();
     let mut scored = night.rewards.gate(&items)?.into_iter();
     let mut quality = night.rewards.quality(&items)?.into_iter();
@@ -259,17 +267,21 @@ fn divergences(
     let wanted = limit.saturating_sub(block.first_step - 1).min(prompts.len() as u64) as usize;
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling = crate::engine::SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
+    let sampling =
+        crate::engine::SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
     let mut silent = crate::progress::Progress::silent().step("", 0, "");
     let batch = night.config.candidates.max_sequences;
-    let drawn = candidates::draw(night.model, adapter.as_ref(), &prompts[..wanted], 1, &sampling, batch, stream, &mut silent)?;
+    let drawn =
+        candidates::draw(night.model, adapter.as_ref(), &prompts[..wanted], 1, &sampling, batch, stream, &mut silent)?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();
     let items: Vec<ScoreItem<'_>> =
         answers.iter().map(|c| ScoreItem { prompt: &c.prompt_ids, completion: &c.token_ids }).collect();
     let mut per_answer = divergence(night.model, adapter.as_ref(), None, &items)?.into_iter();
     let token_limit = night.config.gate.guardrails.kl_token_limit;
-    let mut kl: Vec<Option<Kl>> =
-        drawn.iter().map(|group| group.first().and(per_answer.next()).and_then(|per_token| Kl::of(&per_token, token_limit))).collect();
+    let mut kl: Vec<Option<Kl>> = drawn
+        .iter()
+        .map(|group| group.first().and(per_answer.next()).and_then(|per_token| Kl::of(&per_token, token_limit)))
+        .collect();
     kl.resize(prompts.len(), None);
     Ok(kl)
 }
@@ -291,7 +303,12 @@ fn reserve(night: &mut Night<'_>, trial: &Trial, block: &Block) -> Result<(), Ro
     Ok(())
 }
 
-fn store_answers(night: &Night<'_>, trial: &Trial, block: &Block, sides: &[(&str, &[Answers])]) -> Result<(), RoundError> {
+fn store_answers(
+    night: &Night<'_>,
+    trial: &Trial,
+    block: &Block,
+    sides: &[(&str, &[Answers])],
+) -> Result<(), RoundError> {
     let mut rows = Vec::new();
     for (side, answers) in sides {
         let place = Place::Trial { trial: trial.id(), side };

@@ -8,8 +8,8 @@ struct Golden {
     cosine: f64,
 }
 
-/// Returns the model where this machine has it. `TAOD_REQUIRE=models` makes its absence a failure.
-fn model(settings: Settings) -> Option<Similarity> {
+/// Returns the model's folder where this machine has it. `TAOD_REQUIRE=models` makes its absence a failure.
+fn folder() -> Option<PathBuf> {
     let home = std::env::var("HOME").unwrap_or_default();
     let models = std::env::var("TAOD_MODELS").unwrap_or(format!("{home}/.cache/taod/models"));
     let folder = Path::new(&models).join("all-MiniLM-L6-v2");
@@ -18,7 +18,11 @@ fn model(settings: Settings) -> Option<Similarity> {
         eprintln!("skipped: {} is not there", folder.display());
         return None;
     }
-    Some(Similarity::load(&Settings { model: folder, ..settings }).unwrap())
+    Some(folder)
+}
+
+fn model(settings: Settings) -> Option<Similarity> {
+    Some(Similarity::load(&Settings { model: folder()?, ..settings }).unwrap())
 }
 
 fn golden() -> Vec<Golden> {
@@ -59,4 +63,18 @@ fn a_folder_without_a_model_is_refused_by_name() {
     let settings = Settings { model: folder.path().to_path_buf(), ..Settings::default() };
     let message = Similarity::load(&settings).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("config.json") && message.contains("rewards.similarity.model"), "{message}");
+}
+
+#[test]
+fn embeddings_asked_for_by_a_report_leave_the_identity_alone() {
+    use crate::rewards::{Rewards, Scorer};
+    let Some(folder) = folder() else { return };
+    let similarity = Settings { model: folder, ..Settings::default() };
+    let rules = crate::rewards::Settings { train: vec![Scorer::Rules], similarity, ..Default::default() };
+    let rewards = Rewards::without_base(&rules, &[]).unwrap();
+    let before = rewards.identity();
+    assert!((rewards.similarity(&[("Tea?".into(), "Tea?".into())]).unwrap()[0] - 1.0).abs() < 1e-6);
+    assert_eq!(rewards.identity(), before);
+    let trained = crate::rewards::Settings { train: vec![Scorer::Similarity], ..rules };
+    assert_ne!(Rewards::without_base(&trained, &[]).unwrap().identity(), before);
 }
