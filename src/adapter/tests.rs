@@ -122,9 +122,10 @@ fn ten_steps_agree_with_pytorch() {
 }
 
 #[test]
-fn ten_steps_on_smollm2_agree_with_pytorch() {
+fn gradients_and_ten_steps_on_smollm2_agree_with_pytorch() {
     let Some(model) = smollm2() else { return };
     let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
+    Golden::read("smollm2").expect_pass(frozen.config, frozen.weights);
     expect_golden("smollm2", frozen);
 }
 

@@ -7,6 +7,7 @@
 
 mod harness;
 
+mod bench_train;
 mod cli;
 mod config;
 mod dashboards;

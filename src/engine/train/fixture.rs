@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::{GroupTokens, LoraMatrices};
+use super::{Base, GroupTokens, LoraMatrices};
 use crate::engine::{
     Architecture, Factor, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, RopeScaling, Weights,
 };
@@ -169,6 +169,34 @@ impl Golden {
     pub(crate) fn spec(&self) -> LoraSpec {
         let (rank, alpha, use_rslora) = (self.rank, self.alpha, self.use_rslora);
         LoraSpec { rank, alpha, targets: Linear::ALL.to_vec(), use_rslora }
+    }
+
+    /// Returns the slopes of the golden loss: minus the mean over completions of their mean log-prob.
+    pub(crate) fn slopes(groups: &[GroupTokens]) -> Vec<f32> {
+        let lengths: Vec<usize> = groups.iter().flat_map(|g| g.completions.iter().map(|c| c.len())).collect();
+        let slope = |n: &usize| std::iter::repeat_n(-1.0 / (*n as f32 * lengths.len() as f32), *n);
+        lengths.iter().flat_map(slope).collect()
+    }
+
+    /// Checks the log-probs to 1e-3, the loss to 1e-3 and every gradient to 1e-3 of its size.
+    pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights) {
+        let base = Base::new(config, weights).unwrap();
+        let lora = lora(config, &self.spec());
+        let groups = self.groups();
+        let pass = base.forward(&lora, &groups).unwrap();
+        assert_eq!(pass.logprobs().len(), self.logprobs.concat().len());
+        for (a, b) in pass.logprobs().iter().zip(self.logprobs.concat()) {
+            assert!((a - b).abs() < 1e-3, "{:?}: {a}, PyTorch {b}", config.architecture);
+        }
+        let slopes = Self::slopes(&groups);
+        let loss: f32 = pass.logprobs().iter().zip(&slopes).map(|(l, s)| l * s).sum();
+        assert!((loss - self.loss).abs() < 1e-3, "{loss}, PyTorch {}", self.loss);
+        let mut gradients = lora.zero_gradients();
+        pass.backward(&slopes, &mut gradients).unwrap();
+        assert_eq!(lora.matrices.len(), self.gradients.len());
+        for (matrix, found) in lora.matrices.iter().zip(gradients) {
+            self.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3);
+        }
     }
 
     pub(crate) fn groups(&self) -> Vec<GroupTokens<'_>> {

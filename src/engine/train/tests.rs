@@ -4,16 +4,9 @@ use crate::engine::Architecture;
 
 const KINDS: [Architecture; 3] = [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
 
-/// The slopes of the golden files' loss: minus the mean over completions of their mean log-prob.
-fn slopes(groups: &[GroupTokens]) -> Vec<f32> {
-    let lengths: Vec<usize> = groups.iter().flat_map(|g| g.completions.iter().map(|c| c.len())).collect();
-    let slope = |n: &usize| std::iter::repeat_n(-1.0 / (*n as f32 * lengths.len() as f32), *n);
-    lengths.iter().flat_map(slope).collect()
-}
-
 fn gradients(base: &Base, lora: &LoraMatrices, groups: &[GroupTokens]) -> Vec<Vec<f32>> {
     let mut gradients = lora.zero_gradients();
-    base.forward(lora, groups).unwrap().backward(&slopes(groups), &mut gradients).unwrap();
+    base.forward(lora, groups).unwrap().backward(&Golden::slopes(groups), &mut gradients).unwrap();
     gradients
 }
 
@@ -21,20 +14,7 @@ fn gradients(base: &Base, lora: &LoraMatrices, groups: &[GroupTokens]) -> Vec<Ve
 fn logprobs_and_all_gradients_agree_with_peft() {
     for kind in KINDS {
         let (golden, tiny) = (Golden::read(kind.as_str()), Tiny::new(kind));
-        let base = Base::new(&tiny.config, &tiny.weights).unwrap();
-        let lora = lora(&tiny.config, &golden.spec());
-        let groups = golden.groups();
-        let pass = base.forward(&lora, &groups).unwrap();
-        assert_eq!(pass.logprobs().len(), golden.logprobs.concat().len());
-        for (a, b) in pass.logprobs().iter().zip(golden.logprobs.concat()) {
-            assert!((a - b).abs() < 1e-4, "{kind:?}: {a}, PyTorch {b}");
-        }
-        let loss: f32 = pass.logprobs().iter().zip(slopes(&groups)).map(|(l, s)| l * s).sum();
-        assert!((loss - golden.loss).abs() < 1e-4);
-        assert_eq!(lora.matrices.len(), golden.gradients.len());
-        for (matrix, found) in lora.matrices.iter().zip(gradients(&base, &lora, &groups)) {
-            golden.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3);
-        }
+        golden.expect_pass(&tiny.config, &tiny.weights);
     }
 }
 
@@ -58,7 +38,7 @@ fn gradients_agree_with_differences_through_the_whole_model() {
         let found = gradients(&base, &lora, &groups);
         let loss = |lora: &LoraMatrices| -> f64 {
             let pass = base.forward(lora, &groups).unwrap();
-            pass.logprobs().iter().zip(slopes(&groups)).map(|(l, s)| f64::from(l * s)).sum()
+            pass.logprobs().iter().zip(Golden::slopes(&groups)).map(|(l, s)| f64::from(l * s)).sum()
         };
         for (at, gradient) in found.iter().enumerate() {
             // Along the gradient itself the loss rises by its norm.

@@ -14,7 +14,9 @@ const PROMPT: usize = 64;
 const COMPLETION: usize = 64;
 const SAMPLES: usize = 8;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+#[test]
+#[ignore = "a benchmark: `make bench`"]
+fn bench_train() -> Result<(), Box<dyn std::error::Error>> {
     let config = config();
     let weights = weights(&config)?;
     let base = Base::new(&config, &weights)?;
