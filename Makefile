@@ -30,7 +30,7 @@ test-full: setup-test models
 check: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(FLAGS) --no-deps --document-private-items
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc $(FLAGS) --no-deps --document-private-items
 	tools/check-licences
 
 bench: setup models

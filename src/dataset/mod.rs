@@ -1,8 +1,8 @@
 //! Datasets: which prompts a round trains on, which ones the gate may spend, and which ones are kept for the audit.
 //!
-//! A dataset is a pure function of the table versions it reads, its settings and its seed ([`assemble`]). Rows that must
+//! A dataset is a pure function of the table versions it reads, its settings and its seed ([`mod@assemble`]). Rows that must
 //! not train are counted out with a reason; exact and near duplicates fall together; every prompt belongs to a cluster,
-//! and the cluster's hash decides its split once and for all (table `splits`). [`freeze`] reads the tables and writes the
+//! and the cluster's hash decides its split once and for all (table `splits`). [`mod@freeze`] reads the tables and writes the
 //! result into the round's folder, the manifest last; from then on nothing reads the log again.
 //!
 //! Training code takes a [`TrainSplit`], which cannot hold a gate or audit prompt: only this module makes one, from the

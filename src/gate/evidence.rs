@@ -1,6 +1,6 @@
 //! The paired betting e-process: how much money a fair gambler would have made by betting that the challenger is better.
 //!
-//! The null hypothesis is E[d] <= margin, with one difference d in [-1, 1] per cluster of prompts. Before each
+//! The null hypothesis is `E[d] <= margin`, with one difference `d` in [-1, 1] per cluster of prompts. Before each
 //! difference is seen a stake is chosen from the earlier ones alone, so that under the null the wealth is a
 //! non-negative supermartingale: by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however
 //! often it is looked at. The stake is the predictable plug-in of Waudby-Smith and Ramdas, "Estimating means of bounded

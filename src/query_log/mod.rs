@@ -3,7 +3,7 @@
 //! A source hands out [`Record`]s with their coordinates and knows nothing about tables. It does not remember how far
 //! it got: whoever stores the rows also stores the positions, and a source asks for them ([`Event::Assigned`]) before it
 //! reads a partition. Sources: [`kafka`] in production, [`embedded`] for the demo (a broker in this process, read
-//! through [`kafka`]), [`file`] for trying a format out.
+//! through [`kafka`]), [`mod@file`] for trying a format out.
 
 pub mod embedded;
 pub mod file;

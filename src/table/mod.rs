@@ -4,7 +4,7 @@
 //! conditional write of a log entry); scans, joins and compaction are deltalake's DataFusion. Kafka offsets and other
 //! positions live in the log as `txn` actions beside the rows they stand for, so a position and its rows land together.
 //!
-//! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`write`] (their bytes),
+//! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`mod@write`] (their bytes),
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
 mod commit;
