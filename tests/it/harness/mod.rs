@@ -111,7 +111,6 @@ pub fn cache() -> PathBuf {
 }
 
 /// Returns the folder of the demo's model, scorer and prompts, where they were fetched.
-#[expect(dead_code, reason = "used by the tests of the engine, the rewards and the demo as they are added")]
 pub fn models() -> Option<PathBuf> {
     let folder = cache().join("models");
     has("models", folder.join("SmolLM2-135M-Instruct.Q4_1.gguf").is_file(), "run `make models`").then_some(folder)
