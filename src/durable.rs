@@ -109,11 +109,11 @@ pub fn sha256_file(path: &Path) -> Result<String, FileError> {
 /// Name of the variable that arms a crash point.
 pub const CRASH_AT: &str = "TAOD_CRASH_AT";
 
-/// Kills this process with SIGKILL when `TAOD_CRASH_AT` names this point, and does nothing otherwise.
+/// Kills this process with SIGKILL where `TAOD_CRASH_AT` names this point, and does nothing otherwise.
 ///
 /// The kill tests need to stop taod at an exact place; a kill from outside would land wherever the scheduler lets it.
 pub fn crash_point(name: &str) {
-    if std::env::var(CRASH_AT).is_ok_and(|at| at == name) {
+    if std::env::var(CRASH_AT).is_ok_and(|at| at.split(',').any(|at| at == name)) {
         let pid = std::process::id().to_string();
         let killed = std::process::Command::new("kill").args(["-9", &pid]).status();
         // Only reached where there is no `kill`: end as abruptly as the standard library can.

@@ -79,6 +79,7 @@ impl<'a> Run<'a> {
             self.step(&mut report)?;
             if self.logs.len().is_multiple_of(self.settings.checkpoint_steps) || self.logs.len() == self.steps.len() {
                 self.save()?;
+                crate::durable::crash_point("adapter-checkpoint");
             }
         }
         Ok(())

@@ -276,6 +276,7 @@ pub fn sample(
         if !path.exists() {
             let drawn = draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?;
             durable::write_json_lines(&path, &drawn.concat())?;
+            durable::crash_point("candidates-chunk");
         }
         let written: Vec<Candidate> = durable::read_json_lines(&path)?;
         let answered: std::collections::BTreeSet<&str> = written.iter().map(|c| c.prompt_hash.as_str()).collect();

@@ -268,6 +268,7 @@ impl Night<'_> {
                 Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
                 Trained::Adapter(folder) => {
                     let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
+                    durable::crash_point("registering");
                     durable::write_json(&registered, &version)?;
                     version
                 }
@@ -319,6 +320,7 @@ impl Night<'_> {
     fn finish(self, outcome: Outcome) -> Result<Verdict, RoundError> {
         self.state(outcome.name(), json!({ "outcome": outcome, "stages": self.stages }))?;
         let verdict = Verdict { round: self.plan.round.clone(), outcome, stages: self.stages };
+        durable::crash_point("decided");
         durable::write_json(&self.folder.join(state::OUTCOME), &verdict)?;
         Ok(verdict)
     }

@@ -74,6 +74,7 @@ pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, Rou
     };
     let trial = Trial::open(opening, &rows, &night.config.gate)?;
     store_trial(night, &trial.row(gate::State::Open, "opened", now_us()))?;
+    durable::crash_point("gate-opened");
     Ok(trial)
 }
 
@@ -85,6 +86,7 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     }
     let prompts = fresh_prompts(night, &trial, dataset)?;
     begin_night(night, &mut trial, &prompts)?;
+    durable::crash_point("gate-night");
     let sides = Sides {
         challenger: load_side(night, &trial.facts().challenger)?,
         incumbent: load_side(night, &trial.facts().incumbent)?,
@@ -97,6 +99,7 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
         reserve(night, &trial, &block)?;
         durable::crash_point("gate-reserved");
         let (observations, drawn) = play(night, &trial, &block, &prompts, &sides)?;
+        durable::crash_point("gate-answered");
         let rows = trial.absorb(&observations)?;
         tokens += drawn;
         judged += rows.len() as u64;
