@@ -19,6 +19,11 @@ pub fn available() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Returns the number of threads this process computes with.
+pub fn used() -> usize {
+    rayon::current_num_threads()
+}
+
 #[expect(unsafe_code, reason = "candle takes its thread count from the environment alone")]
 fn set(name: &str, value: &str) {
     // SAFETY: called first in `main`, while the process has one thread, so nothing reads the environment meanwhile.

@@ -207,7 +207,7 @@ fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Re
         seed: derive_seed(config.round.seed, &[&round]),
         base: model.identity().clone(),
         settings_sha256: settings_hash(config)?,
-        threads: crate::engine::threads::available(),
+        threads: crate::engine::threads::used(),
         control: options.control,
         created_us: chrono::Utc::now().timestamp_micros(),
         taod_version: env!("CARGO_PKG_VERSION").to_string(),
@@ -226,8 +226,8 @@ fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Re
 /// Returns the hash of the settings that decide a round's bytes; where it runs, listens or logs is not among them.
 fn settings_hash(config: &Config) -> Result<String, RoundError> {
     let deciding = json!({
-        "dataset": config.dataset, "candidates": config.candidates, "rewards": config.rewards,
-        "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
+        "dataset": config.dataset, "candidates": config.candidates, "decoding": config.decoding,
+        "rewards": config.rewards, "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
     });
     // Canonicalisation cannot fail for settings: they are finite numbers and strings.
     let bytes = serde_json_canonicalizer::to_vec(&deciding).unwrap_or_else(|_| deciding.to_string().into_bytes());

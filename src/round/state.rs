@@ -121,6 +121,7 @@ impl Plan {
         let differs = [
             ("base model", self.base != now.base),
             ("settings", self.settings_sha256 != now.settings_sha256),
+            ("seed", self.seed != now.seed),
             ("number of threads", self.threads != now.threads),
             ("control", self.control != now.control),
             ("version of taod", self.taod_version != now.taod_version),
