@@ -35,7 +35,12 @@ use crate::table::{Name, TxnStep};
 struct Tonight {
     trial: String,
     nights_before: u32,
+    /// Gate prompts that this night does not judge.
+    left_out: LeftOut,
 }
+
+/// Counts by reason.
+type LeftOut = BTreeMap<String, u64>;
 
 /// The two sides of a trial, loaded.
 struct Sides {
@@ -84,8 +89,8 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     if let Some(void) = void_reason(night, &trial)? {
         return close(night, &mut trial, Decision::Void(void));
     }
-    let prompts = fresh_prompts(night, &trial, dataset)?;
-    begin_night(night, &mut trial, &prompts)?;
+    let (prompts, left_out) = fresh_prompts(night, &trial, dataset)?;
+    begin_night(night, &mut trial, &prompts, left_out)?;
     durable::crash_point("gate-night");
     let sides = Sides {
         challenger: load_side(night, &trial.facts().challenger)?,
@@ -147,32 +152,47 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
     }
 }
 
-/// Returns the gate prompts no trial has used, one for each cluster, that can be judged: covered by rules and short enough.
+/// Returns the gate prompts no other trial has used, one for each cluster, that can be judged: covered by rules and short
+/// enough. Counts the others by reason.
 fn fresh_prompts(
     night: &mut Night<'_>,
     trial: &Trial,
     dataset: &Dataset,
-) -> Result<BTreeMap<String, Prompt>, RoundError> {
+) -> Result<(BTreeMap<String, Prompt>, LeftOut), RoundError> {
     let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
     let others = |row: &&UsageRow| row.trial != trial.id();
     let spent: BTreeSet<String> = usage.iter().filter(others).map(|row| row.cluster.clone()).collect();
     let room = night.model.config().max_positions.saturating_sub(night.config.decoding.max_tokens);
-    let mut fresh = BTreeMap::new();
+    let (mut fresh, mut left_out) = (BTreeMap::new(), LeftOut::new());
     for prompt in dataset.gate.prompts() {
-        let fits = night.model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len() <= room;
-        if fits && night.rewards.covers(prompt.workload.as_deref()) && !spent.contains(&prompt.cluster) {
-            fresh.entry(prompt.cluster.clone()).or_insert_with(|| prompt.clone());
+        let reason = if spent.contains(&prompt.cluster) {
+            Some("used")
+        } else if !night.rewards.covers(prompt.workload.as_deref()) {
+            Some("no_rules")
+        } else if night.model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len() > room {
+            Some("too_long")
+        } else {
+            None
+        };
+        match reason {
+            Some(reason) => *left_out.entry(reason.to_string()).or_default() += 1,
+            None => drop(fresh.entry(prompt.cluster.clone()).or_insert_with(|| prompt.clone())),
         }
     }
-    Ok(fresh)
+    Ok((fresh, left_out))
 }
 
-fn begin_night(night: &mut Night<'_>, trial: &mut Trial, prompts: &BTreeMap<String, Prompt>) -> Result<(), RoundError> {
+fn begin_night(
+    night: &mut Night<'_>,
+    trial: &mut Trial,
+    prompts: &BTreeMap<String, Prompt>,
+    left_out: LeftOut,
+) -> Result<(), RoundError> {
     let path = night.folder.join(format!("tonight-{}.json", trial.id()));
     let tonight = match durable::read_json::<Tonight>(&path) {
         Ok(tonight) => tonight,
         Err(error) if error.is_not_found() => {
-            let tonight = Tonight { trial: trial.id().to_string(), nights_before: trial.nights() };
+            let tonight = Tonight { trial: trial.id().to_string(), nights_before: trial.nights(), left_out };
             durable::write_json(&path, &tonight)?;
             tonight
         }
