@@ -106,7 +106,7 @@ pub fn sha256_file(path: &Path) -> Result<String, FileError> {
     read().map_err(|e| FileError::io("cannot read", path, e))
 }
 
-/// Name of the variable that arms a crash point.
+/// Name of the variable that arms crash points: one name, or several with commas between them.
 pub const CRASH_AT: &str = "TAOD_CRASH_AT";
 
 /// Kills this process with SIGKILL where `TAOD_CRASH_AT` names this point, and does nothing otherwise.

@@ -133,6 +133,16 @@ impl TuneError {
     pub fn is_nothing_to_learn(&self) -> bool {
         matches!(self, TuneError::Nothing { .. })
     }
+
+    /// Returns true where training diverged or collapsed: the same samples under the same settings would do so again.
+    pub fn is_given_up(&self) -> bool {
+        matches!(self, TuneError::NotFinite { .. } | TuneError::Collapsed { .. })
+    }
+
+    /// Returns true where the folder holds a run under other settings, samples or threads.
+    pub fn is_other_run(&self) -> bool {
+        matches!(self, TuneError::OtherRun { .. })
+    }
 }
 
 impl From<candle_core::Error> for TuneError {

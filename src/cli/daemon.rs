@@ -17,8 +17,8 @@ use crate::round::{self, Control, Options, Outcome, Verdict};
 #[derive(Debug, Args)]
 pub struct Run {}
 
-/// Run one round as the scheduler does. Exit code 0 when it promoted or had nothing to do, 2 when the gate refused, 3
-/// when the trial is still open.
+/// Run one round as the scheduler does. Exit code 0 when it promoted or had nothing to do, 1 when training was given up,
+/// 2 when the gate refused, 3 when the trial is still open.
 #[derive(Debug, Args)]
 #[group(id = "way", required = true, multiple = false, args = ["once", "resume"])]
 pub struct Round {
@@ -136,6 +136,7 @@ fn exit_of(outcome: &Outcome) -> Exit {
     match outcome {
         Outcome::Promote { .. } | Outcome::Skipped { .. } => Exit::Done,
         Outcome::Refused { .. } => Exit::Refused,
+        Outcome::Failed { .. } => Exit::Failed,
         Outcome::Open { .. } => Exit::Open,
     }
 }

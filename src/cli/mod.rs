@@ -112,6 +112,8 @@ pub enum Exit {
     Refused,
     /// The trial needs more prompts than there were.
     Open,
+    /// Training was given up, which the output says.
+    Failed,
 }
 
 /// Arguments that cannot be used together or on this input. Ends the process with 64.
@@ -161,6 +163,7 @@ pub fn exit(outcome: anyhow::Result<Exit>) -> ExitCode {
         Ok(Exit::Done) => return ExitCode::SUCCESS,
         Ok(Exit::Refused) => return ExitCode::from(2),
         Ok(Exit::Open) => return ExitCode::from(3),
+        Ok(Exit::Failed) => return ExitCode::from(1),
         Err(error) => error,
     };
     if is_closed_pipe(&error) {

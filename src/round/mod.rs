@@ -81,6 +81,8 @@ pub enum Outcome {
     Open { trial: String, challenger: String, reason: String },
     /// There was nothing to do, for an ordinary reason.
     Skipped { reason: String },
+    /// Training was given up: it diverged or collapsed, and would again on the same samples. The next night begins anew.
+    Failed { reason: String },
 }
 
 impl Outcome {
@@ -90,7 +92,8 @@ impl Outcome {
             Outcome::Promote { reason, .. }
             | Outcome::Refused { reason, .. }
             | Outcome::Open { reason, .. }
-            | Outcome::Skipped { reason } => reason,
+            | Outcome::Skipped { reason }
+            | Outcome::Failed { reason } => reason,
         }
     }
 
@@ -100,7 +103,7 @@ impl Outcome {
             Outcome::Promote { trial, challenger, .. }
             | Outcome::Refused { trial, challenger, .. }
             | Outcome::Open { trial, challenger, .. } => Some((trial, challenger)),
-            Outcome::Skipped { .. } => None,
+            Outcome::Skipped { .. } | Outcome::Failed { .. } => None,
         }
     }
 
@@ -111,6 +114,7 @@ impl Outcome {
             Outcome::Refused { .. } => "refused",
             Outcome::Open { .. } => "open",
             Outcome::Skipped { .. } => "skipped",
+            Outcome::Failed { .. } => "failed",
         }
     }
 }
@@ -151,6 +155,7 @@ pub struct Options {
 struct Night<'a> {
     config: &'a Config,
     plan: Plan,
+    allow_drift: bool,
     folder: PathBuf,
     model: &'a Model,
     rewards: &'a Rewards,
@@ -179,6 +184,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     let mut night = Night {
         config,
         plan,
+        allow_drift: options.allow_drift,
         folder,
         model: &model,
         rewards: &rewards,
@@ -266,6 +272,7 @@ impl Night<'_> {
             Ok(version) => version,
             Err(error) if error.is_not_found() => match train::train(self, &dataset)? {
                 Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
+                Trained::GivenUp { reason } => return Ok(Outcome::Failed { reason }),
                 Trained::Adapter(folder) => {
                     let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
                     durable::crash_point("registering");

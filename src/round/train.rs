@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rows::{Place, candidate_row};
 use super::{Control, Night, RoundError, StageReport};
-use crate::adapter::{self, Sample};
+use crate::adapter::{self, Sample, TuneError};
 use crate::candidates::{self, Candidate, Stream};
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
@@ -29,6 +29,8 @@ pub(super) enum Trained {
     Adapter(PathBuf),
     /// Nothing to train on; the round ends without an adapter.
     Nothing { reason: String },
+    /// Training diverged or collapsed; the round ends without an adapter.
+    GivenUp { reason: String },
 }
 
 /// The rewards of one candidate.
@@ -65,19 +67,22 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
     for pass in 1..=night.config.tuning.iterations {
         let folder = night.folder.join(format!("pass-{pass}"));
         let drawn = draw(night, &prompts, previous.as_deref(), pass, &folder)?;
+        if drawn.is_empty() {
+            let n = prompts.len();
+            let reason = format!("none of {n} training prompts fits the model's context together with its answer");
+            return Ok(Trained::Nothing { reason });
+        }
         let scores = score(night, &prompts, &drawn, pass, &folder)?;
         record(night, pass, &drawn, &scores)?;
         let samples = training_samples(&drawn, &scores);
         let tuned = folder.join("adapter");
         let started = std::time::Instant::now();
-        let seed = derive_seed(night.plan.seed, &["tune", &pass.to_string()]);
-        let start = previous.as_deref();
-        let outcome =
-            match adapter::tune(night.model, &samples, start, &night.config.tuning, seed, &tuned, night.progress) {
-                Ok(outcome) => outcome,
-                Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
-                Err(error) => return Err(error.into()),
-            };
+        let outcome = match tune(night, &samples, previous.as_deref(), pass, &tuned) {
+            Ok(outcome) => outcome,
+            Err(error) if error.is_nothing_to_learn() => return Ok(Trained::Nothing { reason: error.to_string() }),
+            Err(error) if error.is_given_up() => return Ok(Trained::GivenUp { reason: error.to_string() }),
+            Err(error) => return Err(error.into()),
+        };
         night.report(StageReport::new(
             format!("adapter {pass}"),
             outcome.samples_used as u64,
@@ -179,6 +184,27 @@ fn shuffle_within_groups(scores: &mut [Score], seed: u64) {
         for (score, (total, passed)) in group.iter_mut().zip(totals) {
             (score.total, score.passed) = (total, passed);
         }
+    }
+}
+
+/// Trains one pass. Under a drift that the operator accepted, a pass that was begun under other conditions begins anew:
+/// its checkpoint would refuse them.
+fn tune(
+    night: &Night<'_>,
+    samples: &[Sample],
+    start: Option<&Path>,
+    pass: usize,
+    out: &Path,
+) -> Result<adapter::Outcome, TuneError> {
+    let seed = derive_seed(night.plan.seed, &["tune", &pass.to_string()]);
+    let tune = || adapter::tune(night.model, samples, start, &night.config.tuning, seed, out, night.progress);
+    match tune() {
+        Err(error) if night.allow_drift && error.is_other_run() => {
+            tracing::warn!(pass, %error, "training this pass anew under the drift that was accepted");
+            std::fs::remove_dir_all(out).map_err(|e| durable::FileError::io("cannot remove", out, e))?;
+            tune()
+        }
+        result => result,
     }
 }
 
