@@ -16,4 +16,5 @@ mod ingest;
 mod layers;
 mod metrics;
 mod readers;
+mod round;
 mod training;

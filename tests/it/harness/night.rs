@@ -1,0 +1,240 @@
+//! A night on a small log: a state folder with synthetic calls in its table, a config for a tiny random model, and the
+//! round's real process on them.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use taod::record::{Message, derive_seed, prompt_hash};
+use taod::table::{Name, Tables};
+
+use super::{Outcome, root};
+
+/// What a child that ended by SIGKILL is said to have ended with.
+pub const KILLED: i32 = -9;
+
+/// Workloads whose rules a random model passes now and then, one without rules, and everything as small as it goes. The
+/// gate looks three times or more and never gives up early, so that a night has several blocks.
+const CONFIG: &str = r#"
+[round]
+seed = 7
+
+[dataset]
+train_below = 40
+gate_below = 80
+min_train_prompts = 8
+
+[candidates]
+samples_per_prompt = 4
+max_tokens = 12
+chunk_prompts = 16
+
+[decoding]
+max_tokens = 12
+
+[rewards]
+train = ["rules"]
+gate = ["rules"]
+
+[tuning]
+rank = 4
+alpha = 8.0
+learning_rate = 0.01
+warmup_steps = 1
+epochs = 1
+checkpoint_steps = 2
+max_kl = 100.0
+min_entropy = 0.0
+
+[gate]
+block_size = 16
+futility = -50.0
+alpha = 0.001
+
+[[workload]]
+name = "vowel"
+rules = [{ kind = "regex_must", pattern = "[aeiou]" }]
+
+[[workload]]
+name = "no-digit"
+house_rules = "Use no digits."
+rules = [{ kind = "regex_must_not", pattern = "[0-9]" }]
+
+[[workload]]
+name = "short"
+rules = [{ kind = "length", unit = "characters", max = 14 }]
+
+[[workload]]
+name = "free"
+"#;
+
+/// One call of the log.
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub workload: Option<String>,
+    pub text: String,
+}
+
+impl Call {
+    /// Returns a call of a workload.
+    pub fn new(workload: &str, text: impl Into<String>) -> Self {
+        Call { workload: Some(workload.to_string()), text: text.into() }
+    }
+
+    /// Returns the call's messages.
+    pub fn messages(&self) -> Vec<Message> {
+        vec![Message::text("user", &self.text)]
+    }
+}
+
+/// Returns `n` calls over the workloads with rules; every text holds a marker of its own ([`marker`]).
+pub fn calls(n: usize) -> Vec<Call> {
+    let workloads = ["vowel", "no-digit", "short"];
+    let text = |i: usize| format!("Compare {} with {:012x}.", marker(i), derive_seed(2, &[&i.to_string()]) >> 16);
+    (0..n).map(|i| Call::new(workloads[i % workloads.len()], text(i))).collect()
+}
+
+/// Returns the string that only call `i` of [`calls`] holds.
+pub fn marker(i: usize) -> String {
+    format!("canary{:012x}", derive_seed(1, &[&i.to_string()]) >> 16)
+}
+
+/// A state folder and a config; both go with it.
+pub struct Night {
+    folder: tempfile::TempDir,
+}
+
+impl Night {
+    /// Makes a state whose table `queries` holds these calls.
+    pub fn new(calls: &[Call]) -> Self {
+        let night = Night { folder: tempfile::tempdir().unwrap() };
+        let paths = format!("[state]\ndir = {:?}\n[model]\npath = {:?}\n", night.state(), model());
+        std::fs::write(night.config(), paths + CONFIG).unwrap();
+        night.append(calls);
+        night
+    }
+
+    /// Returns the folder that holds all that a round leaves.
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.path().join("taod.toml")
+    }
+
+    fn append(&self, calls: &[Call]) {
+        let rows: Vec<Value> = calls.iter().enumerate().map(|(offset, call)| row(offset, call)).collect();
+        let tables = self.tables();
+        block_on(async {
+            let mut queries = tables.open_one(Name::Queries).await.unwrap();
+            if !rows.is_empty() {
+                queries.append_rows(&rows, &[]).await.unwrap();
+            }
+        });
+    }
+
+    /// Returns the tables of the state.
+    pub fn tables(&self) -> Tables {
+        Tables::open(&self.state().join("tables")).unwrap()
+    }
+
+    /// Runs the round's process to its end; a parent, this one, holds its standard input open.
+    pub fn worker(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+        let inherited = std::env::vars_os().filter(|(name, _)| !name.to_string_lossy().starts_with("TAOD_"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_taod"))
+            .arg("round-worker")
+            .args(arguments)
+            .arg("--config")
+            .arg(self.config())
+            .current_dir(self.folder.path())
+            .env_clear()
+            .envs(inherited)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Taken out and held: waiting would close it and so tell the child that its parent is gone.
+        let lifeline = child.stdin.take();
+        let output = child.wait_with_output().unwrap();
+        drop(lifeline);
+        Outcome {
+            code: output.status.code().or(output.status.signal().map(|signal| -signal)).unwrap(),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Runs a round until it is killed at a crash point.
+    pub fn kill_at(&self, point: &str, arguments: &[&str]) {
+        self.worker(arguments, &[("TAOD_CRASH_AT", point)]).code(KILLED);
+    }
+
+    /// Returns all rows of a table.
+    pub fn rows(&self, name: Name) -> Vec<Value> {
+        let tables = self.tables();
+        block_on(async { tables.open_one(name).await.unwrap().rows(None).await.unwrap() })
+    }
+
+    /// Returns a JSON file of the first round.
+    pub fn json(&self, path: &str) -> Value {
+        let path = self.round().join(path);
+        let text = std::fs::read(&path).unwrap_or_else(|e| panic!("cannot read {}: {e}", path.display()));
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    /// Returns the prompts of a split of the first round.
+    pub fn prompts(&self, split: &str) -> Vec<taod::dataset::Prompt> {
+        let text = std::fs::read_to_string(self.round().join(format!("dataset/{split}.jsonl"))).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Returns the folder of the first round.
+    pub fn round(&self) -> PathBuf {
+        self.state().join("rounds/round-00001")
+    }
+
+    /// Returns the bytes of all registered adapters by their path; not their manifests, which hold the time.
+    pub fn adapters(&self) -> Vec<(String, Vec<u8>)> {
+        let mut files = bytes_below(&self.state().join("registry/adapters"));
+        files.retain(|(path, _)| !path.ends_with("manifest.json"));
+        files
+    }
+}
+
+/// Returns the folder of the tiny random model; its context is 512 tokens.
+pub fn model() -> PathBuf {
+    root().join("tests/fixtures/models/tiny-llama")
+}
+
+/// Returns all files below a folder with their bytes, sorted by their path in it.
+pub fn bytes_below(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        match entry.path().is_dir() {
+            true => files.extend(bytes_below(&entry.path()).into_iter().map(|(n, b)| (format!("{name}/{n}"), b))),
+            false => files.push((name, std::fs::read(entry.path()).unwrap())),
+        }
+    }
+    files.sort();
+    files
+}
+
+fn row(offset: usize, call: &Call) -> Value {
+    let messages = call.messages();
+    json!({
+        "topic": "calls", "partition": 0, "offset": offset, "record_index": 0,
+        "event_time": "2026-05-01T12:00:00Z", "ingest_date": "2026-05-01", "kind": "call",
+        "workload": call.workload, "status": 200, "messages": messages, "params": {}, "response": "fine",
+        "prompt_hash": prompt_hash(&messages, None), "format": "openai", "redacted": false, "train_ok": true,
+        "sample_weight": 1.0, "truncated": false, "taod_version": "0", "config_hash": "none", "extra": {},
+    })
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap().block_on(work)
+}
