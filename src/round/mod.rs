@@ -270,16 +270,21 @@ impl Night<'_> {
         let registered = self.folder.join("registered.json");
         let challenger: String = match durable::read_json(&registered) {
             Ok(version) => version,
-            Err(error) if error.is_not_found() => match train::train(self, &dataset)? {
-                Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
-                Trained::GivenUp { reason } => return Ok(Outcome::Failed { reason }),
-                Trained::Adapter(folder) => {
-                    let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
-                    durable::crash_point("registering");
-                    durable::write_json(&registered, &version)?;
-                    version
+            Err(error) if error.is_not_found() => {
+                if let Some(reason) = trial::budget_spent(self)? {
+                    return Ok(Outcome::Skipped { reason });
                 }
-            },
+                match train::train(self, &dataset)? {
+                    Trained::Nothing { reason } => return Ok(Outcome::Skipped { reason }),
+                    Trained::GivenUp { reason } => return Ok(Outcome::Failed { reason }),
+                    Trained::Adapter(folder) => {
+                        let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
+                        durable::crash_point("registering");
+                        durable::write_json(&registered, &version)?;
+                        version
+                    }
+                }
+            }
             Err(error) => return Err(error.into()),
         };
         durable::crash_point("registered");

@@ -55,6 +55,12 @@ pub(super) fn open_one(night: &mut Night<'_>) -> Result<Option<Trial>, RoundErro
     Ok(open_trial(&rows).map(|row| Trial::resume(&row.facts.trial, &rows, &steps)).transpose()?)
 }
 
+/// Returns why no challenger can be tried any more this year, or `None` where one can.
+pub(super) fn budget_spent(night: &Night<'_>) -> Result<Option<String>, RoundError> {
+    let spent = gate::rows::spent(&trial_rows(night)?, Utc::now().year(), u32::MAX);
+    Ok(night.config.gate.terms().next_level(&spent).err().map(|error| error.to_string()))
+}
+
 /// Opens the trial of a newly registered adapter against the one being served, or returns the one this round opened.
 pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError> {
     let rows = trial_rows(night)?;
