@@ -335,3 +335,16 @@ fn training_that_collapses_fails_its_round_once_and_the_next_begins_anew() {
     decided(night.worker(&[], &[]));
     assert!(night.state().join("rounds/round-00002/outcome.json").exists());
 }
+
+#[test]
+fn a_year_without_budget_for_another_trial_trains_nothing() {
+    let night = Night::new(&calls(CALLS));
+    let one = [("TAOD__GATE__CHALLENGERS", "1"), ("TAOD__GATE__MAX_NIGHTS", "1")];
+    night.worker(&[], &one).code(2);
+    night.worker(&[], &one).code(0);
+    let second = night.state().join("rounds/round-00002");
+    let verdict: Value = serde_json::from_slice(&std::fs::read(second.join("outcome.json")).unwrap()).unwrap();
+    assert_eq!(verdict["outcome"]["result"], "skipped");
+    assert!(verdict["outcome"]["reason"].as_str().unwrap().contains("1 of 1 challengers"), "{verdict}");
+    assert!(!second.join("pass-1").exists(), "it trained for nothing");
+}
