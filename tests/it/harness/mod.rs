@@ -1,6 +1,6 @@
 //! What the cases share: files of the repository, golden files, the program itself, parts that a machine may lack.
 
-pub mod night;
+pub(crate) mod night;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

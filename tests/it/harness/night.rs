@@ -12,7 +12,7 @@ use taod::table::{Name, Tables};
 use super::{Outcome, root};
 
 /// What a child that ended by SIGKILL is said to have ended with.
-pub const KILLED: i32 = -9;
+pub(crate) const KILLED: i32 = -9;
 
 /// Workloads whose rules a random model passes now and then, one without rules, and everything as small as it goes. The
 /// gate looks three times or more and never gives up early, so that a night has several blocks.
@@ -71,43 +71,43 @@ name = "free"
 
 /// One call of the log.
 #[derive(Debug, Clone)]
-pub struct Call {
+pub(crate) struct Call {
     pub workload: Option<String>,
     pub text: String,
 }
 
 impl Call {
     /// Returns a call of a workload.
-    pub fn new(workload: &str, text: impl Into<String>) -> Self {
+    pub(crate) fn new(workload: &str, text: impl Into<String>) -> Self {
         Call { workload: Some(workload.to_string()), text: text.into() }
     }
 
     /// Returns the call's messages.
-    pub fn messages(&self) -> Vec<Message> {
+    pub(crate) fn messages(&self) -> Vec<Message> {
         vec![Message::text("user", &self.text)]
     }
 }
 
 /// Returns `n` calls over the workloads with rules; every text holds a marker of its own ([`marker`]).
-pub fn calls(n: usize) -> Vec<Call> {
+pub(crate) fn calls(n: usize) -> Vec<Call> {
     let workloads = ["vowel", "no-digit", "short"];
     let text = |i: usize| format!("Compare {} with {:012x}.", marker(i), derive_seed(2, &[&i.to_string()]) >> 16);
     (0..n).map(|i| Call::new(workloads[i % workloads.len()], text(i))).collect()
 }
 
 /// Returns the string that only call `i` of [`calls`] holds.
-pub fn marker(i: usize) -> String {
+pub(crate) fn marker(i: usize) -> String {
     format!("canary{:012x}", derive_seed(1, &[&i.to_string()]) >> 16)
 }
 
 /// A state folder and a config; both go with it.
-pub struct Night {
+pub(crate) struct Night {
     folder: tempfile::TempDir,
 }
 
 impl Night {
     /// Makes a state whose table `queries` holds these calls.
-    pub fn new(calls: &[Call]) -> Self {
+    pub(crate) fn new(calls: &[Call]) -> Self {
         let night = Night { folder: tempfile::tempdir().unwrap() };
         let paths = format!("[state]\ndir = {:?}\n[model]\npath = {:?}\n", night.state(), model());
         std::fs::write(night.config(), paths + CONFIG).unwrap();
@@ -116,7 +116,7 @@ impl Night {
     }
 
     /// Returns the folder that holds all that a round leaves.
-    pub fn state(&self) -> PathBuf {
+    pub(crate) fn state(&self) -> PathBuf {
         self.folder.path().join("state")
     }
 
@@ -136,12 +136,12 @@ impl Night {
     }
 
     /// Returns the tables of the state.
-    pub fn tables(&self) -> Tables {
+    pub(crate) fn tables(&self) -> Tables {
         Tables::open(&self.state().join("tables")).unwrap()
     }
 
     /// Runs the round's process to its end; a parent, this one, holds its standard input open.
-    pub fn worker(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+    pub(crate) fn worker(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
         let inherited = std::env::vars_os().filter(|(name, _)| !name.to_string_lossy().starts_with("TAOD_"));
         let mut child = Command::new(env!("CARGO_BIN_EXE_taod"))
             .arg("round-worker")
@@ -169,36 +169,36 @@ impl Night {
     }
 
     /// Runs a round until it is killed at a crash point.
-    pub fn kill_at(&self, point: &str, arguments: &[&str]) {
+    pub(crate) fn kill_at(&self, point: &str, arguments: &[&str]) {
         self.worker(arguments, &[("TAOD_CRASH_AT", point)]).code(KILLED);
     }
 
     /// Returns all rows of a table.
-    pub fn rows(&self, name: Name) -> Vec<Value> {
+    pub(crate) fn rows(&self, name: Name) -> Vec<Value> {
         let tables = self.tables();
         block_on(async { tables.open_one(name).await.unwrap().rows(None).await.unwrap() })
     }
 
     /// Returns a JSON file of the first round.
-    pub fn json(&self, path: &str) -> Value {
+    pub(crate) fn json(&self, path: &str) -> Value {
         let path = self.round().join(path);
         let text = std::fs::read(&path).unwrap_or_else(|e| panic!("cannot read {}: {e}", path.display()));
         serde_json::from_slice(&text).unwrap()
     }
 
     /// Returns the prompts of a split of the first round.
-    pub fn prompts(&self, split: &str) -> Vec<taod::dataset::Prompt> {
+    pub(crate) fn prompts(&self, split: &str) -> Vec<taod::dataset::Prompt> {
         let text = std::fs::read_to_string(self.round().join(format!("dataset/{split}.jsonl"))).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// Returns the folder of the first round.
-    pub fn round(&self) -> PathBuf {
+    pub(crate) fn round(&self) -> PathBuf {
         self.state().join("rounds/round-00001")
     }
 
     /// Returns the bytes of all registered adapters by their path; not their manifests, which hold the time.
-    pub fn adapters(&self) -> Vec<(String, Vec<u8>)> {
+    pub(crate) fn adapters(&self) -> Vec<(String, Vec<u8>)> {
         let mut files = bytes_below(&self.state().join("registry/adapters"));
         files.retain(|(path, _)| !path.ends_with("manifest.json"));
         files
@@ -206,12 +206,12 @@ impl Night {
 }
 
 /// Returns the folder of the tiny random model; its context is 512 tokens.
-pub fn model() -> PathBuf {
+pub(crate) fn model() -> PathBuf {
     root().join("tests/fixtures/models/tiny-llama")
 }
 
 /// Returns all files below a folder with their bytes, sorted by their path in it.
-pub fn bytes_below(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn bytes_below(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
         let name = entry.file_name().into_string().unwrap();
