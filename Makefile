@@ -24,8 +24,9 @@ build: setup
 test: setup-test models
 	$(CARGO) test $(FLAGS)
 
-test-full: setup-test models
-	$(CARGO) test $(FLAGS) -- --include-ignored
+test-full: models
+	tools/setup.sh full
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft} $(CARGO) test $(FLAGS) -- --include-ignored
 
 check: setup
 	$(CARGO) fmt --check

@@ -14,10 +14,22 @@ use sha2::{Digest, Sha256};
 /// A file that could not be written, read or understood. The message names the path.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {source}{}", remedy(source))]
     Io { action: &'static str, path: String, source: io::Error },
     #[error("{path} is not the JSON expected here: {source}")]
     Json { path: String, source: serde_json::Error },
+}
+
+/// Returns what to do about a failure that has nothing to do with the file itself.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free space there and run it again: nothing half-written was left"
+        }
+        io::ErrorKind::PermissionDenied => "; run taod as the owner of the folder",
+        io::ErrorKind::ReadOnlyFilesystem => "; choose a folder that can be written to",
+        _ => "",
+    }
 }
 
 impl FileError {

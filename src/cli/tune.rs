@@ -27,6 +27,10 @@ pub struct Tune {
     /// Where the checkpoint, the log of steps and the adapter go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// The `--out` of an earlier run on the same model: its adapter is continued, with its optimizer. Without it a fresh
+    /// adapter is trained.
+    #[arg(long, value_name = "DIR")]
+    start: Option<PathBuf>,
     /// Changes the order of the samples and the adapter's first values.
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
@@ -72,7 +76,8 @@ pub(super) fn run(global: &Global, args: &Tune, screen: &Screen) -> anyhow::Resu
     let model = Model::load(&args.model)?;
     let sample = |(index, line): (usize, ScoredLine)| line.sample(&model, index);
     let samples: Vec<Sample> = lines.into_iter().enumerate().map(sample).collect::<anyhow::Result<_>>()?;
-    let outcome = adapter::tune(&model, &samples, None, &config.tuning, args.seed, &args.out, &screen.progress())?;
+    let (start, progress) = (args.start.as_deref(), screen.progress());
+    let outcome = adapter::tune(&model, &samples, start, &config.tuning, args.seed, &args.out, &progress)?;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&outcome)?,

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::secret::SecretError;
+
 /// What an operator sets of the production endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -31,8 +33,6 @@ pub struct Settings {
     pub alias: Alias,
     /// File that holds the servers' API key; empty: none.
     pub api_key_file: PathBuf,
-    /// Environment variable that holds the servers' API key; empty: none. api_key_file wins.
-    pub api_key_env: String,
     /// Time to reach a server, in seconds, 1 or more.
     pub connect_timeout_seconds: u64,
     /// Time for one answer, in seconds, 1 or more.
@@ -71,7 +71,6 @@ impl Default for Settings {
             stable_name: "production".into(),
             alias: Alias::Native,
             api_key_file: PathBuf::new(),
-            api_key_env: String::new(),
             connect_timeout_seconds: 5,
             request_timeout_seconds: 120,
             load_timeout_seconds: 300,
@@ -142,8 +141,8 @@ pub enum EndpointError {
     ReadBack { url: String, name: String, path: String, found: String },
     #[error("the alias '{name}' at endpoint {url} points at {current}, not at {expected}: something else moved it")]
     AliasMoved { url: String, name: String, current: String, expected: String },
-    #[error("the endpoint's API key cannot be read from {place}: {reason}; correct endpoint.api_key_file or _env")]
-    Key { place: String, reason: String },
+    #[error(transparent)]
+    Key(#[from] SecretError),
     #[error("no HTTP client can be made: {0}")]
     Client(String),
     #[error("the log-probs that the proof needs cannot be computed here: {0}")]

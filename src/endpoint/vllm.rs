@@ -11,6 +11,7 @@ use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 
 use crate::record::Message;
+use crate::secret::{self, Secret};
 
 use super::{EndpointError, Settings};
 
@@ -29,7 +30,7 @@ const MAX_MESSAGE: usize = 300;
 pub struct Vllm {
     url: String,
     client: Client,
-    key: Option<String>,
+    key: Option<Secret>,
     retries: u32,
     request_timeout: Duration,
     load_timeout: Duration,
@@ -88,7 +89,7 @@ impl Vllm {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|e| EndpointError::Client(e.to_string()))?;
-        let key = read_key(settings)?;
+        let key = secret::read("endpoint.api_key", Some(&settings.api_key_file))?;
         let replica = |url: &String| Vllm {
             url: url.trim_end_matches('/').to_owned(),
             client: client.clone(),
@@ -246,7 +247,7 @@ impl Vllm {
     fn request(&self, method: Method, path: &str, body: Option<&Value>) -> RequestBuilder {
         let mut request = self.client.request(method, format!("{}{path}", self.url)).header(INTERNAL_HEADER, "1");
         if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
+            request = request.bearer_auth(key.expose());
         }
         match body {
             Some(body) => request.json(body),
@@ -322,20 +323,6 @@ fn message(text: &str) -> String {
         true => "an empty body".to_owned(),
         false => line.chars().take(MAX_MESSAGE).collect(),
     }
-}
-
-fn read_key(settings: &Settings) -> Result<Option<String>, EndpointError> {
-    let (file, variable) = (&settings.api_key_file, &settings.api_key_env);
-    let key = if !file.as_os_str().is_empty() {
-        std::fs::read_to_string(file)
-            .map_err(|e| EndpointError::Key { place: file.display().to_string(), reason: e.to_string() })?
-    } else if !variable.is_empty() {
-        std::env::var(variable)
-            .map_err(|e| EndpointError::Key { place: format!("${variable}"), reason: e.to_string() })?
-    } else {
-        return Ok(None);
-    };
-    Ok(Some(key.trim().to_owned()))
 }
 
 #[cfg(test)]

@@ -192,5 +192,5 @@ async fn each_request_is_marked_as_our_own_and_carries_the_key() {
         (&json!("taod-internal"), &json!(0.0), &json!("m"))
     );
     let missing = Settings { api_key_file: folder.path().join("none"), ..Settings::default() };
-    assert!(matches!(Vllm::replicas(&missing), Err(EndpointError::Key { .. })));
+    assert!(matches!(Vllm::replicas(&missing), Err(EndpointError::Key(_))));
 }

@@ -181,6 +181,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     let tables = Tables::open(&paths.tables())?;
     let registry = Registry::open(&paths.registry())?;
     let (plan, folder) = begin(config, options, &paths, &model)?;
+    let stages = state::read_stages(&folder)?;
     let mut night = Night {
         config,
         plan,
@@ -192,7 +193,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         registry,
         runtime,
         progress,
-        stages: Vec::new(),
+        stages,
     };
     let outcome = night.pass()?;
     night.finish(outcome)
@@ -217,11 +218,17 @@ fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Re
         control: options.control,
         created_us: chrono::Utc::now().timestamp_micros(),
         taod_version: env!("CARGO_PKG_VERSION").to_string(),
+        accepted_drift: Vec::new(),
         round,
     };
     if unfinished.is_some() {
-        let begun = state::read_plan(&folder)?;
-        begun.check_unchanged(&plan, options.allow_drift)?;
+        let mut begun = state::read_plan(&folder)?;
+        let drift = begun.drift(&plan, options.allow_drift)?;
+        let new: Vec<String> = drift.into_iter().filter(|what| !begun.accepted_drift.contains(what)).collect();
+        if !new.is_empty() {
+            begun.accepted_drift.extend(new);
+            durable::write_json(&folder.join(state::PLAN), &begun)?;
+        }
         return Ok((begun, folder));
     }
     durable::create_folder(&folder)?;
@@ -289,8 +296,13 @@ impl Night<'_> {
         };
         durable::crash_point("registered");
         self.state("registered", json!({ "version": challenger }))?;
-        let opened = trial::open(self, &challenger)?;
-        trial::extend(self, opened, &dataset)
+        match trial::open(self, &challenger) {
+            // A second trial of the same weights would be a second chance; the night ends here, and the next one trains.
+            Err(RoundError::Gate(error @ GateError::AlreadyTried { .. })) => {
+                Ok(Outcome::Skipped { reason: error.to_string() })
+            }
+            opened => trial::extend(self, opened?, &dataset),
+        }
     }
 
     fn freeze(&mut self) -> Result<dataset::Dataset, RoundError> {
@@ -305,7 +317,7 @@ impl Night<'_> {
             self.runtime.block_on(freezing)?
         };
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
-        self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started));
+        self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started))?;
         durable::crash_point("dataset");
         self.state("dataset", json!({ "manifest": dataset.manifest }))?;
         Ok(dataset)
@@ -317,6 +329,7 @@ impl Night<'_> {
             ("settings_sha256", self.plan.settings_sha256.clone()),
             ("seed", self.plan.seed.to_string()),
             ("control", self.plan.control.map_or("none".to_string(), |c| format!("{c:?}"))),
+            ("accepted_drift", self.plan.accepted_drift.join(", ")),
         ];
         Lineage {
             base,
@@ -337,10 +350,15 @@ impl Night<'_> {
         Ok(verdict)
     }
 
-    fn report(&mut self, stage: StageReport) {
+    /// Keeps what a stage did. A resumed round passes its finished stages again; what they did the first time stands.
+    fn report(&mut self, stage: StageReport) -> Result<(), RoundError> {
+        if self.stages.iter().any(|known| known.stage == stage.stage) {
+            return Ok(());
+        }
         tracing::info!(round = %self.plan.round, stage = %stage.stage, rows = stage.rows, tokens = stage.tokens,
             seconds = stage.seconds, "stage done");
         self.stages.push(stage);
+        Ok(durable::write_json(&self.folder.join(state::STAGES), &self.stages)?)
     }
 
     /// Appends one row to `rounds`, once per state, also when the round is resumed.

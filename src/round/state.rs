@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::RoundError;
+use super::{RoundError, StageReport};
 use crate::durable;
 use crate::engine::ModelIdentity;
 
@@ -87,6 +87,9 @@ pub(super) const PLAN: &str = "plan.json";
 /// Name of the file that ends a round.
 pub(super) const OUTCOME: &str = "outcome.json";
 
+/// Name of the file with what each finished stage did.
+pub(super) const STAGES: &str = "stages.json";
+
 /// A deliberate fault of the demo: each must end in a refusal, or the gate proves nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -113,11 +116,15 @@ pub struct Plan {
     pub control: Option<Control>,
     pub created_us: i64,
     pub taod_version: String,
+    /// What the operator let differ when the round was resumed, in words. Its bytes cannot be had again then.
+    #[serde(default)]
+    pub accepted_drift: Vec<String>,
 }
 
 impl Plan {
-    /// Refuses to go on with a round under conditions that would give other bytes than it began with.
-    pub fn check_unchanged(&self, now: &Plan, allow_drift: bool) -> Result<(), RoundError> {
+    /// Returns what differs from the conditions the round began under; refused where the operator does not allow it,
+    /// since the round would give other bytes.
+    pub fn drift(&self, now: &Plan, allowed: bool) -> Result<Vec<String>, RoundError> {
         let differs = [
             ("base model", self.base != now.base),
             ("settings", self.settings_sha256 != now.settings_sha256),
@@ -126,17 +133,26 @@ impl Plan {
             ("control", self.control != now.control),
             ("version of taod", self.taod_version != now.taod_version),
         ];
-        let what: Vec<&str> = differs.iter().filter(|(_, differs)| *differs).map(|(what, _)| *what).collect();
-        if what.is_empty() || allow_drift {
-            return Ok(());
+        let what: Vec<String> =
+            differs.iter().filter(|(_, differs)| *differs).map(|(what, _)| what.to_string()).collect();
+        match what.is_empty() || allowed {
+            true => Ok(what),
+            false => Err(RoundError::Drift { round: self.round.clone(), what: what.join(", ") }),
         }
-        Err(RoundError::Drift { round: self.round.clone(), what: what.join(", ") })
     }
 }
 
 /// Reads the plan of a round that was begun.
 pub(super) fn read_plan(folder: &Path) -> Result<Plan, RoundError> {
     Ok(durable::read_json(&folder.join(PLAN))?)
+}
+
+/// Reads what the finished stages of a round did; nothing for a new round.
+pub(super) fn read_stages(folder: &Path) -> Result<Vec<StageReport>, RoundError> {
+    match durable::read_json(&folder.join(STAGES)) {
+        Err(error) if error.is_not_found() => Ok(Vec::new()),
+        read => Ok(read?),
+    }
 }
 
 #[cfg(test)]

@@ -88,7 +88,7 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
             outcome.samples_used as u64,
             outcome.tokens as u64,
             started,
-        ));
+        ))?;
         crate::durable::crash_point(&format!("adapter-{pass}"));
         previous = Some(tuned);
     }
@@ -113,7 +113,12 @@ fn draw(
     let out = folder.join("candidates");
     let settings = &night.config.candidates;
     let manifest = candidates::sample(night.model, adapter.as_ref(), prompts, settings, stream, &out, night.progress)?;
-    night.report(StageReport::new(format!("candidates {pass}"), manifest.candidates as u64, manifest.tokens, started));
+    night.report(StageReport::new(
+        format!("candidates {pass}"),
+        manifest.candidates as u64,
+        manifest.tokens,
+        started,
+    ))?;
     crate::durable::crash_point(&format!("candidates-{pass}"));
     Ok(candidates::load(&out)?)
 }
@@ -148,7 +153,7 @@ fn score(
         sha256: durable::sha256_file(&path)?,
     };
     durable::write_json(&out.join("manifest.json"), &manifest)?;
-    night.report(StageReport::new(format!("rewards {pass}"), scores.len() as u64, 0, started));
+    night.report(StageReport::new(format!("rewards {pass}"), scores.len() as u64, 0, started))?;
     durable::crash_point(&format!("rewards-{pass}"));
     Ok(scores)
 }

@@ -95,6 +95,11 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     if let Some(void) = void_reason(night, &trial)? {
         return close(night, &mut trial, Decision::Void(void));
     }
+    match trial.decide() {
+        Decision::Continue(_) => {}
+        // Decided on an earlier night and not carried out, because the endpoint was down then: no fresh prompt is needed.
+        decision => return close(night, &mut trial, decision),
+    }
     let (prompts, left_out) = fresh_prompts(night, &trial, dataset)?;
     begin_night(night, &mut trial, &prompts, left_out)?;
     durable::crash_point("gate-night");
@@ -134,7 +139,7 @@ fn finish(
     (judged, tokens, started): (u64, u64, Instant),
 ) -> Result<Outcome, RoundError> {
     drop(step);
-    night.report(StageReport::new("gate".to_string(), judged, tokens, started));
+    night.report(StageReport::new(format!("gate {}", trial.facts().number), judged, tokens, started))?;
     close(night, trial, decision)
 }
 

@@ -40,7 +40,7 @@ fn said(night: &Night, name: Name) -> Vec<String> {
         if let Some(detail) = row.get_mut("detail").and_then(Value::as_object_mut) {
             timed.iter().for_each(|key| drop(detail.remove(*key)));
         }
-        // A resumed round reports only the stages that it ran itself, and how long they took.
+        // How long a stage took, and of the gate only what was judged after the last kill.
         if name == Name::Rounds {
             row.remove("stages");
             row["detail"].as_object_mut().unwrap().remove("stages");
@@ -61,6 +61,17 @@ fn assert_same(night: &Night, whole: &Night, what: &str) {
         }
     }
     assert_eq!(night.json("outcome.json")["outcome"], whole.json("outcome.json")["outcome"], "{what}");
+    assert_eq!(stages(night), stages(whole), "{what}");
+}
+
+/// Returns what each stage before the gate did, but not how long it took.
+fn stages(night: &Night) -> Vec<String> {
+    let verdict = night.json("outcome.json");
+    let stages = verdict["stages"].as_array().unwrap().iter();
+    let before_gate = stages.filter(|stage| !stage["stage"].as_str().unwrap().starts_with("gate"));
+    let said: Vec<_> = before_gate.map(|s| format!("{} {} {}", s["stage"], s["rows"], s["tokens"])).collect();
+    assert!(said.len() >= 7, "{said:?}");
+    said
 }
 
 #[test]
@@ -305,6 +316,7 @@ fn resume_needs_an_unfinished_round_under_the_conditions_it_was_begun_with() {
 
     decided(night.worker(&["--resume", "--allow-drift"], &[("TAOD__TUNING__LEARNING_RATE", "0.02")]));
     assert!(night.adapters() != whole.adapters(), "the drift did not reach training");
+    assert_eq!(night.json("plan.json")["accepted_drift"], serde_json::json!(["settings"]));
     assert!(night.round().join("outcome.json").exists());
 }
 
@@ -334,6 +346,36 @@ fn training_that_collapses_fails_its_round_once_and_the_next_begins_anew() {
     refused(night.worker(&["--resume"], &strict), &["no unfinished round"]);
     decided(night.worker(&[], &[]));
     assert!(night.state().join("rounds/round-00002/outcome.json").exists());
+}
+
+/// The endpoint was down when the gate had decided: the next night claims the same promotion, and spends nothing on it.
+#[test]
+fn a_promotion_that_was_not_carried_out_is_claimed_again_without_fresh_prompts() {
+    let night = Night::new(&calls(CALLS));
+    let generous = [
+        ("TAOD__GATE__ALPHA", "0.5"),
+        ("TAOD__GATE__CHALLENGERS", "1"),
+        ("TAOD__GATE__MAX_NIGHTS", "1"),
+        ("TAOD__GATE__GUARDRAILS__MIN_PROMPTS", "8"),
+        ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MIN", "0.13"),
+        ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MAX", "7.9"),
+        ("TAOD__GATE__GUARDRAILS__KL_MEAN_MAX", "900"),
+        ("TAOD__GATE__GUARDRAILS__KL_TOKEN_LIMIT", "900"),
+        ("TAOD__GATE__GUARDRAILS__QUALITY_TOLERANCE", "900"),
+        ("TAOD__GATE__GUARDRAILS__QUALITY_RANGE", "1000"),
+        ("TAOD__GATE__GUARDRAILS__WORKLOAD_TOLERANCE", "0.99"),
+        ("TAOD__GATE__GUARDRAILS__WORKLOAD_MIN_PROMPTS", "1"),
+    ];
+    night.worker(&[], &generous).code(0);
+    let first = night.json("outcome.json")["outcome"].clone();
+    assert_eq!(first["result"], "promote", "{first}");
+    let (steps, adapters) = (night.rows(Name::GateSteps).len(), night.adapters());
+    night.worker(&[], &generous).code(0);
+    let second = std::fs::read(night.state().join("rounds/round-00002/outcome.json")).unwrap();
+    let second: Value = serde_json::from_slice(&second).unwrap();
+    assert_eq!(second["outcome"], first);
+    assert_eq!(night.rows(Name::GateSteps).len(), steps);
+    assert!(night.adapters() == adapters, "it trained although a promotion is due");
 }
 
 #[test]

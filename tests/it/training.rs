@@ -45,7 +45,7 @@ fn reference(python: &Path, script: &str, arguments: &[&Path], input: &str) -> S
 fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
     let Some(models) = harness::models() else { return };
     let python = harness::cache().join("reference/bin/python");
-    if !harness::has("peft", python.is_file(), "make an environment there with torch, transformers, peft and gguf") {
+    if !harness::has("peft", python.is_file(), "run `tools/setup.sh full` (6 GB)") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();

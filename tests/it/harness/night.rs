@@ -120,7 +120,8 @@ impl Night {
         self.folder.path().join("state")
     }
 
-    fn config(&self) -> PathBuf {
+    /// Returns the config file.
+    pub(crate) fn config(&self) -> PathBuf {
         self.folder.path().join("taod.toml")
     }
 

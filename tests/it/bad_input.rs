@@ -1,0 +1,130 @@
+//! What ends a one-shot command: one line that names the thing, the value and the remedy, code 1, nothing half-written.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::harness::night::{Night, bytes_below, calls, model};
+use crate::harness::{Outcome, has, root, taod_in};
+
+/// Checks that a command ended with code 1 and one line, on standard error, that holds all of `parts`.
+fn refused(outcome: Outcome, parts: &[&str]) {
+    let outcome = outcome.code(1);
+    let lines: Vec<&str> = outcome.err.lines().filter(|line| line.starts_with("taod: ")).collect();
+    assert_eq!(lines.len(), 1, "{}", outcome.err);
+    assert!(parts.iter().all(|part| lines[0].contains(part)), "{parts:?} in {}", lines[0]);
+    assert_eq!(outcome.out, "");
+}
+
+/// Runs `taod generate` on one prompt.
+fn generate(folder: &Path, model: &Path, more: &[&str]) -> Outcome {
+    let input = folder.join("in.jsonl");
+    std::fs::write(&input, "{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}\n").unwrap();
+    let (model, input) = (model.display().to_string(), input.display().to_string());
+    let arguments = [&["generate", "--model", &model, "--input", &input, "--max-tokens", "2"], more].concat();
+    taod_in(folder, &arguments, &[])
+}
+
+/// Copies a folder of files.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for (name, bytes) in bytes_below(from) {
+        std::fs::write(to.join(name), bytes).unwrap();
+    }
+}
+
+#[test]
+fn a_model_that_cannot_be_used_is_named_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    assert!(generate(folder.path(), &model(), &[]).code(0).out.contains("token_ids"));
+
+    refused(generate(folder.path(), &at("missing.gguf"), &[]), &["missing.gguf"]);
+
+    let mut gguf = b"GGUF".to_vec();
+    gguf.extend(3u32.to_le_bytes());
+    gguf.extend(0u64.to_le_bytes());
+    gguf.extend(1u64.to_le_bytes());
+    for text in ["general.architecture", "mamba"] {
+        gguf.extend((text.len() as u64).to_le_bytes());
+        gguf.extend(text.as_bytes());
+        if text == "general.architecture" {
+            gguf.extend(8u32.to_le_bytes());
+        }
+    }
+    std::fs::write(at("mamba.gguf"), gguf).unwrap();
+    refused(generate(folder.path(), &at("mamba.gguf"), &[]), &["mamba.gguf", "mamba", "llama"]);
+
+    copy(&model(), &at("cut"));
+    let weights = std::fs::read(model().join("model.safetensors")).unwrap();
+    std::fs::write(at("cut/model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    refused(generate(folder.path(), &at("cut"), &[]), &["model.safetensors"]);
+}
+
+#[test]
+fn an_adapter_of_another_base_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let lora = |name: &str| root().join("tests/fixtures/models").join(name).display().to_string();
+    generate(folder.path(), &model(), &["--adapter", &lora("tiny-llama-lora")]).code(0);
+    refused(generate(folder.path(), &model(), &["--adapter", &lora("tiny-qwen3-lora")]), &["tiny-qwen3-lora"]);
+}
+
+#[test]
+fn a_broker_that_nobody_answers_for_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    drop(silent);
+    let environment =
+        [("TAOD__INGEST__KAFKA__BROKERS", address.as_str()), ("TAOD__INGEST__KAFKA__CONNECT_TIMEOUT_S", "2")];
+    let outcome = taod_in(folder.path(), &["ingest", "--until-idle"], &environment);
+    refused(outcome, &[&address, "ingest.kafka.brokers"]);
+}
+
+/// Returns true where an ordinary user may mount a small disk of their own here.
+fn small_disks() -> bool {
+    let mount = "mount -t tmpfs -o size=64k taod /mnt";
+    let tried = Command::new("unshare").args(["-rm", "sh", "-c", mount]).output();
+    let there = tried.is_ok_and(|output| output.status.success());
+    has("small-disks", there, "user namespaces are switched off, so no full disk can be made")
+}
+
+/// A disk of 1.5 MB takes the tables, but not what a round writes. The round ends with one line and, once there is space,
+/// goes on to the bytes of a round that always had it.
+#[test]
+fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
+    if !small_disks() {
+        return;
+    }
+    let (whole, night) = (Night::new(&calls(120)), Night::new(&calls(120)));
+    whole.worker(&[], &[]);
+    let state = night.state().display().to_string();
+    // Everything is copied onto the small disk, run there until it is full, and copied back.
+    let script = format!(
+        "set -e; cp -a {state} /tmp/taod-full.$$; mount -t tmpfs -o size=$((($(du -sk {state} | cut -f1) + 160) * 1024)) taod {state}; \
+         cp -a /tmp/taod-full.$$/. {state}/; rm -r /tmp/taod-full.$$; code=0; \
+         {} round-worker --config {} || code=$?; \
+         mkdir {state}.kept; cp -a {state}/. {state}.kept/; exit $code",
+        env!("CARGO_BIN_EXE_taod"),
+        night.config().display(),
+    );
+    let mut child = Command::new("unshare");
+    child.args(["-rm", "sh", "-c", &script]).stdin(std::process::Stdio::piped());
+    child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let lifeline = child.stdin.take();
+    let output = child.wait_with_output().unwrap();
+    drop(lifeline);
+    let outcome = Outcome {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    };
+    refused(outcome, &["No space left on device", "free space"]);
+    std::fs::remove_dir_all(night.state()).unwrap();
+    std::fs::rename(format!("{state}.kept"), &state).unwrap();
+    let half = bytes_below(&night.state()).into_iter().filter(|(path, _)| path.contains(".tmp")).count();
+    assert_eq!(half, 0, "a temporary file was left");
+    night.worker(&["--resume"], &[]);
+    assert!(!whole.adapters().is_empty());
+    assert!(night.adapters() == whole.adapters(), "the full disk left a trace");
+}
