@@ -17,6 +17,8 @@ use crate::record::derive_seed;
 pub struct Chosen<'a> {
     pub completion: &'a [u32],
     pub weight: f64,
+    /// Its log-probs under the base, where they are known.
+    pub base_logprobs: Option<&'a [f32]>,
     /// Counts the chosen samples of all groups.
     pub index: usize,
 }
@@ -76,7 +78,9 @@ impl<'a> Selection<'a> {
     fn add(&mut self, group: &[&'a Sample], chosen: Vec<(usize, f64)>) {
         let mut samples = Vec::with_capacity(chosen.len());
         for (member, weight) in chosen {
-            samples.push(Chosen { completion: &group[member].completion, weight, index: self.samples });
+            let sample = group[member];
+            let base_logprobs = sample.base_logprobs.as_deref();
+            samples.push(Chosen { completion: &sample.completion, weight, base_logprobs, index: self.samples });
             self.samples += 1;
         }
         self.groups.push(Group { prompt: &group[0].prompt, samples });
@@ -86,6 +90,7 @@ impl<'a> Selection<'a> {
 fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), TuneError> {
     // The last token is only predicted, never read.
     let length = (sample.prompt.len() + sample.completion.len()).saturating_sub(1);
+    let known = [&sample.old_logprobs, &sample.base_logprobs];
     let stranger = sample.prompt.iter().chain(&sample.completion).find(|id| **id as usize >= config.vocab);
     let (problem, remedy) = if !sample.reward.is_finite() {
         (format!("its reward is {}", sample.reward), "score it again or leave it out")
@@ -98,7 +103,7 @@ fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), Tune
         (problem, "shorten or leave it out")
     } else if let Some(id) = stranger {
         (format!("token id {id} is outside the vocabulary of {}", config.vocab), "tokenise it with this model")
-    } else if let Some(found) = sample.old_logprobs.as_ref().filter(|l| l.len() != sample.completion.len()) {
+    } else if let Some(found) = known.into_iter().flatten().find(|l| l.len() != sample.completion.len()) {
         let problem = format!("{} log-probs for {} tokens", found.len(), sample.completion.len());
         (problem, "carry the sampler's log-probs with its ids, or leave them out")
     } else {
@@ -196,7 +201,12 @@ mod tests {
     use super::*;
 
     fn group(prompt: &'static [u32], first: usize, completions: &[&'static [u32]]) -> Group<'static> {
-        let chosen = |(i, c): (usize, &&'static [u32])| Chosen { completion: c, weight: 1.0, index: first + i };
+        let chosen = |(i, c): (usize, &&'static [u32])| Chosen {
+            completion: c,
+            weight: 1.0,
+            base_logprobs: None,
+            index: first + i,
+        };
         Group { prompt, samples: completions.iter().enumerate().map(chosen).collect() }
     }
 

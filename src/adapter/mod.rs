@@ -44,6 +44,8 @@ pub struct Sample {
     pub reward: f64,
     /// Log-probs of the completion under the policy that it was sampled from.
     pub old_logprobs: Option<Vec<f32>>,
+    /// The same under the base, where they are known: the policy it was sampled from was the base. Computed otherwise.
+    pub base_logprobs: Option<Vec<f32>>,
 }
 
 /// What one optimizer step did. Numbers are f32 because those survive JSON to the bit, and a resumed run writes them

@@ -33,7 +33,7 @@ impl Tiny {
 
 fn sample(group: &str, prompt: &[u32], completion: &[u32], reward: f64) -> Sample {
     let (prompt, completion) = (prompt.to_vec(), completion.to_vec());
-    Sample { group: group.to_string(), prompt, completion, reward, old_logprobs: None }
+    Sample { group: group.to_string(), prompt, completion, reward, old_logprobs: None, base_logprobs: None }
 }
 
 /// Twelve groups of four samples each, of which some reward one token.
@@ -318,4 +318,27 @@ fn memory_stays_flat_over_steps() {
     let noted = memory.0.lock().unwrap();
     let (early, late) = (noted[noted.len() / 4], noted[noted.len() - 1]);
     assert!(noted.len() > 900 && late < early + 2048, "{early} KB early, {late} KB after {} steps", noted.len());
+}
+
+#[test]
+fn base_log_probs_that_come_with_the_samples_are_not_computed_again() {
+    let (tiny, folder) = (tiny(), tempfile::tempdir().unwrap());
+    let settings = Settings { max_kl: 1e6, ..settings() };
+    let base_logprobs = |name: &str, samples: &[Sample]| {
+        let out = folder.path().join(name);
+        tiny.tune(samples, None, &settings, &out).unwrap();
+        Checkpoint::load(&out.join(CHECKPOINT)).unwrap().base_logprobs
+    };
+    let computed = base_logprobs("computed", &samples());
+    let mut partly = samples();
+    for sample in partly.iter_mut().filter(|sample| sample.group != "g0") {
+        sample.base_logprobs = Some(vec![-0.5; sample.completion.len()]);
+    }
+    let used = base_logprobs("given", &partly);
+    assert_eq!(used.len(), computed.len());
+    // The two chosen samples of g0, of which nothing was known; other groups beside them may move the last bits.
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-5;
+    assert!(used[..2].iter().zip(&computed).all(|(used, computed)| used.iter().zip(computed).all(near)));
+    assert!(used[..2].iter().flatten().all(|logprob| *logprob < -1.0));
+    assert!(used[2..].iter().flatten().all(|logprob| *logprob == -0.5));
 }

@@ -175,8 +175,17 @@ impl<'a> Run<'a> {
     /// Returns the log-probs of every chosen sample under the base.
     fn score_base(&self, progress: &Progress) -> Result<Vec<Vec<f32>>, TuneError> {
         let mut scores = vec![Vec::new(); self.selection.samples];
-        let mut report = progress.step("base log-probs", self.selection.samples as u64, "samples");
-        for part in parts(&self.selection.groups, self.settings.batch_tokens) {
+        let unknown = |group: &&Group| group.samples.iter().any(|sample| sample.base_logprobs.is_none());
+        let (left, known): (Vec<&Group>, Vec<&Group>) = self.selection.groups.iter().partition(unknown);
+        for sample in known.iter().flat_map(|group| &group.samples) {
+            scores[sample.index] = sample.base_logprobs.unwrap_or_default().to_vec();
+        }
+        if left.is_empty() {
+            return Ok(scores);
+        }
+        let samples: usize = left.iter().map(|group| group.samples.len()).sum();
+        let mut report = progress.step("base log-probs", samples as u64, "samples");
+        for part in parts(left, self.settings.batch_tokens) {
             let found = self.base.score(&part.groups)?;
             let mut rest = &found.logprobs[..];
             for sample in &part.samples {

@@ -66,7 +66,7 @@ impl ScoredLine {
         }
         let group = self.group.as_str().map_or_else(|| self.group.to_string(), str::to_string);
         let prompt = self.prompt.ids(model, index)?;
-        Ok(Sample { group, prompt, completion, reward: self.reward, old_logprobs: self.logprobs })
+        Ok(Sample { group, prompt, completion, reward: self.reward, old_logprobs: self.logprobs, base_logprobs: None })
     }
 }
 

@@ -212,15 +212,13 @@ async fn evidence(tables: &Tables, paths: &Paths, verdict: &Verdict) -> Result<r
     let n = steps.len().max(1) as f64;
     let mean = steps.iter().map(|s| s.d).sum::<f64>() / n;
     let variance = steps.iter().map(|s| (s.d - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    let guardrail =
-        |f: &crate::gate::Finding| format!("guardrail {}: {:?} ({})", f.guardrail.as_str(), f.outcome, f.reason);
     Ok(report::Evidence {
         ln_wealth: steps.iter().map(|s| s.ln_wealth).collect(),
         bar: summary.bar,
         prompts: steps.len(),
         mean_d: mean,
         sd_d: variance.sqrt(),
-        guardrails: summary.findings.iter().map(guardrail).collect(),
+        guardrails: summary.findings,
     })
 }
 

@@ -5,6 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use serde::Serialize;
 
 use super::stats::wilson_95;
+use crate::gate::Finding;
 use crate::round::{Outcome, StageReport};
 
 /// The whole result of a demo.
@@ -69,7 +70,7 @@ pub struct Evidence {
     pub prompts: usize,
     pub mean_d: f64,
     pub sd_d: f64,
-    pub guardrails: Vec<String>,
+    pub guardrails: Vec<Finding>,
 }
 
 /// That training really ran.
@@ -148,8 +149,9 @@ impl Report {
             writeln!(f, "  {line}")?;
         }
         writeln!(f, "  mean gain {:+.3}, sd {:.3}", e.mean_d, e.sd_d)?;
-        for guardrail in &e.guardrails {
-            writeln!(f, "  {guardrail}")?;
+        for finding in &e.guardrails {
+            writeln!(f, "  guardrail {:<10}{}", finding.guardrail.as_str(), finding.outcome.as_str())?;
+            finding.reason.split("; ").try_for_each(|part| writeln!(f, "      {part}"))?;
         }
         Ok(())
     }

@@ -165,4 +165,21 @@ mod tests {
         let rows: Vec<f32> = unpermute(&stored, 2).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(rows, [0., 1., 2., 3., 4., 5., 6., 7.]);
     }
+
+    /// Random blocks of every type, against the values that the `gguf` package reads (tools/reference/gguf_types_golden.py).
+    #[test]
+    fn every_type_is_dequantised_as_the_gguf_package_does() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let values: std::collections::BTreeMap<String, Vec<f32>> =
+            serde_json::from_slice(&std::fs::read(golden.join("gguf_types.json")).unwrap()).unwrap();
+        let file = Gguf::open(&golden.join("gguf_types.gguf")).unwrap();
+        assert_eq!(values.len(), 8);
+        for (name, expected) in values {
+            let tensor = file.read(&name).unwrap().unwrap();
+            assert_eq!(tensor.dims(), [2, 256], "{name}");
+            let found: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+            let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs() / b.abs().max(0.1)).fold(0.0, f32::max);
+            assert!(off < 1e-6, "{name}: off by {off}");
+        }
+    }
 }

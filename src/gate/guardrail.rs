@@ -50,6 +50,17 @@ pub enum Outcome {
     Fail,
 }
 
+impl Outcome {
+    /// Returns the answer as people read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Pass => "passes",
+            Outcome::NotYet => "cannot tell yet",
+            Outcome::Fail => "fails",
+        }
+    }
+}
+
 /// A guardrail's answer with its reason in words and in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
@@ -280,8 +291,13 @@ fn absolute(workload: &str, limits: &LengthBounds, answers: &[&Observation], lev
             false if length.upper < min || length.lower > max => Outcome::Fail,
             false => Outcome::NotYet,
         };
-        parts
-            .add(outcome, format!("{workload}: {:.1} {unit} on average (its rules allow {min} to {max})", length.mean));
+        let allowed = match (min > 0.0, max.is_finite()) {
+            (true, true) => format!("{min} to {max}"),
+            (false, _) => format!("at most {max}"),
+            (true, false) => format!("at least {min}"),
+        };
+        let mean = length.mean;
+        parts.add(outcome, format!("{workload}: {mean:.1} {unit} on average (its rules allow {allowed})"));
     }
 }
 

@@ -177,8 +177,8 @@ fn the_demo_accepts_an_answer_and_neither_a_bare_ok_nor_an_echo() {
         let asked = Item { messages, ..item(&workload.name, response) };
         rewards.strict(&[asked]).unwrap().remove(0)
     };
-    let good = "Leaves turn yellow because trees stop making green pigment. Birch trees give a good example of that.";
-    assert!(demo.len() >= 6);
+    let good = "When the days get shorter you see leaves turn yellow because trees stop making their green pigment.";
+    assert!(demo.len() >= 5);
     for workload in &demo {
         let scored = ask(workload, good);
         assert!(scored.passed, "{}: {scored:?}", workload.name);

@@ -74,7 +74,7 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
         }
         let scores = score(night, &prompts, &drawn, pass, &folder)?;
         record(night, pass, &drawn, &scores)?;
-        let samples = training_samples(&drawn, &scores);
+        let samples = training_samples(&drawn, &scores, previous.is_none());
         let tuned = folder.join("adapter");
         let started = std::time::Instant::now();
         let outcome = match tune(night, &samples, previous.as_deref(), pass, &tuned) {
@@ -213,13 +213,14 @@ fn tune(
     }
 }
 
-fn training_samples(drawn: &[Candidate], scores: &[Score]) -> Vec<Sample> {
+fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> Vec<Sample> {
     let sample = |(c, s): (&Candidate, &Score)| Sample {
         group: c.prompt_hash.clone(),
         prompt: c.prompt_ids.clone(),
         completion: c.token_ids.clone(),
         reward: s.total,
         old_logprobs: Some(c.logprobs.clone()),
+        base_logprobs: from_base.then(|| c.logprobs.clone()),
     };
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }

@@ -227,8 +227,9 @@ fn play(
     sides: &Sides,
 ) -> Result<(Vec<Observation>, u64), RoundError> {
     let block_prompts: Vec<&Prompt> = block.clusters.iter().filter_map(|cluster| prompts.get(cluster)).collect();
-    let new = answer(night, trial, "new", &sides.challenger, &block_prompts)?;
-    let old = answer(night, trial, "incumbent", &sides.incumbent, &block_prompts)?;
+    let new = draw(night, trial, "new", &sides.challenger, &block_prompts)?;
+    let old = draw(night, trial, "incumbent", &sides.incumbent, &block_prompts)?;
+    let [new, old] = judge(night, &block_prompts, [new, old])?;
     let kl = divergences(night, trial, block, &block_prompts, &sides.challenger)?;
     let tokens = new.iter().chain(&old).flat_map(|a| &a.drawn).map(|c| c.token_ids.len() as u64).sum();
     store_answers(night, trial, block, &[("new", &new), ("incumbent", &old)])?;
@@ -265,26 +266,36 @@ impl Answers {
     }
 }
 
-fn answer(
+/// Draws one side's answers in production's decoding, from a stream of its own.
+fn draw(
     night: &Night<'_>,
     trial: &Trial,
     side: &str,
     (sampler, adapter): &(String, Option<Adapter>),
     prompts: &[&Prompt],
-) -> Result<Vec<Answers>, RoundError> {
+) -> Result<Vec<Vec<Candidate>>, RoundError> {
     let name = format!("gate/{}/{side}", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = night.config.decoding.sampling();
     let how = Draw { samples: night.config.gate.samples as usize, sampling, max_sequences: batch(night) };
-    let drawn = candidates::draw(night.model, adapter.as_ref(), prompts, &how, stream, &mut silent())?;
-    let items: Vec<Item> = prompts.iter().zip(&drawn).flat_map(|(p, group)| group.iter().map(|c| item(p, c))).collect();
+    Ok(candidates::draw(night.model, adapter.as_ref(), prompts, &how, stream, &mut silent())?)
+}
+
+/// Scores both sides together, so that the quality measure reads each question once for both.
+fn judge(
+    night: &Night<'_>,
+    prompts: &[&Prompt],
+    sides: [Vec<Vec<Candidate>>; 2],
+) -> Result<[Vec<Answers>; 2], RoundError> {
+    let pairs = sides.iter().flat_map(|side| prompts.iter().zip(side));
+    let items: Vec<Item> = pairs.flat_map(|(prompt, group)| group.iter().map(|c| item(prompt, c))).collect();
     let mut scored = night.rewards.gate(&items)?.into_iter();
     let mut quality = night.rewards.quality(&items)?.into_iter();
-    let answers = drawn.into_iter().map(|drawn| {
+    let mut answers = |drawn: Vec<Candidate>| {
         let n = drawn.len();
         Answers { drawn, scored: scored.by_ref().take(n).collect(), quality: quality.by_ref().take(n).collect() }
-    });
-    Ok(answers.collect())
+    };
+    Ok(sides.map(|side| side.into_iter().map(&mut answers).collect()))
 }
 
 fn batch(night: &Night<'_>) -> usize {

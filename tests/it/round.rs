@@ -351,8 +351,21 @@ fn training_that_collapses_fails_its_round_once_and_the_next_begins_anew() {
 /// The endpoint was down when the gate had decided: the next night claims the same promotion, and spends nothing on it.
 #[test]
 fn a_promotion_that_was_not_carried_out_is_claimed_again_without_fresh_prompts() {
-    let night = Night::new(&calls(CALLS));
+    // What a random model learns at all: fewer digits, and to end sooner.
+    let mut calls = calls(300);
+    calls
+        .iter_mut()
+        .filter(|c| c.workload.as_deref() == Some("vowel"))
+        .for_each(|c| c.workload = Some("no-digit".into()));
+    let night = Night::new(&calls);
     let generous = [
+        ("TAOD__CANDIDATES__SAMPLES_PER_PROMPT", "8"),
+        ("TAOD__TUNING__LEARNING_RATE", "0.3"),
+        ("TAOD__TUNING__EPOCHS", "10"),
+        ("TAOD__TUNING__RANK", "16"),
+        ("TAOD__TUNING__ITERATIONS", "3"),
+        ("TAOD__TUNING__MAX_KL", "10000"),
+        ("TAOD__GATE__SAMPLES", "8"),
         ("TAOD__GATE__ALPHA", "0.5"),
         ("TAOD__GATE__CHALLENGERS", "1"),
         ("TAOD__GATE__MAX_NIGHTS", "1"),

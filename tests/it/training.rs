@@ -19,6 +19,7 @@ fn samples() -> Vec<Sample> {
         completion: (first..first + 12).collect(),
         reward,
         old_logprobs: None,
+        base_logprobs: None,
     };
     vec![
         sample("a", 100..124, 300, 1.0),
