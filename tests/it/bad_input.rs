@@ -88,7 +88,7 @@ fn small_disks() -> bool {
     has("small-disks", there, "user namespaces are switched off, so no full disk can be made")
 }
 
-/// A disk of 1.5 MB takes the tables, but not what a round writes. The round ends with one line and, once there is space,
+/// A disk with 160 kB to spare does not hold what a round writes. The round ends with one line and, once there is space,
 /// goes on to the bytes of a round that always had it.
 #[test]
 fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
