@@ -6,15 +6,6 @@ use std::process::Command;
 use crate::harness::night::{Night, bytes_below, calls, model};
 use crate::harness::{Outcome, has, root, taod_in};
 
-/// Checks that a command ended with code 1 and one line, on standard error, that holds all of `parts`.
-fn refused(outcome: Outcome, parts: &[&str]) {
-    let outcome = outcome.code(1);
-    let lines: Vec<&str> = outcome.err.lines().filter(|line| line.starts_with("taod: ")).collect();
-    assert_eq!(lines.len(), 1, "{}", outcome.err);
-    assert!(parts.iter().all(|part| lines[0].contains(part)), "{parts:?} in {}", lines[0]);
-    assert_eq!(outcome.out, "");
-}
-
 /// Runs `taod generate` on one prompt.
 fn generate(folder: &Path, model: &Path, more: &[&str]) -> Outcome {
     let input = folder.join("in.jsonl");
@@ -38,7 +29,7 @@ fn a_model_that_cannot_be_used_is_named_with_the_remedy() {
     let at = |name: &str| folder.path().join(name);
     assert!(generate(folder.path(), &model(), &[]).code(0).out.contains("token_ids"));
 
-    refused(generate(folder.path(), &at("missing.gguf"), &[]), &["missing.gguf"]);
+    generate(folder.path(), &at("missing.gguf"), &[]).refused(&["missing.gguf"]);
 
     let mut gguf = b"GGUF".to_vec();
     gguf.extend(3u32.to_le_bytes());
@@ -52,12 +43,12 @@ fn a_model_that_cannot_be_used_is_named_with_the_remedy() {
         }
     }
     std::fs::write(at("mamba.gguf"), gguf).unwrap();
-    refused(generate(folder.path(), &at("mamba.gguf"), &[]), &["mamba.gguf", "mamba", "llama"]);
+    generate(folder.path(), &at("mamba.gguf"), &[]).refused(&["mamba.gguf", "mamba", "llama"]);
 
     copy(&model(), &at("cut"));
     let weights = std::fs::read(model().join("model.safetensors")).unwrap();
     std::fs::write(at("cut/model.safetensors"), &weights[..weights.len() / 2]).unwrap();
-    refused(generate(folder.path(), &at("cut"), &[]), &["model.safetensors"]);
+    generate(folder.path(), &at("cut"), &[]).refused(&["model.safetensors"]);
 }
 
 #[test]
@@ -65,7 +56,7 @@ fn an_adapter_of_another_base_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let lora = |name: &str| root().join("tests/fixtures/models").join(name).display().to_string();
     generate(folder.path(), &model(), &["--adapter", &lora("tiny-llama-lora")]).code(0);
-    refused(generate(folder.path(), &model(), &["--adapter", &lora("tiny-qwen3-lora")]), &["tiny-qwen3-lora"]);
+    generate(folder.path(), &model(), &["--adapter", &lora("tiny-qwen3-lora")]).refused(&["tiny-qwen3-lora"]);
 }
 
 #[test]
@@ -77,7 +68,7 @@ fn a_broker_that_nobody_answers_for_is_one_line() {
     let environment =
         [("TAOD__INGEST__KAFKA__BROKERS", address.as_str()), ("TAOD__INGEST__KAFKA__CONNECT_TIMEOUT_S", "2")];
     let outcome = taod_in(folder.path(), &["ingest", "--until-idle"], &environment);
-    refused(outcome, &[&address, "ingest.kafka.brokers"]);
+    outcome.refused(&[&address, "ingest.kafka.brokers"]);
 }
 
 /// Returns true where an ordinary user may mount a small disk of their own here.
@@ -119,7 +110,7 @@ fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
         out: String::from_utf8(output.stdout).unwrap(),
         err: String::from_utf8(output.stderr).unwrap(),
     };
-    refused(outcome, &["No space left on device", "free space"]);
+    outcome.refused(&["No space left on device", "free space"]);
     std::fs::remove_dir_all(night.state()).unwrap();
     std::fs::rename(format!("{state}.kept"), &state).unwrap();
     let half = bytes_below(&night.state()).into_iter().filter(|(path, _)| path.contains(".tmp")).count();

@@ -273,20 +273,11 @@ fn prompts_longer_than_the_context_are_left_out_and_counted() {
     assert_eq!(tonight["left_out"]["too_long"], long_gate, "{tonight}");
 }
 
-/// Checks that a command ended with code 1 and one line that holds all of `parts`.
-fn refused(outcome: Outcome, parts: &[&str]) {
-    let outcome = outcome.code(1);
-    let lines: Vec<&str> = outcome.err.lines().filter(|line| line.starts_with("taod: ")).collect();
-    assert_eq!(lines.len(), 1, "{}", outcome.err);
-    assert!(parts.iter().all(|part| lines[0].contains(part)), "{parts:?} in {}", lines[0]);
-    assert_eq!(outcome.out, "");
-}
-
 #[test]
 fn a_second_round_is_refused_while_one_runs() {
     let night = Night::new(&[]);
     let held = Paths::new(night.state()).lock().unwrap();
-    refused(night.worker(&[], &[]), &["another round is running", "round.lock"]);
+    night.worker(&[], &[]).refused(&["another round is running", "round.lock"]);
     assert!(!night.state().join("rounds").exists(), "the refused round left something");
     drop(held);
     night.worker(&[], &[]).code(0);
@@ -295,10 +286,10 @@ fn a_second_round_is_refused_while_one_runs() {
 #[test]
 fn resume_needs_an_unfinished_round_under_the_conditions_it_was_begun_with() {
     let whole = undisturbed();
-    refused(whole.worker(&["--resume"], &[]), &["no unfinished round to resume", "taod round --once"]);
+    whole.worker(&["--resume"], &[]).refused(&["no unfinished round to resume", "taod round --once"]);
 
     let night = Night::new(&calls(CALLS));
-    refused(night.worker(&["--resume"], &[]), &["no unfinished round to resume"]);
+    night.worker(&["--resume"], &[]).refused(&["no unfinished round to resume"]);
     night.kill_at("rewards-1", &[]);
     let before = bytes_below(&night.round());
     let changes = [
@@ -308,10 +299,10 @@ fn resume_needs_an_unfinished_round_under_the_conditions_it_was_begun_with() {
         ("RAYON_NUM_THREADS", "3", "number of threads"),
     ];
     for (key, value, what) in changes {
-        refused(night.worker(&["--resume"], &[(key, value)]), &["round-00001", what, "--allow-drift"]);
-        refused(night.worker(&[], &[(key, value)]), &[what]);
+        night.worker(&["--resume"], &[(key, value)]).refused(&["round-00001", what, "--allow-drift"]);
+        night.worker(&[], &[(key, value)]).refused(&[what]);
     }
-    refused(night.worker(&["--resume", "--control", "same-adapter"], &[]), &["control", "--allow-drift"]);
+    night.worker(&["--resume", "--control", "same-adapter"], &[]).refused(&["control", "--allow-drift"]);
     assert!(bytes_below(&night.round()) == before, "a refusal changed the round");
 
     decided(night.worker(&["--resume", "--allow-drift"], &[("TAOD__TUNING__LEARNING_RATE", "0.02")]));
@@ -325,7 +316,7 @@ fn an_accepted_drift_trains_a_pass_anew_that_was_begun_under_other_settings() {
     let night = Night::new(&calls(CALLS));
     night.kill_at("adapter-checkpoint", &[]);
     let faster = [("TAOD__TUNING__LEARNING_RATE", "0.02")];
-    refused(night.worker(&["--resume"], &faster), &["settings"]);
+    night.worker(&["--resume"], &faster).refused(&["settings"]);
     decided(night.worker(&["--resume", "--allow-drift"], &faster));
     // Drift before anything was trained: the same settings from the first step on.
     let other = Night::new(&calls(CALLS));
@@ -343,7 +334,7 @@ fn training_that_collapses_fails_its_round_once_and_the_next_begins_anew() {
     assert_eq!(outcome["result"], "failed");
     assert!(outcome["reason"].as_str().unwrap().contains("tuning.max_kl = 0.000001"), "{outcome}");
     assert!(night.adapters().is_empty() && night.rows(Name::Trials).is_empty());
-    refused(night.worker(&["--resume"], &strict), &["no unfinished round"]);
+    night.worker(&["--resume"], &strict).refused(&["no unfinished round"]);
     decided(night.worker(&[], &[]));
     assert!(night.state().join("rounds/round-00002/outcome.json").exists());
 }

@@ -67,6 +67,15 @@ impl Outcome {
         assert_eq!(self.code, expected, "standard output:\n{}\nstandard error:\n{}", self.out, self.err);
         self
     }
+
+    /// Checks that the command failed: code 1, nothing on standard output, one line of error that holds all of `parts`.
+    pub(crate) fn refused(self, parts: &[&str]) {
+        let outcome = self.code(1);
+        let lines: Vec<&str> = outcome.err.lines().filter(|line| line.starts_with("taod: ")).collect();
+        assert_eq!(lines.len(), 1, "{}", outcome.err);
+        assert!(parts.iter().all(|part| lines[0].contains(part)), "{parts:?} in {}", lines[0]);
+        assert_eq!(outcome.out, "");
+    }
 }
 
 /// Runs the program in an empty folder with no environment of ours; see [`taod_in`].
