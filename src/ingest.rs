@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::counters::{Counters, Reasons, Summary};
 use self::positions::Positions;
 use self::reader::{Known, Letter, Parsed, Reader};
+use crate::query_log::format::Mapping;
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, Record, SourceError};
 use crate::secret::{self, SecretError};
@@ -47,6 +48,8 @@ pub struct Settings {
     pub stall_s: u64,
     /// File with the key (16 bytes or more) under which end users are hashed; empty: end users are not stored at all.
     pub user_key_file: PathBuf,
+    /// Log formats of your own, tried in their order before the known ones.
+    pub mapping: Vec<Mapping>,
 }
 
 impl Default for Settings {
@@ -58,6 +61,7 @@ impl Default for Settings {
             idle_s: 2,
             stall_s: 60,
             user_key_file: PathBuf::new(),
+            mapping: Vec::new(),
         }
     }
 }
@@ -66,6 +70,9 @@ impl Settings {
     /// Checks ranges.
     pub fn validate(&self) -> Result<(), String> {
         self.kafka.validate().map_err(|e| format!("kafka.{e}"))?;
+        for (index, mapping) in self.mapping.iter().enumerate() {
+            mapping.validate().map_err(|e| format!("mapping[{index}].{e}"))?;
+        }
         let ranges = [
             ("batch_bytes", self.batch_bytes, 65_536, 268_435_456),
             ("commit_interval_s", self.commit_interval_s, 1, 3600),
@@ -157,6 +164,7 @@ pub async fn run(
         topic: settings.kafka.topic.clone(),
         user_key: settings.user_key()?,
         config_hash: settings.hash(),
+        mappings: settings.mapping.clone(),
     });
     let (mut restarts, mut backoff) = (0, BACKOFF);
     loop {

@@ -129,7 +129,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Demo(args) => daemon::run_demo(global, args, screen),
         Command::Serve(args) => serve::run(global, args),
         Command::Ingest(args) => ingest::run(global, args),
-        Command::Records(args) => records::run(args),
+        Command::Records(args) => records::run(global, args),
         Command::Round(args) => daemon::run_round(global, args),
         Command::RoundWorker(args) => daemon::run_worker(global, args, screen),
         Command::Dataset(command) => dataset::run(global, command),

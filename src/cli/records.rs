@@ -6,13 +6,13 @@ use std::io::BufRead;
 use anyhow::Context;
 use clap::Args;
 
-use super::Exit;
 use super::lines::{Input, Output};
+use super::{Exit, Global};
 use crate::query_log::format::{canonical_json, read};
 
 /// Show how raw records would be read; nothing is stored.
 ///
-/// Input lines: one raw record each, in any log format. Output lines: {"index", ...canonical record}, several where a record
+/// Input lines: one raw record each, in any log format, the config's `[[ingest.mapping]]` first. Output lines: {"index", ...canonical record}, several where a record
 /// holds several calls, or {"index", "dead_letter": reason, "message"}, or {"index", "skip": reason}.
 #[derive(Debug, Args)]
 pub struct Records {
@@ -28,13 +28,14 @@ fn header(text: &str) -> Result<(String, String), String> {
     Ok((pair.0.to_string(), pair.1.to_string()))
 }
 
-pub(super) fn run(args: &Records) -> anyhow::Result<Exit> {
+pub(super) fn run(global: &Global, args: &Records) -> anyhow::Result<Exit> {
+    let mappings = global.load()?.config.ingest.mapping;
     let headers: BTreeMap<String, String> = args.headers.iter().cloned().collect();
     let mut out = Output::stdout();
     // Split at line breaks only: what is between them need not even be text.
     for (index, record) in args.input.open()?.split(b'\n').enumerate() {
         let record = record.with_context(|| format!("cannot read {}, line {}", args.input.name(), index + 1))?;
-        for outcome in read(&record, &headers) {
+        for outcome in read(&record, &headers, &mappings) {
             out.line(&canonical_json(index, &outcome))?;
         }
     }

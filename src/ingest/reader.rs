@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::query_log::Record;
-use crate::query_log::format::{self, Outcome};
+use crate::query_log::format::{self, Mapping, Outcome};
 use crate::record::{Message, Query, last_user_text, prompt_hash};
 use crate::table::{TableError, batch_of, schema};
 
@@ -26,6 +26,8 @@ pub(super) struct Reader {
     /// Keys the hash under which end users are stored; without one no user is.
     pub(super) user_key: Option<Vec<u8>>,
     pub(super) config_hash: String,
+    /// The user's own log formats.
+    pub(super) mappings: Vec<Mapping>,
 }
 
 /// What became of some records.
@@ -108,7 +110,7 @@ impl Reader {
             // A tombstone is an empty record: the formats say what that is.
             let payload = record.payload.as_deref().unwrap_or_default();
             let dead = known.get(&record.partition);
-            for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record))) {
+            for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.mappings)) {
                 if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
                     continue;
                 }
@@ -256,7 +258,12 @@ mod tests {
     }
 
     fn reader(user_key: Option<&[u8]>) -> Reader {
-        Reader { topic: "t".into(), user_key: user_key.map(<[u8]>::to_vec), config_hash: "c".into() }
+        Reader {
+            topic: "t".into(),
+            user_key: user_key.map(<[u8]>::to_vec),
+            config_hash: "c".into(),
+            mappings: Vec::new(),
+        }
     }
 
     #[test]

@@ -56,6 +56,9 @@ label! {
         BadRequest = "bad_request",
         MissingRequestId = "missing_request_id",
         NotChat = "not_chat",
+        NoContent = "no_content",
+        BadCompression = "bad_compression",
+        TooLarge = "too_large",
         Other = "other",
     }
 }

@@ -95,6 +95,26 @@ fn a_bad_config_ends_with_64_and_one_line_for_each_problem() {
 }
 
 #[test]
+fn a_log_format_of_ones_own_is_checked_and_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = |when: &str| {
+        let text = format!(
+            "[[ingest.mapping]]\nname = \"ours\"\nwhen = \"{when}\"\n[ingest.mapping.parts]\nmessages = \"/q\"\n"
+        );
+        std::fs::write(folder.path().join("taod.toml"), text).unwrap();
+    };
+    std::fs::write(folder.path().join("log.jsonl"), "{\"kind\": 7, \"q\": \"Why?\"}\n").unwrap();
+    config("/kind");
+    let records = ["records", "--config", "taod.toml", "--input", "log.jsonl"];
+    let line: serde_json::Value = serde_json::from_str(&taod_in(folder.path(), &records, &[]).code(0).out).unwrap();
+    assert_eq!((&line["format"], &line["messages"][0]["content"]), (&"mapping".into(), &"Why?".into()));
+    assert_eq!(line["extra"]["mapping"], "ours");
+    config("kind");
+    let outcome = taod_in(folder.path(), &["config", "check", "--config", "taod.toml"], &[]).code(64);
+    assert!(outcome.err.contains("mapping[0].when is \"kind\": write a JSON pointer"), "{}", outcome.err);
+}
+
+#[test]
 fn a_secret_of_the_environment_is_in_no_output() {
     let folder = tempfile::tempdir().unwrap();
     // Every key that ends in _file has a secret; each gets a value that must not be seen again.

@@ -4,7 +4,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use taod::cli::Cli;
 
-use crate::harness::{files, root, text};
+use crate::harness::{files, root, taod_in, text};
 
 /// Returns the documents: those at the top and those under docs/.
 fn documents() -> Vec<String> {
@@ -55,6 +55,27 @@ fn every_command_line_of_the_documents_is_taken() {
     let wrong: Vec<String> =
         lines.iter().filter_map(|(path, line)| refusal(line).map(|why| format!("{path}: {why}"))).collect();
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+/// Returns the pieces of config in a document.
+fn configs(document: &str) -> Vec<String> {
+    let blocks = document.split("```toml\n").skip(1);
+    blocks.filter_map(|rest| rest.split("```").next()).map(str::to_string).collect()
+}
+
+#[test]
+fn every_config_of_the_documents_can_be_used() {
+    let configs: Vec<(String, String)> = documents()
+        .into_iter()
+        .flat_map(|path| configs(&text(&path)).into_iter().map(move |config| (path.clone(), config)))
+        .collect();
+    assert!(!configs.is_empty());
+    for (path, config) in configs {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("taod.toml"), &config).unwrap();
+        let outcome = taod_in(folder.path(), &["config", "check", "--config", "taod.toml"], &[]);
+        assert_eq!(outcome.code, 0, "{path}:\n{config}\n{}", outcome.err);
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use taod::engine::{Adapter, Model, ScoreItem, logprobs};
 use taod::progress::Progress;
 
 use crate::harness;
+use crate::harness::night::model as tiny_model;
 
 /// Two groups of token ids; what they say does not matter here.
 fn samples() -> Vec<Sample> {
@@ -76,4 +77,31 @@ fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
         }
     }
     assert_eq!(theirs.lines().count(), samples.len());
+}
+
+/// Runs `taod tune` on two samples, one good and one bad, and returns how it ended.
+fn tune_tiny(folder: &Path, out: &str, more: &[&str]) -> harness::Outcome {
+    let line = |ids: [u32; 6], reward: f64| {
+        let messages = [json!({"role": "user", "content": "one two"})];
+        json!({"group": "a", "messages": messages, "token_ids": ids, "finish_reason": "length", "reward": reward})
+    };
+    let lines = format!("{}\n{}\n", line([40, 41, 42, 43, 44, 45], 1.0), line([60, 61, 62, 63, 64, 65], 0.0));
+    std::fs::write(folder.join("scored.jsonl"), lines).unwrap();
+    let model = tiny_model().display().to_string();
+    let arguments = ["tune", "--model", &model, "--input", "scored.jsonl", "--out", out, "--json"];
+    harness::taod_in(folder, &[&arguments, more].concat(), &[("TAOD__TUNING__LEARNING_RATE", "0.02")])
+}
+
+#[test]
+fn tuning_goes_on_from_an_earlier_run_and_says_where_there_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let losses = |out: &str, more: &[&str]| -> Vec<f64> {
+        let outcome: Value = serde_json::from_str(&tune_tiny(folder.path(), out, more).code(0).out).unwrap();
+        outcome["steps"].as_array().unwrap().iter().map(|step| step["loss"].as_f64().unwrap()).collect()
+    };
+    let first = losses("one", &[]);
+    let second = losses("two", &["--start", "one"]);
+    assert!(second[0] < first[0], "the second run begins where the base is: {first:?}, then {second:?}");
+    tune_tiny(folder.path(), "three", &["--start", "nowhere"]).refused(&["nowhere"]);
+    assert!(!folder.path().join("three/adapter").exists());
 }

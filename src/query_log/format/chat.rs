@@ -5,10 +5,10 @@ use serde_json::{Map, Value};
 use crate::record::Message;
 
 use super::fields::{Fields, integer, kind_of};
-use super::{Reason, Refusal, stream};
+use super::{Reason, Refusal, responses, stream};
 
 /// Request fields that steer decoding; they go to the column `params`.
-const PARAMS: [&str; 28] = [
+const PARAMS: [&str; 31] = [
     "temperature",
     "top_p",
     "top_k",
@@ -37,6 +37,9 @@ const PARAMS: [&str; 28] = [
     "modalities",
     "chat_template_kwargs",
     "guided_json",
+    "best_of",
+    "echo",
+    "suffix",
 ];
 
 /// What a response body says. Any part may be missing: loggers leave out `id`, `model` and `usage`.
@@ -106,9 +109,11 @@ fn written(text: String) -> Answer {
     }
     let looks_like_body = matches!(text.trim_start().as_bytes().first(), Some(b'{' | b'['));
     match super::parse(text.trim().as_bytes()) {
-        Ok(Value::Object(map)) if map.contains_key("choices") || map.contains_key("error") => body_of(Fields::new(map)),
+        Ok(Value::Object(map)) if ["choices", "error", "output"].iter().any(|name| map.contains_key(*name)) => {
+            body_of(Fields::new(map))
+        }
         Ok(Value::Array(chunks)) if stream::are_chunks(&chunks) => streamed(stream::join(chunks)),
-        Err(_) if looks_like_body && text.contains("\"choices\"") => {
+        Err(_) if looks_like_body && ["\"choices\"", "\"output\""].iter().any(|name| text.contains(name)) => {
             Answer { truncated: true, rest: text.into(), ..Answer::default() }
         }
         _ => Answer { text: Some(text), ..Answer::default() },
@@ -121,6 +126,9 @@ fn streamed(joined: stream::Joined) -> Answer {
 }
 
 fn body_of(mut body: Fields) -> Answer {
+    if !body.has("choices") && (body.get("output").is_some_and(Value::is_array) || says(&body, "response")) {
+        return responses::answer(body);
+    }
     let mut answer = Answer {
         id: body.text(&["id"]),
         model: body.text(&["model"]),
@@ -148,7 +156,8 @@ fn first_choice(body: &mut Fields, answer: &mut Answer) {
         let mut choice = Fields::new(std::mem::take(map));
         answer.finish_reason = choice.text(&["finish_reason"]);
         let mut message = choice.object("message");
-        answer.text = take_content(&mut message);
+        // A legacy completion has its text beside the finish reason.
+        answer.text = take_content(&mut message).or_else(|| take_text(&mut choice));
         if message.get("role").is_some_and(|role| role == "assistant") {
             message.take("role");
         }
@@ -179,11 +188,23 @@ fn take_content(message: &mut Fields) -> Option<String> {
     }
 }
 
+fn take_text(choice: &mut Fields) -> Option<String> {
+    match choice.get("text")? {
+        Value::String(_) => choice.take("text").and_then(|text| text.as_str().map(str::to_owned)),
+        _ => None,
+    }
+}
+
 /// Drops what every body says.
 fn drop_implied(body: &mut Fields) {
-    if body.get("object").is_some_and(|kind| kind == "chat.completion" || kind == "chat.completion.chunk") {
+    if ["chat.completion", "chat.completion.chunk", "text_completion"].iter().any(|kind| says(body, kind)) {
         body.take("object");
     }
+}
+
+/// Returns true where a body names itself so.
+fn says(body: &Fields, object: &str) -> bool {
+    body.get("object").is_some_and(|kind| kind == object)
 }
 
 /// Returns the HTTP status that an error value means.

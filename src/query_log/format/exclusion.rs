@@ -17,8 +17,9 @@ pub const INTERNAL_HEADER: &str = "x-taod-internal";
 
 /// What loggers leave in place of masked text. A mask anywhere excludes the row: half-masked rows are common, and a
 /// model must not learn to write masks. Closing brackets are left out on purpose (`[REDACTED_EMAIL]`).
-static SENTINELS: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"(?i)redacted-by-litellm|\[redacted\b|\[redacted_").expect("a constant pattern"));
+static SENTINELS: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"(?i)redacted-by-litellm|__redacted__|\[redacted\b|\[redacted_").expect("a constant pattern")
+});
 
 /// Why a row must not train, the strongest reason first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +36,10 @@ pub(super) enum Exclusion {
     Cached,
     /// The logger cut the text.
     Truncated,
+    /// Earlier turns, or a stored template, are known to the server only.
+    Incomplete,
+    /// The prompt is raw text: a chat template around it would ask something else.
+    RawPrompt,
 }
 
 impl Exclusion {
@@ -46,6 +51,8 @@ impl Exclusion {
             Exclusion::Failed => "failed",
             Exclusion::Cached => "cached",
             Exclusion::Truncated => "truncated",
+            Exclusion::Incomplete => "incomplete",
+            Exclusion::RawPrompt => "raw_prompt",
         }
     }
 }

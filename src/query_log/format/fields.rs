@@ -12,7 +12,7 @@ use super::{Refusal, parse};
 
 /// Fields and headers that are dropped: credentials, and addresses and names of people that are no training data. The
 /// end user is kept beside them, for its keyed hash.
-pub(super) const PERSONAL: [&str; 17] = [
+pub(super) const PERSONAL: [&str; 18] = [
     "authorization",
     "proxy-authorization",
     "cookie",
@@ -20,6 +20,7 @@ pub(super) const PERSONAL: [&str; 17] = [
     "api-key",
     "api_key",
     "x-api-key",
+    "client_ip",
     "requester_ip_address",
     "x-forwarded-for",
     "x-real-ip",

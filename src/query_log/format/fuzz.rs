@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::exclusion::is_masked;
+use super::producer_tests::{BATCHES, CALLS};
 use super::tests::FIXTURES;
 use super::{Outcome, canonical_json, read};
 use crate::record::{Kind, derive_seed};
@@ -76,7 +77,7 @@ fn swap_value(bytes: &mut Vec<u8>, dice: &mut Dice) {
 }
 
 fn check(payload: &[u8]) {
-    let outcomes = read(payload, &BTreeMap::new());
+    let outcomes = read(payload, &BTreeMap::new(), &[]);
     assert!(!outcomes.is_empty(), "nothing became of the record");
     for (index, outcome) in outcomes.iter().enumerate() {
         let text = canonical_json(index, outcome).to_string();
@@ -95,10 +96,12 @@ fn check(payload: &[u8]) {
 
 #[test]
 fn no_bytes_break_the_readers() {
-    for (number, fixture) in FIXTURES.iter().enumerate() {
+    let texts = FIXTURES.into_iter().chain(CALLS.into_iter().chain(BATCHES).map(|(_, text)| text));
+    let spans: &[u8] = include_bytes!("../../../tests/fixtures/logs/otlp_spans.pb");
+    for (number, fixture) in texts.map(str::as_bytes).chain([spans]).enumerate() {
         let mut dice = Dice(derive_seed(1, &[&number.to_string()]));
         for _ in 0..2000 {
-            let mut bytes = fixture.as_bytes().to_vec();
+            let mut bytes = fixture.to_vec();
             for _ in 0..=dice.below(5) {
                 mutate(&mut bytes, &mut dice);
             }

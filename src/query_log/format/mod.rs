@@ -1,26 +1,36 @@
 //! Log formats: bytes of one Kafka record in, canonical calls out.
 //!
 //! [`read`] never fails and never panics: whatever the bytes are, they end as rows, dead letters with a reason, or
-//! skips with a reason, and never as nothing. A record may be one JSON object, an array of them, or JSON lines; each
-//! item is detected on its own, so producers of several formats may share a topic.
+//! skips with a reason, and never as nothing. A record may be one JSON object, an array of them, JSON lines or a batch of
+//! OpenTelemetry spans; each item is detected on its own, so producers of several formats may share a topic.
 //!
 //! What all formats keep: a field that no column takes goes to `extra` unchanged, except credentials and addresses of
 //! people, which are dropped ([`fields::PERSONAL`]). Where JSON repeats a key, the last one wins. A value that cannot
 //! be read as what its key says (a status `"abc"`, a time in the year 9999) counts as absent and stays in `extra`.
 //!
-//! Reading order: [`fields`] (lenient access), [`chat`] (requests and answers in OpenAI's shape), [`stream`] (answers
-//! logged as chunks), [`exclusion`] (rows that must not train), then one file per format.
+//! Reading order: [`envelope`] (what bytes are wrapped in), [`fields`] (lenient access), [`chat`] and [`responses`]
+//! (requests and answers in OpenAI's shapes), [`stream`] (answers logged as chunks), [`exclusion`] (rows that must not
+//! train), then one file per format.
 
+mod apisix;
 mod chat;
+mod databricks;
+pub mod envelope;
 pub mod exclusion;
 mod feedback;
 mod fields;
+mod kong;
 mod litellm;
+mod mapping;
 mod openai;
+mod otlp;
+mod responses;
 mod stream;
 
 #[cfg(test)]
 mod fuzz;
+#[cfg(test)]
+mod producer_tests;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +40,7 @@ use serde_json::{Map, Value, json};
 
 use crate::record::{Kind, Query, prompt_hash};
 use fields::Fields;
+pub use mapping::Mapping;
 
 /// Deepest nesting that is read. A little under the JSON parser's own 128, so that what is read here can be put into
 /// a document of ours and still be read back.
@@ -69,13 +80,19 @@ pub enum Reason {
     BadRequest,
     /// Feedback that names no call.
     MissingRequestId,
-    /// A call that is no chat (an embedding, an image, a legacy completion).
+    /// A call that is no chat (an embedding, an image), or a span that is no call.
     NotChat,
+    /// A call whose logger leaves prompts and answers out.
+    NoContent,
+    /// Compressed bytes that cannot be unpacked.
+    BadCompression,
+    /// Compressed bytes that unpack to more than is allowed.
+    TooLarge,
 }
 
 impl Reason {
     /// All reasons, for metrics that must exist before the first record.
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 15] = [
         Reason::Empty,
         Reason::NotJson,
         Reason::InvalidUtf8,
@@ -88,6 +105,9 @@ impl Reason {
         Reason::BadRequest,
         Reason::MissingRequestId,
         Reason::NotChat,
+        Reason::NoContent,
+        Reason::BadCompression,
+        Reason::TooLarge,
     ];
 
     /// Returns the name stored in the table and used as a label.
@@ -105,6 +125,9 @@ impl Reason {
             Reason::BadRequest => "bad_request",
             Reason::MissingRequestId => "missing_request_id",
             Reason::NotChat => "not_chat",
+            Reason::NoContent => "no_content",
+            Reason::BadCompression => "bad_compression",
+            Reason::TooLarge => "too_large",
         }
     }
 }
@@ -136,15 +159,32 @@ impl From<Refusal> for Outcome {
     }
 }
 
-/// Reads one Kafka record; an outcome's position is its `record_index`. Header names are compared without case.
-pub fn read(payload: &[u8], headers: &BTreeMap<String, String>) -> Vec<Outcome> {
-    let items = items(payload);
-    if items.len() > MAX_ITEMS {
-        let message =
-            format!("the record holds {} items, more than {MAX_ITEMS}: send fewer in one record", items.len());
-        return vec![Refusal::dead(Reason::TooManyItems, message).into()];
+/// Reads one Kafka record; an outcome's position is its `record_index`. Header names are compared without case. The
+/// user's own formats come before the known ones, in their order.
+pub fn read(payload: &[u8], headers: &BTreeMap<String, String>, mappings: &[Mapping]) -> Vec<Outcome> {
+    let payload = match envelope::open(payload) {
+        Ok(payload) => payload,
+        Err(refusal) => return vec![refusal.into()],
+    };
+    if let Some(outcomes) = otlp::read_protobuf(&payload, headers) {
+        return few(outcomes);
     }
-    items.into_iter().map(|item| item.and_then(|value| detect(value, headers)).unwrap_or_else(Outcome::from)).collect()
+    let items = items(&payload);
+    if items.len() > MAX_ITEMS {
+        return vec![too_many(items.len())];
+    }
+    let read = |value| detect(value, headers, mappings);
+    few(items.into_iter().flat_map(|item| item.map_or_else(|refusal| vec![refusal.into()], read)).collect())
+}
+
+/// Refuses a record with too many items whole.
+fn few(outcomes: Vec<Outcome>) -> Vec<Outcome> {
+    if outcomes.len() > MAX_ITEMS { vec![too_many(outcomes.len())] } else { outcomes }
+}
+
+fn too_many(items: usize) -> Outcome {
+    let message = format!("the record holds {items} items, more than {MAX_ITEMS}: send fewer in one record");
+    Refusal::dead(Reason::TooManyItems, message).into()
 }
 
 /// Returns the line that `taod records` prints for one outcome of the input line `index`.
@@ -239,34 +279,54 @@ fn depth(bytes: &[u8]) -> usize {
 }
 
 /// Finds the format of one item and reads it. The most telling signs come first.
-fn detect(value: Value, headers: &BTreeMap<String, String>) -> Result<Outcome, Refusal> {
-    let fields = match value {
-        Value::Object(map) => Fields::new(map),
-        Value::Null => return Err(Refusal::skip(Reason::Empty)),
+fn detect(value: Value, headers: &BTreeMap<String, String>, mappings: &[Mapping]) -> Vec<Outcome> {
+    let one = |query: Result<Query, Refusal>| vec![query.map_or_else(Outcome::from, |q| Outcome::Row(Box::new(q)))];
+    if let Some(mapping) = mappings.iter().find(|mapping| mapping.matches(&value)) {
+        return one(mapping.read(value, headers));
+    }
+    let map = match value {
+        Value::Object(map) => map,
+        Value::Null => return vec![Refusal::skip(Reason::Empty).into()],
         other => {
-            let kind = fields::kind_of(&other);
-            return Err(Refusal::dead(Reason::UnknownFormat, format!("the record is {kind}, not an object")));
+            let message = format!("the record is {}, not an object", fields::kind_of(&other));
+            return vec![Refusal::dead(Reason::UnknownFormat, message).into()];
         }
     };
-    let query = if fields.get("standard_logging_object").is_some_and(Value::is_object) {
+    if otlp::is_batch(&map) {
+        return otlp::read(&Value::Object(map), headers);
+    }
+    one(call(Fields::new(map), headers))
+}
+
+/// Reads an item that is one call, or feedback on one.
+fn call(fields: Fields, headers: &BTreeMap<String, String>) -> Result<Query, Refusal> {
+    if fields.get("standard_logging_object").is_some_and(Value::is_object) {
         litellm::read_wrapped(fields, headers)
     } else if feedback::is_feedback(&fields) {
         feedback::read(fields)
     } else if litellm::is_litellm(&fields) {
         litellm::read(fields, headers)
+    } else if kong::is_kong(&fields) {
+        kong::read(fields, headers)
+    } else if apisix::is_apisix(&fields) {
+        apisix::read(fields, headers)
+    } else if databricks::is_databricks(&fields) {
+        databricks::read(fields, headers)
     } else if openai::is_pair(&fields) {
-        openai::read(fields, headers)
+        openai::read(fields, headers, "openai")
+    } else if fields.has("gen_ai.request.model") {
+        // Envoy's AI gateway: an access log, which holds no bodies. Its spans do.
+        Err(Refusal::skip(Reason::NoContent))
     } else {
         Err(unknown(&fields))
-    };
-    query.map(|query| Outcome::Row(Box::new(query)))
+    }
 }
 
 fn unknown(fields: &Fields) -> Refusal {
     let names: Vec<&str> = fields.names().take(8).collect();
     let message = format!(
-        "no known log format has the fields {names:?}: expected `request` and `response` in OpenAI's shape, or \
-         LiteLLM's StandardLoggingPayload"
+        "no known log format has the fields {names:?}: expected `request` and `response` in OpenAI's shape, or one of \
+         LiteLLM, Databricks, OpenTelemetry, Kong or APISIX"
     );
     Refusal::dead(Reason::UnknownFormat, message)
 }

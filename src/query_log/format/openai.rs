@@ -1,35 +1,39 @@
-//! Raw request/response pairs: what a proxy or a server logs around OpenAI's chat completions.
+//! Raw request/response pairs: what a proxy or a server logs around OpenAI's interface, NVIDIA's flywheel among them.
 //!
 //! `{timestamp?, request, response?, status?, duration_ms?, workload_id?, client_id?, served_version?, …}`, where the
-//! bodies are objects or strings of JSON, and the response may be a stream of server-sent events.
+//! bodies are objects or strings of JSON, and the response may be a stream of server-sent events. The request is one of
+//! chat completions, of the Responses API or a legacy completion with one text as its prompt; any other is no chat.
+//! Gateways that log the same bodies in other places bring their records into this shape first ([`super::gateway`]).
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::record::{Kind, Query};
+use crate::record::{Kind, Message, Query};
 
 use super::chat::{self, Answer};
 use super::exclusion::{self, Exclusion, INTERNAL_USER};
 use super::fields::{Fields, Headers, kind_of};
-use super::{Reason, Refusal, feedback};
+use super::{Reason, Refusal, feedback, responses};
 
 /// Returns true where the record holds a request.
 pub(super) fn is_pair(fields: &Fields) -> bool {
     fields.has("request")
 }
 
-/// Reads a pair.
-pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>) -> Result<Query, Refusal> {
+/// Reads a pair; `format` is the name that its row carries.
+pub(super) fn read(
+    mut fields: Fields,
+    kafka_headers: &BTreeMap<String, String>,
+    format: &'static str,
+) -> Result<Query, Refusal> {
     let logged_headers = fields.take("headers").or_else(|| fields.take("request_headers"));
     let headers = Headers::new(kafka_headers, logged_headers.as_ref());
     let mut request = request_of(&mut fields)?;
-    let mut query = feedback::blank(Kind::Call, "openai");
+    let mut query = feedback::blank(Kind::Call, format);
     let mut found = Vec::new();
 
-    query.messages = messages_of(&mut request)?;
-    query.tools = request.take("tools");
-    query.params = chat::params(&mut request);
+    read_prompt(&mut query, &mut request, fields.get("response"), &mut found)?;
     query.model = request.text(&["model"]);
     query.user = request.text(&["user"]);
     let mut metadata = request.object("metadata");
@@ -66,15 +70,57 @@ fn request_of(fields: &mut Fields) -> Result<Fields, Refusal> {
     }
 }
 
-fn messages_of(request: &mut Fields) -> Result<Vec<crate::record::Message>, Refusal> {
-    if let Some(value) = request.take("messages") {
-        return chat::messages(value);
-    }
-    match ["prompt", "input"].iter().find(|name| request.has(name)) {
-        Some(name) => {
-            Err(Refusal::dead(Reason::NotChat, format!("the request has `{name}` and no messages: it is no chat")))
+/// Takes messages, tools and decoding parameters of any of the three interfaces.
+fn read_prompt(
+    query: &mut Query,
+    request: &mut Fields,
+    response: Option<&Value>,
+    found: &mut Vec<Exclusion>,
+) -> Result<(), Refusal> {
+    if responses::is_request(request, response) {
+        let prompt = responses::prompt(request)?;
+        if !prompt.whole {
+            found.push(Exclusion::Incomplete);
         }
-        None => Err(Refusal::dead(Reason::MissingMessages, "the request has no messages")),
+        query.conversation_id = prompt.conversation_id;
+        (query.messages, query.tools, query.params) = (prompt.messages, prompt.tools, prompt.params);
+        return Ok(());
+    }
+    query.messages = match request.take("messages") {
+        Some(messages) => chat::messages(messages)?,
+        None => {
+            found.push(Exclusion::RawPrompt);
+            vec![Message::text("user", raw_prompt(request, response)?)]
+        }
+    };
+    query.tools = request.take("tools");
+    query.params = chat::params(request);
+    Ok(())
+}
+
+/// Takes the prompt of a legacy completion. Images and embeddings have fields of the same names, but no such answer.
+fn raw_prompt(request: &mut Fields, response: Option<&Value>) -> Result<String, Refusal> {
+    let Some(name) = ["prompt", "input"].into_iter().find(|name| request.has(name)) else {
+        return Err(Refusal::dead(Reason::MissingMessages, "the request has no messages"));
+    };
+    let is_completion = match response {
+        Some(Value::String(text)) => text.contains("\"choices\""),
+        Some(body) => body.get("choices").is_some() || body.is_array(),
+        None => request.has("max_tokens"),
+    };
+    if name == "input" || !is_completion {
+        let message = format!("the request has `{name}` and no messages: it is no chat");
+        return Err(Refusal::dead(Reason::NotChat, message));
+    }
+    let refuse = |what: &str| Err(Refusal::dead(Reason::BadRequest, format!("the prompt is {what}")));
+    match request.take("prompt") {
+        Some(Value::String(text)) => Ok(text),
+        Some(Value::Array(prompts)) => match prompts.as_slice() {
+            [Value::String(text)] => Ok(text.clone()),
+            [Value::String(_), ..] => refuse("a list of several texts: log one prompt a record"),
+            _ => refuse("a list of token ids: log its text"),
+        },
+        _ => refuse("neither a text nor a list with one"),
     }
 }
 
@@ -83,7 +129,8 @@ fn read_metadata(query: &mut Query, metadata: &mut Fields, found: &mut Vec<Exclu
     query.workload = metadata.text(&["workload", "workload_id"]);
     query.tenant = metadata.text(&["tenant", "tenant_id"]);
     query.trace_id = metadata.text(&["trace_id"]);
-    query.conversation_id = metadata.text(&["conversation_id", "session_id"]);
+    let conversation = || metadata.text(&["conversation_id", "session_id"]);
+    query.conversation_id = query.conversation_id.take().or_else(conversation);
     let user = metadata.text(&["user", "user_id", "end_user"]);
     if user.as_deref() == Some(INTERNAL_USER) {
         found.push(Exclusion::Own);
@@ -160,14 +207,22 @@ fn status_of(fields: &mut Fields, answer: &Answer) -> i32 {
     answer.error_status.or(beside).unwrap_or(200)
 }
 
-/// Moves an answer into its columns; what no column takes goes to `extra.response`.
+/// Moves an answer into its columns; what no column takes goes to `extra.response`, also an id or a model where the
+/// logger names another.
 pub(super) fn take_answer(query: &mut Query, answer: Answer) {
-    query.request_id = query.request_id.take().or(answer.id);
+    query.request_id = query.request_id.take().or_else(|| answer.id.clone());
     query.served_version = query.served_version.take().or_else(|| answer.model.clone());
-    query.model = query.model.take().or(answer.model);
+    query.model = query.model.take().or_else(|| answer.model.clone());
+    let mut rest = answer.rest;
+    if let Value::Object(rest) = &mut rest {
+        let id = answer.id.filter(|id| query.request_id.as_ref() != Some(id));
+        rest.extend(id.map(|id| ("id".to_owned(), id.into())));
+        let is_new = |model: &String| [&query.served_version, &query.model].iter().all(|m| m.as_ref() != Some(model));
+        rest.extend(answer.model.filter(is_new).map(|model| ("model".to_owned(), model.into())));
+    }
     query.response = answer.text;
     query.finish_reason = answer.finish_reason;
     query.prompt_tokens = query.prompt_tokens.or(answer.prompt_tokens);
     query.completion_tokens = query.completion_tokens.or(answer.completion_tokens);
-    query.extra.insert("response".to_owned(), answer.rest);
+    query.extra.insert("response".to_owned(), rest);
 }

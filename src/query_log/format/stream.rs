@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::parse;
 
-/// Most entries of one list (tool calls, choices) that chunks may build; more marks the answer as incomplete.
+/// Most entries of one list (tool calls, choices, texts) that chunks may build; more marks the answer as incomplete.
 const MAX_ENTRIES: usize = 256;
 
 /// Fields of a delta that are names, not pieces of text: a later one replaces the earlier.
@@ -23,8 +23,9 @@ pub(super) struct Joined {
 /// Returns true where a list is one of chunks: completion chunks, or event lines.
 pub(super) fn are_chunks(items: &[Value]) -> bool {
     let is_chunk = |item: &Value| {
-        item.get("object").is_some_and(|object| object == "chat.completion.chunk")
+        item.get("object").is_some_and(|object| object == "chat.completion.chunk" || object == "text_completion")
             || item.pointer("/choices/0/delta").is_some()
+            || item.get("type").and_then(Value::as_str).is_some_and(|kind| kind.starts_with("response."))
             || item.as_str().is_some_and(|line| line.trim_start().starts_with("data:"))
     };
     items.first().is_some_and(is_chunk)
@@ -64,6 +65,10 @@ pub(super) fn events(text: &str) -> Option<Joined> {
 struct Joiner {
     body: Map<String, Value>,
     choices: BTreeMap<i64, Map<String, Value>>,
+    /// The newest state of an answer of the Responses API: its last event carries the whole.
+    response: Option<Map<String, Value>>,
+    /// Its texts so far, by item and part, for a stream that breaks off.
+    texts: BTreeMap<(i64, i64), String>,
     done: bool,
     broken: bool,
 }
@@ -82,6 +87,10 @@ impl Joiner {
     }
 
     fn chunk(&mut self, mut chunk: Map<String, Value>) {
+        if let Some(kind) = chunk.get("type").and_then(Value::as_str).filter(|kind| kind.starts_with("response.")) {
+            let kind = kind.to_owned();
+            return self.event(&kind, chunk);
+        }
         if let Some(Value::Array(choices)) = chunk.shift_remove("choices") {
             choices.into_iter().for_each(|choice| self.choice(choice));
         }
@@ -90,6 +99,22 @@ impl Joiner {
             let is_new = !value.is_null() && (name == "usage" || name == "error" || !self.body.contains_key(&name));
             if is_new {
                 self.body.insert(name, value);
+            }
+        }
+    }
+
+    /// Takes an event of the Responses API.
+    fn event(&mut self, kind: &str, mut event: Map<String, Value>) {
+        if let Some(Value::Object(response)) = event.shift_remove("response") {
+            self.response = Some(response);
+            self.done |= matches!(kind, "response.completed" | "response.incomplete" | "response.failed");
+        } else if let ("response.output_text.delta", Some(Value::String(more))) = (kind, event.get("delta")) {
+            let index = |name: &str| event.get(name).and_then(Value::as_i64).unwrap_or(0);
+            let at = (index("output_index"), index("content_index"));
+            if self.texts.contains_key(&at) || self.texts.len() < MAX_ENTRIES {
+                self.texts.entry(at).or_default().push_str(more);
+            } else {
+                self.broken = true;
             }
         }
     }
@@ -117,6 +142,9 @@ impl Joiner {
     }
 
     fn end(mut self) -> Joined {
+        if self.response.is_some() || !self.texts.is_empty() {
+            return self.end_of_response();
+        }
         let is_over = |choice: &Map<String, Value>| choice.get("finish_reason").is_some_and(Value::is_string);
         let all_over = !self.choices.is_empty() && self.choices.values().all(is_over);
         if !self.choices.is_empty() {
@@ -124,6 +152,17 @@ impl Joiner {
             self.body.insert("choices".into(), Value::Array(choices));
         }
         Joined { body: self.body, complete: (self.done || all_over) && !self.broken }
+    }
+
+    fn end_of_response(self) -> Joined {
+        let complete = self.done && !self.broken;
+        let mut body = self.response.unwrap_or_default();
+        body.extend(self.body.into_iter().filter(|(name, _)| name == "error"));
+        if !self.done {
+            let message = |text| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
+            body.insert("output".into(), self.texts.into_values().map(message).collect());
+        }
+        Joined { body, complete }
     }
 }
 

@@ -20,12 +20,12 @@ pub(super) const FIXTURES: [&str; 10] = [
 ];
 
 fn read_text(text: &str) -> Vec<Outcome> {
-    read(text.as_bytes(), &BTreeMap::new())
+    read(text.as_bytes(), &BTreeMap::new(), &[])
 }
 
 fn row_with(text: &str, headers: &[(&str, &str)]) -> Query {
     let headers = headers.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    match read(text.as_bytes(), &headers).as_slice() {
+    match read(text.as_bytes(), &headers, &[]).as_slice() {
         [Outcome::Row(query)] => query.as_ref().clone(),
         other => panic!("expected one row: {other:?}"),
     }
@@ -316,7 +316,7 @@ fn whatever_is_no_call_says_why() {
     for (text, expected) in cases {
         assert_eq!(reasons(&text), [expected], "{}", &text[..text.len().min(80)]);
     }
-    let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new());
+    let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new(), &[]);
     assert!(matches!(bad.as_slice(), [Outcome::DeadLetter { reason: Reason::InvalidUtf8, .. }]), "{bad:?}");
 }
 
