@@ -89,7 +89,7 @@ fn tune_tiny(folder: &Path, out: &str, more: &[&str]) -> harness::Outcome {
     std::fs::write(folder.join("scored.jsonl"), lines).unwrap();
     let model = tiny_model().display().to_string();
     let arguments = ["tune", "--model", &model, "--input", "scored.jsonl", "--out", out, "--json"];
-    harness::taod_in(folder, &[&arguments, more].concat(), &[("TAOD__TUNING__LEARNING_RATE", "0.02")])
+    harness::taod_in(folder, &[&arguments, more].concat(), &[("TAOD__TUNING__LEARNING_RATE", "0.003")])
 }
 
 #[test]
