@@ -243,8 +243,14 @@ fn length(observations: &[Observation], lengths: &BTreeMap<String, LengthBounds>
     }
     let intercept = intercept(observations, &bound_by_rules);
     parts.number("intercept", intercept);
-    let explained = if intercept > 0.0 { Outcome::Pass } else { Outcome::Fail };
-    parts.add(explained, format!("the gain at equal length is {intercept:+.3} (must be above 0)"));
+    let gain = observations.iter().map(Observation::d).sum::<f64>() / total as f64;
+    if gain > 0.0 {
+        let explained = if intercept > 0.0 { Outcome::Pass } else { Outcome::Fail };
+        parts.add(explained, format!("the gain at equal length is {intercept:+.3} (must be above 0)"));
+    } else {
+        // Nothing that length could explain: to refuse it is up to the evidence.
+        parts.add(Outcome::NotYet, format!("there is no gain ({gain:+.3}) that length could explain"));
+    }
     for (workload, bounds) in lengths {
         let answers = observations.iter().filter(|o| o.workload_name() == workload);
         absolute(workload, bounds, &answers.collect::<Vec<_>>(), limits.level, &mut parts);

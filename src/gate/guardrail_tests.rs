@@ -66,7 +66,7 @@ fn each_guardrail_passes_fails_and_waits() {
 #[test]
 fn a_gain_that_length_explains_is_none() {
     let padded = |i: usize, o: &mut Observation| {
-        let factor = 0.9 + 0.02 * (i % 11) as f64;
+        let factor = 0.95 + 0.02 * (i % 11) as f64;
         o.new.words = 41.0 * factor - 1.0;
         o.new.score = (0.5 + 2.0 * factor.ln() - 0.05).clamp(0.0, 1.0);
         o.incumbent.score = 0.5;
@@ -74,6 +74,14 @@ fn a_gain_that_length_explains_is_none() {
     let finding = length(&many(300, padded), &free(), &default());
     assert_eq!(finding.outcome, Outcome::Fail, "{finding:?}");
     assert!(finding.reason.contains("equal length") && finding.numbers["intercept"] < 0.0);
+}
+
+#[test]
+fn where_nothing_is_gained_length_does_not_refuse() {
+    let level = |i: usize, o: &mut Observation| o.new.score = o.incumbent.score + [-0.2, 0.1][i % 2];
+    let finding = length(&many(300, level), &free(), &default());
+    assert_eq!(finding.outcome, Outcome::NotYet, "{finding:?}");
+    assert!(finding.reason.contains("no gain (-0.050)"), "{}", finding.reason);
 }
 
 #[test]
