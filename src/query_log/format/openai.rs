@@ -3,7 +3,7 @@
 //! `{timestamp?, request, response?, status?, duration_ms?, workload_id?, client_id?, served_version?, …}`, where the
 //! bodies are objects or strings of JSON, and the response may be a stream of server-sent events. The request is one of
 //! chat completions, of the Responses API or a legacy completion with one text as its prompt; any other is no chat.
-//! Gateways that log the same bodies in other places bring their records into this shape first ([`super::gateway`]).
+//! Gateways that log the same bodies in other places bring their records into this shape first.
 
 use std::collections::BTreeMap;
 
