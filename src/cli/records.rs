@@ -12,7 +12,8 @@ use crate::query_log::format::{canonical_json, read};
 
 /// Show how raw records would be read; nothing is stored.
 ///
-/// Input lines: one raw record each, in any log format, the config's `[[ingest.mapping]]` first. Output lines: {"index", ...canonical record}, several where a record
+/// Input lines: one raw record each, in any log format, the config's `[[ingest.mapping]]` first. Output lines:
+/// {"index", ...canonical record}, several where a record
 /// holds several calls, or {"index", "dead_letter": reason, "message"}, or {"index", "skip": reason}.
 #[derive(Debug, Args)]
 pub struct Records {

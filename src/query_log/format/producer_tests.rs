@@ -278,6 +278,16 @@ fn spans_and_events_of_the_conventions_are_read_in_json_and_protobuf() {
 }
 
 #[test]
+fn messages_that_an_sdk_cut_are_truncated() {
+    let cut = BATCHES[0].1.replace(r#"Thursday?\",\"type\""#, r#"Thursday?\""#);
+    assert_ne!(cut, BATCHES[0].1);
+    match read(cut.as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+        [Outcome::Row(query), ..] => assert_eq!((query.truncated, query.reason.as_deref()), (true, Some("truncated"))),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn other_instrumentations_are_read() {
     let calls = rows("otlp_openllmetry.json");
     assert_eq!(calls.len(), 3);

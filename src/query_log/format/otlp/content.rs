@@ -26,6 +26,8 @@ pub(super) struct Content {
     pub(super) tools: Option<Value>,
     /// Further answers.
     pub(super) others: Vec<Value>,
+    /// True where the text breaks off.
+    pub(super) is_cut: bool,
 }
 
 /// Takes prompt and answer out of an entry, by the first dialect that it speaks.
@@ -33,6 +35,18 @@ pub(super) fn take(entry: &mut Entry, attributes: &mut Fields) -> Content {
     let dialects = [conventions, span_events, openllmetry, openinference];
     let says_something = |content: &Content| !content.messages.is_empty() || content.answer.is_some();
     dialects.iter().map(|read| read(entry, attributes)).find(says_something).unwrap_or_default()
+}
+
+/// Returns true where a list was cut: an SDK's limit on the length of attributes leaves JSON that breaks off, unmarked.
+pub(super) fn is_cut(entry: &Entry, attributes: &Fields) -> bool {
+    let lists = ["gen_ai.system_instructions", "gen_ai.input.messages", "gen_ai.output.messages"];
+    let of_events =
+        entry.events.iter().flat_map(|(_, fields)| ["gen_ai.prompt", "gen_ai.completion"].map(|n| fields.get(n)));
+    let breaks_off = |value: &Value| {
+        let text = value.as_str().unwrap_or_default().trim();
+        text.starts_with(['[', '{']) && parse(text.as_bytes()).is_err()
+    };
+    lists.iter().map(|name| attributes.get(name)).chain(of_events).flatten().any(breaks_off)
 }
 
 fn conventions(_: &mut Entry, attributes: &mut Fields) -> Content {

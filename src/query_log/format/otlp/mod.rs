@@ -100,7 +100,8 @@ fn outcome(mut entry: Entry, headers: &Headers<'_>) -> Result<Outcome, Refusal> 
     if !is_call(&entry, &attributes) {
         return Err(Refusal::skip(Reason::NotChat));
     }
-    let content = content::take(&mut entry, &mut attributes);
+    let is_cut = content::is_cut(&entry, &attributes);
+    let content = Content { is_cut, ..content::take(&mut entry, &mut attributes) };
     if content.messages.is_empty() {
         return Err(match content.answer {
             Some(_) => Refusal::dead(Reason::MissingMessages, "the span holds an answer and no prompt"),
@@ -154,6 +155,7 @@ fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Header
     if exclusion::takes_opt_out(&mut attributes) {
         found.push(Exclusion::OptOut);
     }
+    query.truncated = content.is_cut;
     query.messages = content.messages;
     query.tools = content.tools;
     query.finish_reason = content.finish_reason.or_else(|| finish_reason(&mut attributes)).map(plural);
