@@ -1,22 +1,21 @@
 //! Ingestion: the query log into the tables, every record exactly once.
 //!
-//! Records gather in an epoch. Sealing it commits the rows of all partitions together with the offsets they take the
-//! partitions to, in one Delta commit; what could not be read goes to `dead_letters` before, under offsets of its own.
-//! Nothing else is remembered: a session that fails is dropped whole, and the next one asks the tables where to go on.
+//! A session is one membership of the consumer group: it turns what the source says and what the clock says into calls of
+//! the [`ledger`], which alone decides what is stored and when a record counts as read. A session that fails is dropped
+//! whole, and the next one asks the tables where to go on.
 
 mod counters;
+mod ledger;
 mod positions;
 mod reader;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use arrow::array::RecordBatch;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
@@ -24,13 +23,13 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 pub use self::counters::{Counters, Reasons, Summary};
-use self::positions::Positions;
-use self::reader::{Known, Letter, Parsed, Reader};
+use self::ledger::Ledger;
+use self::reader::Reader;
 use crate::query_log::format::Mapping;
 use crate::query_log::kafka::{self, Connection, Consumer};
-use crate::query_log::{Event, Record, SourceError};
+use crate::query_log::{Event, SourceError};
 use crate::secret::{self, SecretError};
-use crate::table::{Name, Table, TableError, Tables, batch_of, schema};
+use crate::table::{TableError, Tables};
 
 /// How the query log is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -206,23 +205,11 @@ async fn session(
     let kafka = settings.kafka.clone();
     let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka));
     let connection = connection.await.map_err(|e| IngestError::Task(e.to_string()))??;
-    let mut queries = tables.open_one(Name::Queries).await?;
-    let letters = tables.open_one(Name::DeadLetters).await?;
-    let positions = Positions::new(&settings.kafka);
-    positions.first_sight(&mut queries, connection.extents()).await?;
-    let mut session = Session {
-        settings,
-        reader: Arc::clone(reader),
-        counters: Arc::clone(counters),
-        mode,
-        source: connection.subscribe()?,
-        queries,
-        letters,
-        positions,
-        known: Arc::default(),
-        epoch: Epoch::default(),
-        upkeep: None,
-    };
+    let mut ledger = Ledger::open(tables, &settings.kafka, Arc::clone(reader)).await?;
+    ledger.first_sight(connection.extents()).await?;
+    let source = connection.subscribe()?;
+    let mut session =
+        Session { settings, counters: Arc::clone(counters), mode, source, ledger, opened: None, upkeep: None };
     let ended = session.run(shutdown).await;
     session.source.close().await;
     if let Some(upkeep) = session.upkeep {
@@ -231,29 +218,15 @@ async fn session(
     ended
 }
 
-/// What was read and is not stored yet.
-#[derive(Default)]
-struct Epoch {
-    batches: Vec<RecordBatch>,
-    letters: Vec<Letter>,
-    skipped: BTreeMap<&'static str, u64>,
-    records: u64,
-    bytes: u64,
-    /// When the first of it was read.
-    opened: Option<Instant>,
-}
-
+/// One membership of the group: the source's events and the clock, turned into calls of the ledger.
 struct Session<'a> {
     settings: &'a Settings,
-    reader: Arc<Reader>,
     counters: Arc<Counters>,
     mode: Mode,
     source: Consumer,
-    queries: Table,
-    letters: Table,
-    positions: Positions,
-    known: Arc<Known>,
-    epoch: Epoch,
+    ledger: Ledger,
+    /// When the first of the open epoch was read.
+    opened: Option<Instant>,
     upkeep: Option<JoinHandle<()>>,
 }
 
@@ -265,12 +238,12 @@ impl Session<'_> {
         let interval = Duration::from_secs(self.settings.commit_interval_s);
         let (mut assigned, mut heard) = (false, Instant::now());
         loop {
-            let at_end = assigned && self.positions.at_end();
-            if at_end && self.mode == Mode::UntilIdle && self.positions.moved() {
+            let at_end = assigned && self.ledger.at_end();
+            if at_end && self.mode == Mode::UntilIdle && self.ledger.moved() {
                 self.seal().await?;
                 heard = Instant::now();
             }
-            let seal_at = self.epoch.opened.map(|opened| opened + interval);
+            let seal_at = self.opened.map(|opened| opened + interval);
             let rest_at = match self.mode {
                 Mode::Forever => None,
                 Mode::UntilIdle if at_end => Some(heard + idle),
@@ -309,91 +282,45 @@ impl Session<'_> {
     async fn take(&mut self, event: Event) -> Result<(), IngestError> {
         match event {
             Event::Assigned { partitions, reply } => {
-                let (starts, known) = self.positions.assign(&partitions, &mut self.queries, &mut self.letters).await?;
-                Arc::make_mut(&mut self.known).extend(known);
+                let starts = self.ledger.assign(&partitions).await?;
                 // A callback that no longer waits assigns nothing, and says so by an event of its own.
                 reply.send(starts).ok();
             }
-            Event::Records(records) => self.read(records).await?,
-            Event::End { partition, next } => {
-                // Past the last record there may be control records, which hold no row but move the offset.
-                self.positions.end(partition, next);
-                if self.positions.moved() {
-                    self.epoch.opened.get_or_insert_with(Instant::now);
+            Event::Records(records) => {
+                self.ledger.read(records).await?;
+                if self.ledger.bytes() >= self.settings.batch_bytes {
+                    self.seal().await?;
                 }
             }
+            Event::End { partition, next } => self.ledger.end(partition, next),
             Event::Revoked { partitions, reply } => {
                 let deadline = Duration::from_secs(self.settings.kafka.rebalance_timeout_s);
                 timeout(deadline, self.seal()).await.map_err(|_| IngestError::Lost)??;
-                self.positions.revoke(&partitions);
+                self.ledger.revoke(&partitions);
                 reply.send(()).ok();
             }
             Event::Lost => return Err(IngestError::Lost),
             Event::Failed(error) => return Err(error.into()),
             Event::Trouble(_) => {}
         }
+        if self.ledger.moved() {
+            self.opened.get_or_insert_with(Instant::now);
+        }
         Ok(())
     }
 
-    /// Adds records to the epoch and seals it when it is full.
-    async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
-        records.retain(|record| self.positions.take(record.partition, record.offset));
-        let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
-        let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known)).await;
-        let Parsed { batch, letters, skipped, bytes } = parsed.map_err(|e| IngestError::Task(e.to_string()))??;
-        self.epoch.opened.get_or_insert_with(Instant::now);
-        self.epoch.batches.push(batch);
-        self.epoch.letters.extend(letters);
-        for (reason, n) in skipped {
-            *self.epoch.skipped.entry(reason).or_default() += n;
-        }
-        self.epoch.records += count;
-        self.epoch.bytes += bytes;
-        if self.epoch.bytes >= self.settings.batch_bytes { self.seal().await } else { Ok(()) }
-    }
-
-    /// Commits the epoch: its dead letters first, then its rows with the offsets. An error leaves nothing to go on with.
+    /// Stores what was read. An error leaves nothing to go on with.
     async fn seal(&mut self) -> Result<(), IngestError> {
-        let epoch = std::mem::take(&mut self.epoch);
-        if !epoch.letters.is_empty() {
-            let steps = self.positions.letter_steps(&epoch.letters);
-            let batch = batch_of(&schema::DEAD_LETTERS, &epoch.letters)?;
-            self.letters.append(&[batch], &steps).await?;
-            self.positions.letters_stored(&steps);
-        }
-        let steps = self.positions.steps();
-        if steps.is_empty() {
-            return Ok(());
-        }
-        let appended = self.queries.append(&epoch.batches, &steps).await?;
-        let offsets = self.positions.stored();
-        self.count(&epoch, appended.version, appended.bytes);
-        self.source.advise(&offsets);
+        self.opened = None;
+        let Some(sealed) = self.ledger.seal().await? else { return Ok(()) };
+        self.counters.stored(&sealed);
+        self.source.advise(&sealed.offsets);
         self.keep_up().await
-    }
-
-    fn count(&self, epoch: &Epoch, version: u64, file_bytes: u64) {
-        let counters = &self.counters;
-        let mut dead: BTreeMap<&'static str, u64> = BTreeMap::new();
-        for letter in &epoch.letters {
-            *dead.entry(letter.reason).or_default() += 1;
-        }
-        let rows: usize = epoch.batches.iter().map(RecordBatch::num_rows).sum();
-        counters.records.fetch_add(epoch.records, Ordering::Relaxed);
-        counters.rows.fetch_add(rows as u64, Ordering::Relaxed);
-        counters.bytes.fetch_add(epoch.bytes, Ordering::Relaxed);
-        counters.file_bytes.fetch_add(file_bytes, Ordering::Relaxed);
-        counters.commits.fetch_add(1, Ordering::Relaxed);
-        counters.version.store(version, Ordering::Relaxed);
-        counters.last_commit_ms.store(chrono::Utc::now().timestamp_millis(), Ordering::Relaxed);
-        counters.dead_letters.add(&dead);
-        counters.skipped.add(&epoch.skipped);
-        tracing::debug!(version, rows, letters = epoch.letters.len(), bytes = epoch.bytes, "epoch stored");
     }
 
     /// Starts the upkeep that is due, beside ingestion; one at a time.
     async fn keep_up(&mut self) -> Result<(), IngestError> {
-        if let Some(upkeep) = self.queries.upkeep() {
+        if let Some(upkeep) = self.ledger.upkeep() {
             if let Some(before) = self.upkeep.take() {
                 before.await.map_err(|e| IngestError::Task(e.to_string()))?;
             }
@@ -408,9 +335,9 @@ impl Session<'_> {
 
     fn report(&self) {
         self.counters.ready.store(true, Ordering::Relaxed);
-        self.counters.buffered.store(self.epoch.records, Ordering::Relaxed);
-        self.counters.assigned.store(self.positions.len() as i64, Ordering::Relaxed);
-        self.counters.lag.store(self.positions.lag(&self.source.ends()), Ordering::Relaxed);
+        self.counters.buffered.store(self.ledger.records(), Ordering::Relaxed);
+        self.counters.assigned.store(self.ledger.partitions() as i64, Ordering::Relaxed);
+        self.counters.lag.store(self.ledger.lag(&self.source.ends()), Ordering::Relaxed);
     }
 
     fn stalled(&self) -> IngestError {

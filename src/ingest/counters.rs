@@ -6,6 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use super::ledger::Sealed;
+
 /// Live numbers, written by ingestion and read by whoever exports them.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -73,6 +75,19 @@ pub struct Summary {
 }
 
 impl Counters {
+    /// Counts a commit.
+    pub(super) fn stored(&self, sealed: &Sealed) {
+        self.records.fetch_add(sealed.records, Ordering::Relaxed);
+        self.rows.fetch_add(sealed.rows, Ordering::Relaxed);
+        self.bytes.fetch_add(sealed.bytes, Ordering::Relaxed);
+        self.file_bytes.fetch_add(sealed.file_bytes, Ordering::Relaxed);
+        self.commits.fetch_add(1, Ordering::Relaxed);
+        self.version.store(sealed.version, Ordering::Relaxed);
+        self.last_commit_ms.store(chrono::Utc::now().timestamp_millis(), Ordering::Relaxed);
+        self.dead_letters.add(&sealed.letters);
+        self.skipped.add(&sealed.skipped);
+    }
+
     /// Returns what was counted so far.
     pub fn summary(&self) -> Summary {
         Summary {

@@ -23,6 +23,7 @@ mod tests;
 
 pub use commit::{Appended, Table, TxnStep};
 pub use location::TableLocation;
+pub use maintain::Upkeep;
 pub use schema::TableSpec;
 pub use tables::{Name, Tables};
 pub use write::batch_of;

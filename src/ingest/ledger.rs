@@ -1,0 +1,175 @@
+//! The state machine of ingestion: which records are read, and what one commit stores.
+//!
+//! Records gather in an epoch. Sealing it commits the rows of all partitions together with the offsets they take the
+//! partitions to, in one Delta commit; what could not be read goes to `dead_letters` before, under offsets of its own.
+//! The ledger knows neither Kafka nor the clock: a source calls it, in production a [`super::Session`], and in the model
+//! check every order of events that can happen. After an error a ledger is of no more use: nothing of its epoch may be
+//! stored, and a new one begins at what the tables hold.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+
+use super::IngestError;
+use super::positions::Positions;
+use super::reader::{Known, Letter, Parsed, Reader};
+use crate::query_log::Record;
+use crate::query_log::kafka::{self, Extent};
+use crate::table::{Name, Table, Tables, Upkeep, batch_of, schema};
+
+/// What was read and is not stored yet.
+#[derive(Default)]
+struct Epoch {
+    batches: Vec<RecordBatch>,
+    letters: Vec<Letter>,
+    skipped: BTreeMap<&'static str, u64>,
+    records: u64,
+    bytes: u64,
+}
+
+/// What one commit stored.
+pub(super) struct Sealed {
+    pub(super) records: u64,
+    pub(super) rows: u64,
+    pub(super) bytes: u64,
+    pub(super) file_bytes: u64,
+    pub(super) version: u64,
+    pub(super) letters: BTreeMap<&'static str, u64>,
+    pub(super) skipped: BTreeMap<&'static str, u64>,
+    /// The next offset of every assigned partition.
+    pub(super) offsets: BTreeMap<i32, i64>,
+}
+
+/// The open epoch, and how far the tables are.
+pub(super) struct Ledger {
+    reader: Arc<Reader>,
+    queries: Table,
+    letters: Table,
+    positions: Positions,
+    known: Arc<Known>,
+    epoch: Epoch,
+}
+
+impl Ledger {
+    /// Opens the tables. No partition is held yet.
+    pub(super) async fn open(
+        tables: &Tables,
+        settings: &kafka::Settings,
+        reader: Arc<Reader>,
+    ) -> Result<Self, IngestError> {
+        Ok(Ledger {
+            reader,
+            queries: tables.open_one(Name::Queries).await?,
+            letters: tables.open_one(Name::DeadLetters).await?,
+            positions: Positions::new(settings),
+            known: Arc::default(),
+            epoch: Epoch::default(),
+        })
+    }
+
+    /// Gives partitions that no one has read yet their first offset.
+    pub(super) async fn first_sight(&mut self, extents: &[Extent]) -> Result<(), IngestError> {
+        Ok(self.positions.first_sight(&mut self.queries, extents).await?)
+    }
+
+    /// Takes on partitions and returns the offset at which each is to be read.
+    pub(super) async fn assign(&mut self, partitions: &[i32]) -> Result<BTreeMap<i32, i64>, IngestError> {
+        let (starts, known) = self.positions.assign(partitions, &mut self.queries, &mut self.letters).await?;
+        Arc::make_mut(&mut self.known).extend(known);
+        Ok(starts)
+    }
+
+    /// Adds records to the epoch. Those of partitions that are not held, and those read before, are passed over.
+    pub(super) async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
+        records.retain(|record| self.positions.take(record.partition, record.offset));
+        let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
+        let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known)).await;
+        let Parsed { batch, letters, skipped, bytes } = parsed.map_err(|e| IngestError::Task(e.to_string()))??;
+        self.epoch.batches.push(batch);
+        self.epoch.letters.extend(letters);
+        for (reason, n) in skipped {
+            *self.epoch.skipped.entry(reason).or_default() += n;
+        }
+        self.epoch.records += count;
+        self.epoch.bytes += bytes;
+        Ok(())
+    }
+
+    /// Takes in that everything of a partition was handed out. Past the last record there may be control records, which
+    /// hold no row but move the offset.
+    pub(super) fn end(&mut self, partition: i32, next: Option<i64>) {
+        self.positions.end(partition, next);
+    }
+
+    /// Gives partitions up. Their epoch must be sealed before.
+    pub(super) fn revoke(&mut self, partitions: &[i32]) {
+        self.positions.revoke(partitions);
+    }
+
+    /// Commits the epoch: its dead letters first, then its rows with the offsets. Returns nothing where nothing moved.
+    pub(super) async fn seal(&mut self) -> Result<Option<Sealed>, IngestError> {
+        let epoch = std::mem::take(&mut self.epoch);
+        if !epoch.letters.is_empty() {
+            let steps = self.positions.letter_steps(&epoch.letters);
+            let batch = batch_of(&schema::DEAD_LETTERS, &epoch.letters)?;
+            self.letters.append(&[batch], &steps).await?;
+            self.positions.letters_stored(&steps);
+        }
+        let steps = self.positions.steps();
+        if steps.is_empty() {
+            return Ok(None);
+        }
+        let appended = self.queries.append(&epoch.batches, &steps).await?;
+        let sealed = epoch.sealed(appended.version, appended.bytes, self.positions.stored());
+        tracing::debug!(version = sealed.version, rows = sealed.rows, bytes = sealed.bytes, "epoch stored");
+        Ok(Some(sealed))
+    }
+
+    /// Returns the upkeep of the table that is due, if any.
+    pub(super) fn upkeep(&self) -> Option<Upkeep> {
+        self.queries.upkeep()
+    }
+
+    /// Returns true where every held partition is at its end.
+    pub(super) fn at_end(&self) -> bool {
+        self.positions.at_end()
+    }
+
+    /// Returns true where something read is not stored yet.
+    pub(super) fn moved(&self) -> bool {
+        self.positions.moved()
+    }
+
+    /// Returns the records of the open epoch.
+    pub(super) fn records(&self) -> u64 {
+        self.epoch.records
+    }
+
+    /// Returns the payload bytes of the open epoch.
+    pub(super) fn bytes(&self) -> u64 {
+        self.epoch.bytes
+    }
+
+    /// Returns how many partitions are held.
+    pub(super) fn partitions(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Returns how many records Kafka holds beyond what is stored.
+    pub(super) fn lag(&self, ends: &BTreeMap<i32, i64>) -> i64 {
+        self.positions.lag(ends)
+    }
+}
+
+impl Epoch {
+    fn sealed(self, version: u64, file_bytes: u64, offsets: BTreeMap<i32, i64>) -> Sealed {
+        let mut letters: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for letter in &self.letters {
+            *letters.entry(letter.reason).or_default() += 1;
+        }
+        let rows = self.batches.iter().map(|batch| batch.num_rows() as u64).sum();
+        let Epoch { skipped, records, bytes, .. } = self;
+        Sealed { records, rows, bytes, file_bytes, version, letters, skipped, offsets }
+    }
+}
