@@ -6,6 +6,9 @@
 //! check every order of events that can happen. After an error a ledger is of no more use: nothing of its epoch may be
 //! stored, and a new one begins at what the tables hold.
 
+#[cfg(test)]
+mod model_check;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -159,6 +162,23 @@ impl Ledger {
     /// Returns how many records Kafka holds beyond what is stored.
     pub(super) fn lag(&self, ends: &BTreeMap<i32, i64>) -> i64 {
         self.positions.lag(ends)
+    }
+}
+
+#[cfg(test)]
+impl Ledger {
+    /// Returns everything in here that decides what it does next.
+    fn fingerprint(&self) -> String {
+        use std::fmt::Write;
+
+        let mut text =
+            format!("{} {} {}", self.positions.fingerprint(), self.queries.fingerprint(), self.letters.fingerprint());
+        let mut known: Vec<_> = self.known.iter().flat_map(|(p, at)| at.iter().map(move |at| (p, at))).collect();
+        known.sort();
+        let letters: Vec<_> = self.epoch.letters.iter().map(|letter| (letter.partition, letter.offset)).collect();
+        // Rows are what was read and is no dead letter: positions and letters tell them.
+        write!(text, "{known:?} {letters:?} {}", self.epoch.records).unwrap();
+        text
     }
 }
 

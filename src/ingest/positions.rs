@@ -1,6 +1,6 @@
 //! How far each partition is, as the tables say, and how far the epoch under way would take it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Int32Type, Int64Type};
@@ -20,8 +20,17 @@ pub(super) struct Position {
     pub(super) at_end: bool,
     /// Next offset by the `dead_letters` table, which may be ahead of `stored` after a crash, or behind.
     letters: Option<i64>,
-    /// Counts commits of dead letters below `letters`, so that two writers of them conflict.
-    late: Option<i64>,
+    /// Which holding of the partition this is, by either table.
+    holding: Holding,
+}
+
+/// The number of a holding in the tables. Every commit asks for it, so that whoever held the partition before can no
+/// longer store anything of it: neither a row that its new holder, who reads otherwise, makes a dead letter, nor the
+/// reverse. Offsets alone fence one table each, not the two against each other.
+#[derive(Debug, Clone, Copy)]
+struct Holding {
+    queries: i64,
+    letters: i64,
 }
 
 /// All assigned partitions.
@@ -64,13 +73,13 @@ impl Positions {
         queries: &mut Table,
         letters: &mut Table,
     ) -> Result<(BTreeMap<i32, i64>, Known), TableError> {
-        queries.refresh().await?;
-        letters.refresh().await?;
         let ids: Vec<String> = partitions.iter().map(|p| self.settings.app_id(*p)).collect();
-        let late_ids: Vec<String> = ids.iter().map(|id| late_id(id)).collect();
+        // First the partitions are closed to their former holders, then the tables are read: what those stored before is
+        // seen, and what they try to store later does not land.
+        let in_letters = hold(&ids, letters).await?;
+        let in_queries = hold(&ids, queries).await?;
         let stored = queries.txns(&ids).await?;
         let dead = letters.txns(&ids).await?;
-        let late = letters.txns(&late_ids).await?;
         let (mut starts, mut known) = (BTreeMap::new(), Known::new());
         for (i, (&partition, app_id)) in partitions.iter().zip(ids).enumerate() {
             if stored[i].is_none() {
@@ -81,7 +90,8 @@ impl Positions {
             if dead[i].is_some_and(|dead| dead > next) {
                 known.insert(partition, self.dead_from(partition, next, letters).await?);
             }
-            let position = Position { stored: next, next, at_end: false, letters: dead[i], late: late[i] };
+            let holding = Holding { queries: in_queries[i], letters: in_letters[i] };
+            let position = Position { stored: next, next, at_end: false, letters: dead[i], holding };
             self.held.insert(partition, position);
             starts.insert(partition, next);
         }
@@ -131,46 +141,34 @@ impl Positions {
     /// Returns the steps that store the epoch's rows.
     pub(super) fn steps(&self) -> Vec<TxnStep> {
         let moved = self.held.iter().filter(|(_, position)| position.next > position.stored);
-        moved
-            .map(|(partition, position)| TxnStep {
-                app_id: self.settings.app_id(*partition),
-                expect: Some(position.stored),
-                set: position.next,
-            })
-            .collect()
+        let steps = |(partition, position): (&i32, &Position)| {
+            let app_id = self.settings.app_id(*partition);
+            let held = still_held(&app_id, position.holding.queries);
+            [held, TxnStep { app_id, expect: Some(position.stored), set: position.next }]
+        };
+        moved.flat_map(steps).collect()
     }
 
-    /// Returns the steps that store the epoch's dead letters.
-    ///
-    /// Letters at or past the table's offset move it. Letters below it (an epoch redone by a taod that reads less)
-    /// move a counter instead, so that two writers of them still conflict.
+    /// Returns the steps that store the epoch's dead letters: how far they are decided, which never goes back (an epoch
+    /// may be redone by a taod that reads less), and that the partition is still held.
     pub(super) fn letter_steps(&self, letters: &[Letter]) -> Vec<TxnStep> {
-        let mut steps: HashMap<String, TxnStep> = HashMap::new();
-        for letter in letters {
-            let Some(position) = self.held.get(&letter.partition) else { continue };
-            let app_id = self.settings.app_id(letter.partition);
-            let step = match position.letters {
-                Some(stored) if letter.offset < stored => {
-                    TxnStep { app_id: late_id(&app_id), expect: position.late, set: position.late.unwrap_or(0) + 1 }
-                }
-                stored => TxnStep { app_id, expect: stored, set: position.next },
-            };
-            steps.insert(step.app_id.clone(), step);
-        }
-        steps.into_values().collect()
+        let touched: BTreeSet<i32> = letters.iter().map(|letter| letter.partition).collect();
+        let held = touched.iter().filter_map(|partition| Some((partition, self.held.get(partition)?)));
+        held.flat_map(|(partition, position)| {
+            let app_id = self.settings.app_id(*partition);
+            let decided = position.letters.unwrap_or(0).max(position.next);
+            let held = still_held(&app_id, position.holding.letters);
+            [held, TxnStep { app_id, expect: position.letters, set: decided }]
+        })
+        .collect()
     }
 
     /// Takes in that these dead letters' steps landed.
     pub(super) fn letters_stored(&mut self, steps: &[TxnStep]) {
         for (partition, position) in &mut self.held {
             let app_id = self.settings.app_id(*partition);
-            let late = late_id(&app_id);
-            for step in steps {
-                if step.app_id == app_id {
-                    position.letters = Some(step.set);
-                } else if step.app_id == late {
-                    position.late = Some(step.set);
-                }
+            if let Some(step) = steps.iter().find(|step| step.app_id == app_id) {
+                position.letters = Some(step.set);
             }
         }
     }
@@ -193,6 +191,24 @@ impl Positions {
         self.held.values().any(|position| position.next > position.stored)
     }
 
+    /// Returns everything in here that decides what happens next, but for the numbers of holdings.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self) -> String {
+        let of = |(partition, p): (&i32, &Position)| {
+            format!("{partition}: {} {} {} {:?}", p.stored, p.next, p.at_end, p.letters)
+        };
+        self.held.iter().map(of).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the numbers of the holdings: of `queries` and of `dead_letters`, by app id.
+    #[cfg(test)]
+    pub(super) fn holdings(&self) -> BTreeMap<String, (i64, i64)> {
+        let of = |(p, held): (&i32, &Position)| {
+            (holding_id(&self.settings.app_id(*p)), (held.holding.queries, held.holding.letters))
+        };
+        self.held.iter().map(of).collect()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.held.len()
     }
@@ -206,6 +222,22 @@ impl Positions {
     }
 }
 
-fn late_id(app_id: &str) -> String {
-    format!("{app_id}/late")
+/// Begins a holding of partitions in a table, and returns its numbers.
+async fn hold(ids: &[String], table: &mut Table) -> Result<Vec<i64>, TableError> {
+    table.refresh().await?;
+    let holding_ids: Vec<String> = ids.iter().map(|id| holding_id(id)).collect();
+    let former = table.txns(&holding_ids).await?;
+    let step = |(app_id, expect): (String, Option<i64>)| TxnStep { app_id, expect, set: expect.unwrap_or(0) + 1 };
+    let steps: Vec<TxnStep> = holding_ids.into_iter().zip(former).map(step).collect();
+    table.append(&[], &steps).await?;
+    Ok(steps.into_iter().map(|step| step.set).collect())
+}
+
+/// Returns the step that lands only while a partition's holding is still the newest.
+fn still_held(app_id: &str, number: i64) -> TxnStep {
+    TxnStep { app_id: holding_id(app_id), expect: Some(number), set: number }
+}
+
+fn holding_id(app_id: &str) -> String {
+    format!("{app_id}/holding")
 }

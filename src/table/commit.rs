@@ -22,6 +22,8 @@ use super::{TableError, TableLocation, rows, write};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
 const ATTEMPTS: u32 = 6;
+/// A pause before an entry is written again, doubled with each; tests, where stores are in memory, do not wait.
+const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 0 } else { 50 });
 /// After this long without contact the table is opened anew: log entries may have been cleaned up meanwhile, and a
 /// version number that looks free because its entry is gone must never be written.
 const STALE: Duration = Duration::from_secs(3600);
@@ -168,7 +170,7 @@ impl Table {
             if trouble == ATTEMPTS {
                 return Err(TableError::Unsettled { table: self.name.clone(), version, why });
             }
-            tokio::time::sleep(Duration::from_millis(50 << trouble)).await;
+            tokio::time::sleep(PAUSE * (1 << trouble)).await;
         }
     }
 
@@ -233,6 +235,17 @@ impl Table {
     fn is_stale(&self) -> bool {
         // A clock that went backwards counts as stale, too.
         SystemTime::now().duration_since(self.seen).map_or(true, |age| age > STALE)
+    }
+}
+
+#[cfg(test)]
+impl Table {
+    /// Returns what this table believes, for the model check of ingestion. Its version decides nothing
+    /// more, and holdings count up without end: only whether they are the newest matters.
+    pub(crate) fn fingerprint(&self) -> String {
+        let positions: std::collections::BTreeMap<_, _> =
+            self.positions.iter().filter(|(id, _)| !id.ends_with("/holding")).collect();
+        format!("{positions:?}")
     }
 }
 
