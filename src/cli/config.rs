@@ -33,6 +33,8 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let mut out = std::io::stdout().lock();
     match command {
         Command::Check => {
+            // Some of what a store needs stands in the environment: only opening it tells.
+            loaded.config.state.open_tables()?;
             let name = global.config.as_ref().map_or("defaults".into(), |path| path.display().to_string());
             writeln!(out, "{name}: the config is right (hash {})", loaded.config.hash())?;
         }

@@ -11,6 +11,7 @@ mod bad_input;
 mod bench_train;
 mod cli;
 mod config;
+mod crash;
 mod dashboards;
 mod docs;
 mod ingest;
