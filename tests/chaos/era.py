@@ -76,7 +76,7 @@ class Era:
             endpoint = f"http://127.0.0.1:{self.run.proxy.port}"
             options = (f'store_options = {{ endpoint = "{endpoint}", region = "us-east-1", allow_http = "true", '
                        'timeout = "2 s", connect_timeout = "1 s" }')
-        path.write_text(f"""
+        text = f"""
 [state]
 dir = "{self.folder / 'state'}"
 tables = "{self.root}"
@@ -96,7 +96,11 @@ rebalance_timeout_s = 5
 "topic.metadata.refresh.interval.ms" = "1000"
 "reconnect.backoff.max.ms" = "300"
 "partition.assignment.strategy" = "{self.assignor}"
-{MAPPING if self.mapped else ""}""")
+{MAPPING if self.mapped else ""}"""
+        # An instance that was started a moment ago may be reading it: the file is never half there.
+        staging = path.with_suffix(".tmp")
+        staging.write_text(text)
+        staging.replace(path)
         return path
 
     # Instances of taod. The first of the list is the one that stays.

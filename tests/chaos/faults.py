@@ -326,8 +326,9 @@ def fits(era, need):
     }[need]
 
 
-def pick(era):
-    choices = [(fault, weight) for fault, weight, need in FAULTS if fits(era, need)]
+def pick(era, only=None):
+    choices = [(fault, weight) for fault, weight, need in FAULTS
+               if fits(era, need) and fault.__name__.startswith(only or "")]
     return era.rng.choices([fault for fault, _ in choices], [weight for _, weight in choices])[0]
 
 

@@ -39,6 +39,7 @@ class Run:
             self.state = json.loads(self.state_file.read_text())
             if self.state["seed"] != self.seed:
                 sys.exit(f"{self.work} holds the run of seed {self.state['seed']}; give that seed or another folder")
+        self.only, self.now = options.only, "the beginning"
         self.faults, self.counts = Counter(self.state["faults"]), Counter(self.state["counts"])
         self.has_faketime = os.path.exists(parts.FAKETIME)
         if not self.has_faketime:
@@ -95,7 +96,9 @@ class Run:
         try:
             self.say(f"era {self.state['eras']}: {era.describe()}")
             for cycle in range(cycles):
-                fault = faults.pick(era)
+                era.rng.seed(f"{self.seed}/{self.state['eras']}/{cycle}")
+                fault = faults.pick(era, self.only)
+                self.now = fault.__name__
                 at = time.monotonic()
                 fault(era)
                 era.settle()
@@ -109,10 +112,12 @@ class Run:
                 if until and time.monotonic() > until:
                     cycles = cycle + 1
                     break
+            self.now = "the end"
             era.finish()
             keep = False
         except (Violation, RuntimeError) as error:
-            error.add_note(f"seed {self.seed}, era {self.state['eras']} in {era.folder}, after {sum(done.values())} cycles")
+            error.add_note(f"seed {self.seed}, era {self.state['eras']} in {era.folder}, after {sum(done.values())} cycles, "
+                           f"in {self.now}")
             raise
         except BaseException:
             # Cut short from outside: the era will be done again.
@@ -147,6 +152,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="end after this time, with whatever is done by then")
     parser.add_argument("--sabotage", choices=sorted(faults.SABOTAGE), help="wreck the table; the run must fail")
+    parser.add_argument("--only", help="only the faults whose names begin so, for looking into one")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on from here"))
     run = Run(options)

@@ -17,6 +17,7 @@ mod docs;
 mod ingest;
 mod layers;
 mod metrics;
+mod power_loss;
 mod readers;
 mod round;
 mod training;
