@@ -7,8 +7,8 @@ A run lives in DIR: with the same seed it goes on where it was cut short. It end
 """
 
 import argparse
+import fcntl
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -24,14 +24,17 @@ from era import Era
 from invariants import Violation
 from proxy import Proxy
 
-ERA_CYCLES = 20
-
 
 class Run:
     def __init__(self, options):
         self.seed, self.binary = options.seed, pathlib.Path(options.binary).resolve()
         self.work = pathlib.Path(options.work).resolve()
         self.work.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.work / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"another sitting is at work in {self.work}")
         self.state_file = self.work / "run.json"
         self.state = {"seed": self.seed, "cycles": 0, "eras": 0, "attempt": 0, "seconds": 0.0, "faults": {}, "counts": {},
                       "skipped": {}}
@@ -41,9 +44,6 @@ class Run:
                 sys.exit(f"{self.work} holds the run of seed {self.state['seed']}; give that seed or another folder")
         self.only, self.now = options.only, "the beginning"
         self.faults, self.counts = Counter(self.state["faults"]), Counter(self.state["counts"])
-        self.has_faketime = os.path.exists(parts.FAKETIME)
-        if not self.has_faketime:
-            self.skip("clock", "libfaketime is not installed")
 
     def say(self, text):
         print(text, flush=True)
@@ -68,8 +68,11 @@ class Run:
         self.sitting.mkdir(parents=True)
         self.kafka = parts.Kafka(self.sitting)
         self.admin = AdminClient({**parts.QUIET, "bootstrap.servers": self.kafka.brokers})
-        self.s3 = parts.S3(self.sitting)
+        self.s3 = parts.S3.start(self.sitting)
         self.proxy = Proxy(self.s3.port)
+        self.clock = parts.build_clock(self.sitting)
+        if self.clock is None:
+            self.skip("clock", "there is no C compiler")
         self.toxiproxy = None
         if parts.Toxiproxy.BINARY.exists():
             self.toxiproxy = parts.Toxiproxy(self.sitting, self.kafka.advertised, self.kafka.inner)
@@ -150,6 +153,7 @@ def main():
     parser.add_argument("--work", required=True)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--era-cycles", type=int, default=20, help="cycles on the same tables")
     parser.add_argument("--minutes", type=float, help="end after this time, with whatever is done by then")
     parser.add_argument("--sabotage", choices=sorted(faults.SABOTAGE), help="wreck the table; the run must fail")
     parser.add_argument("--only", help="only the faults whose names begin so, for looking into one")
@@ -161,7 +165,7 @@ def main():
     run.start_parts()
     try:
         while run.state["cycles"] < options.cycles and not (until and time.monotonic() > until):
-            run.era(min(ERA_CYCLES, options.cycles - run.state["cycles"]), options.sabotage, until)
+            run.era(min(options.era_cycles, options.cycles - run.state["cycles"]), options.sabotage, until)
     except Violation as violation:
         run.say(f"VIOLATION: {violation}\n" + "\n".join(violation.__notes__))
         return 1

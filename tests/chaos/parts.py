@@ -16,7 +16,6 @@ import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "taod"
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 # Clients of the harness say nothing of a broker that is down on purpose.
 QUIET = {"log_level": 0, "reconnect.backoff.max.ms": 500}
 KEY_ID, KEY = "chaos", "chaoschaos"
@@ -168,6 +167,16 @@ class S3:
                                         stderr=open(folder / "s3.log", "wb"))
         wait_for("the S3 server", self.is_ready, 60, 0.2)
 
+    @classmethod
+    def start(cls, folder):
+        """Starts one; a port that somebody else took meanwhile is no failure yet."""
+        for attempt in range(5):
+            try:
+                return cls(folder)
+            except RuntimeError:
+                if attempt == 4:
+                    raise
+
     def is_ready(self):
         if self.process.poll() is not None:
             raise RuntimeError("the S3 server ended; see s3.log")
@@ -215,6 +224,26 @@ class Taod:
         with open(self.log, "rb") as file:
             file.seek(self.at)
             return file.read()[-4000:].decode(errors="replace")
+
+
+def build_clock(folder):
+    """Builds the library that moves a process's clock; None where there is no C compiler."""
+    library = folder / "clock.so"
+    source = pathlib.Path(__file__).parent / "clock.c"
+    command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
+    return library if shutil.which("cc") and subprocess.run(command).returncode == 0 else None
+
+
+class Clock:
+    """How far the clock of a process is off; may change while it runs."""
+
+    def __init__(self, library, path):
+        self.path = path
+        self.environment = {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(path)}
+
+    def set(self, seconds):
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.write(seconds.to_bytes(8, "little", signed=True))
 
 
 def mount_tmpfs(folder, mib):

@@ -9,6 +9,7 @@ mod harness;
 
 mod bad_input;
 mod bench_train;
+mod chaos;
 mod cli;
 mod config;
 mod crash;
