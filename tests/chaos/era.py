@@ -31,6 +31,8 @@ class Era:
         self.rng = random.Random(f"{run.seed}/{number}")
         self.name = f"era{number}-{attempt}"
         self.folder = run.work / self.name
+        # What a sitting that was killed left here.
+        parts.unmount(self.folder / "tables")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.kind = ["disk", "s3", "tmpfs"][number % 3]
