@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 from confluent_kafka import Consumer, TopicPartition
@@ -86,6 +87,8 @@ tables = "{self.root}"
 [ingest]
 batch_bytes = 65536
 commit_interval_s = 1
+{"[maintenance]" if self.run.has_maintenance else ""}
+{"compact_from_files = 3" if self.run.has_maintenance else ""}
 [ingest.kafka]
 brokers = "127.0.0.1:{self.run.kafka.advertised}"
 topic = "{self.name}"
@@ -142,6 +145,16 @@ rebalance_timeout_s = 5
         for instance in list(self.instances):
             self.end(instance)
         return self.start(environment)
+
+    def tool(self, *arguments, crash_at=None):
+        """Runs another command of taod on these tables beside what runs; a crash is run again to its end."""
+        environment = parts.environment({"TAOD_CRASH_AT": crash_at} if crash_at else {})
+        command = [str(self.run.binary), *arguments, "--config", str(self.config())]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        self.run.count(f"{' '.join(arguments[:2])}{', killed' if done.returncode == -signal.SIGKILL else ''}")
+        if crash_at and done.returncode == -signal.SIGKILL:
+            return self.tool(*arguments)
+        return done
 
     # What happens in a cycle.
 

@@ -276,6 +276,42 @@ def foreign_compaction(era):
     era.produce(10, 60)
 
 
+def maintenance(era):
+    """taod's own maintenance beside ingestion, twice at once or killed while it merges files."""
+    era.main
+    era.produce()
+    wait_for_table(era)
+    crash_at = era.rng.choice([None, "during_compaction", "during_compaction", "during_checkpoint"])
+    done = era.tool("table", "maintain", crash_at=crash_at)
+    if done.returncode not in (0, 1) or "panicked" in done.stderr:
+        raise Violation(f"maintenance ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    era.produce(10, 60)
+
+
+def erasure(era):
+    """Rows are erased beside ingestion, sometimes with a kill in the midst; they go and do not come back."""
+    era.main
+    era.produce()
+    era.settle()
+    here = [(place[:2], entry.request) for place in era.checker.queries.present
+            if (entry := era.log.ledger.entries[place[:2]]).request and place not in era.checker.erased]
+    if not here:
+        return
+    chosen = era.rng.sample(sorted(here), min(len(here), era.rng.randint(1, 3)))
+    era.checker.erased |= {(*place, 0) for place, _ in chosen}
+    era.produce()
+    crash_at = era.rng.choice([None, "during_erasure"])
+    done = era.tool("table", "erase", "--request-id", *[request for _, request in chosen], crash_at=crash_at)
+    if done.returncode != 0:
+        raise Violation(f"an erasure ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    era.log.flush()
+    era.checker.jump(lambda name: readers.snapshot(era, name))
+    back = [place for place, _ in chosen if (*place, 0) in era.checker.queries.present]
+    if back:
+        raise Violation(f"{back} were erased and are still there")
+    era.run.count("rows erased", len(chosen))
+
+
 def wait_for_table(era):
     """Ingestion makes the table at its first start."""
     end = time.monotonic() + 60
@@ -305,6 +341,8 @@ FAULTS = [
     (foreign_feature, 2, None),
     (foreign_refused, 2, None),
     (foreign_compaction, 4, None),
+    (maintenance, 8, "maintenance"),
+    (erasure, 5, "erasure"),
 ]
 
 
@@ -317,6 +355,8 @@ def fits(era, need):
         "tmpfs": era.kind == "tmpfs",
         "toxiproxy": era.run.toxiproxy is not None,
         # A store refuses a signature of another day, and rightly so.
+        "maintenance": era.run.has_maintenance,
+        "erasure": era.run.has_erasure,
         "clock": era.kind != "s3" and era.run.clock is not None,
     }[need]
 

@@ -34,15 +34,17 @@ def sha(*parts):
 class Entry:
     """One acknowledged record: the rows and dead letters it must end as, by index within the record."""
 
-    __slots__ = ("rows", "letters", "either", "payload", "key", "visible")
+    __slots__ = ("rows", "letters", "either", "payload", "key", "visible", "request")
 
-    def __init__(self, rows=None, letters=(), either=False, payload=b"", key=None):
+    def __init__(self, rows=None, letters=(), either=False, payload=b"", key=None, request=None):
         self.rows = rows or {}
         self.letters = frozenset(letters)
         # True where it depends on the config of the moment whether it ends as its row or as a dead letter.
         self.either = either
         self.payload = sha(payload or b"")
         self.key = key
+        # The id by which its one row can be erased.
+        self.request = request
         # False once its transaction was aborted.
         self.visible = True
 
@@ -82,12 +84,15 @@ class Maker:
         prompt = f"row {self.sequence} {self.text(self.rng.randint(1, 60))}"
         return prompt, f"answer {self.sequence} {self.text(self.rng.randint(1, 80))}"
 
+    def request_id(self):
+        return f"request-{self.sequence}-of-many"
+
     def pair(self, prompt, answer):
         messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": prompt}]
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
         kind = self.rng.randrange(3)
         if kind == 0:
-            return {"id": str(self.sequence), "call_type": "acompletion", "status": "success", "model": "m",
+            return {"id": self.request_id(), "call_type": "acompletion", "status": "success", "model": "m",
                     "startTime": 1.7e9, "endTime": 1.7e9 + 1, "messages": messages, "response": {"choices": [choice]},
                     "metadata": {}, "model_parameters": {"temperature": 1}}
         response = {"id": "r", "object": "chat.completion", "model": "m", "choices": [choice]}
@@ -122,7 +127,8 @@ class Maker:
             return payload, Entry({0: sha(prompt, answer)}, (0,), either=True, payload=payload)
         else:
             payload, rows, letters = self.rng.choice([None, b"", b" \n", b"[]"]), {}, ()
-        return payload, Entry(rows, letters, payload=payload)
+        request = self.request_id() if kind < 0.62 and "call_type" in body else None
+        return payload, Entry(rows, letters, payload=payload, request=request)
 
     def several(self):
         """One record with several calls, some of which may not be readable."""

@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -70,6 +71,8 @@ class Run:
         self.admin = AdminClient({**parts.QUIET, "bootstrap.servers": self.kafka.brokers})
         self.s3 = parts.S3.start(self.sitting)
         self.proxy = Proxy(self.s3.port)
+        knows = lambda *command: subprocess.run([self.binary, *command, "--help"], capture_output=True).returncode == 0
+        self.has_maintenance, self.has_erasure = knows("table", "maintain"), knows("table", "erase")
         self.clock = parts.build_clock(self.sitting)
         if self.clock is None:
             self.skip("clock", "there is no C compiler")

@@ -161,7 +161,7 @@ class S3:
             f"-master.port={master}", f"-master.port.grpc={grpc[0]}", f"-volume.port={volume}",
             f"-volume.port.grpc={grpc[1]}", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={grpc[2]}", "-s3",
             f"-s3.port={self.port}", f"-s3.port.grpc={grpc[3]}", f"-s3.config={config}", "-volume.max=100",
-            "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
         ]
         self.process = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL,
                                         stderr=open(folder / "s3.log", "wb"))
@@ -191,14 +191,19 @@ class S3:
         end(self.process)
 
 
+def environment(more):
+    """Returns the environment of an instance: ours without what would steer it, and the store's credentials."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TAOD", "AWS"))}
+    return {**clean, "AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": KEY, **more}
+
+
 class Taod:
     """One instance of `taod ingest`."""
 
-    def __init__(self, binary, config, log, environment=None, until_idle=False):
+    def __init__(self, binary, config, log, more=None, until_idle=False):
         self.log = log
         arguments = [str(binary), "ingest", "--config", str(config)] + (["--until-idle"] if until_idle else [])
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("TAOD", "AWS"))}
-        clean |= {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": KEY, **(environment or {})}
+        clean = environment(more or {})
         self.crash_at = clean.get("TAOD_CRASH_AT")
         with open(log, "ab") as out:
             self.at = out.tell()

@@ -24,6 +24,14 @@ def open_table(era, name):
     return DeltaTable(f"{era.root}/{name}", storage_options=storage_options(era))
 
 
+def snapshot(era, name):
+    """Returns the newest version of a table, its files with their sizes, and its offsets."""
+    table = open_table(era, name)
+    actions = pyarrow.table(table.get_add_actions(flatten=True)).to_pydict()
+    txns = {app_id: txn.version for app_id, txn in table.transaction_versions().items()}
+    return table.version(), dict(zip(actions["path"], actions["size_bytes"])), txns
+
+
 def columns_of(name):
     return ", ".join(f'"{column}"' for column in Table.COLUMNS[name])
 
