@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -36,19 +37,23 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def free_ports(count, span=0):
-    """Returns ports that are free now, each with the port `span` above it."""
+def free_ports(count):
+    """Returns ports that are free now, each together with the next one.
+
+    They lie below those that the system gives to outgoing connections: one of these may hold a port for a while that was
+    free a moment ago, and a part that is started again needs its own once more.
+    """
     found = []
-    held = []
     while len(found) < count:
-        probe = socket.socket()
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        held.append(probe)
-        if port + span < 65_000 and (not span or not listens(port + span)):
+        port = random.SystemRandom().randrange(15_000, 32_000, 2)
+        try:
+            with socket.socket() as first, socket.socket() as second:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+        except OSError:
+            continue
+        if port not in found:
             found.append(port)
-    for probe in held:
-        probe.close()
     return found
 
 
@@ -69,7 +74,7 @@ class Kafka:
 
     def __init__(self, folder):
         self.folder = folder / "kafka"
-        self.port, self.inner, self.advertised = free_ports(3, span=1)
+        self.port, self.inner, self.advertised = free_ports(3)
         self.start()
 
     @staticmethod
@@ -153,8 +158,8 @@ class S3:
                       {"name": "anonymous", "actions": rights}]
         config = data / "identities.json"
         config.write_text(json.dumps({"identities": identities}))
-        master, volume, filer, self.port = free_ports(4)
-        grpc = free_ports(4)
+        *ports, self.port = free_ports(4)
+        (master, volume, filer), grpc = ports, [port + 1 for port in (*ports, self.port)]
         weed = pathlib.Path(sys.executable).parent / "weed"
         arguments = [
             weed, "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
