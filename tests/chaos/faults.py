@@ -149,10 +149,12 @@ def transactions(era):
 def store(era):
     """The store answers wrongly, late or not at all."""
     rules = []
-    for _ in range(era.rng.randint(1, 3)):
+    for number in range(era.rng.randint(1, 3)):
         kind = era.rng.choice(sorted(KINDS))
-        method, part = era.rng.choice([("PUT", "_delta_log"), ("PUT", "_delta_log"), ("PUT", "part-"), ("PUT", ""),
-                                       ("GET", "_delta_log"), ("*", "")])
+        method, part = era.rng.choice([("PUT", "part-"), ("PUT", ""), ("GET", "_delta_log"), ("*", "")])
+        if number == 0:
+            # A commit cannot do without this one.
+            method, part = "PUT", "_delta_log"
         seconds = era.rng.uniform(0.2, 1.0) if kind == "slow" else 2.5
         rules.append(Rule(kind, method, part, era.rng.randint(1, 4), seconds))
     era.main
@@ -364,6 +366,7 @@ def fits(era, need):
 def pick(era, only=None):
     choices = [(fault, weight) for fault, weight, need in FAULTS
                if fits(era, need) and fault.__name__.startswith(only or "")]
+    choices = choices or [(kill, 1)]
     return era.rng.choices([fault for fault, _ in choices], [weight for _, weight in choices])[0]
 
 

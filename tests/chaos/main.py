@@ -38,7 +38,7 @@ class Run:
             sys.exit(f"another sitting is at work in {self.work}")
         self.state_file = self.work / "run.json"
         self.state = {"seed": self.seed, "cycles": 0, "eras": 0, "attempt": 0, "seconds": 0.0, "faults": {}, "counts": {},
-                      "skipped": {}}
+                      "skipped": {}, "violations": []}
         if self.state_file.exists():
             self.state = json.loads(self.state_file.read_text())
             if self.state["seed"] != self.seed:
@@ -142,7 +142,9 @@ class Run:
     def summary(self, target):
         lines = [
             f"Seed {self.seed}: {self.state['cycles']} cycles in {self.state['eras']} eras, "
-            f"{self.state['seconds'] / 60:.0f} minutes, **0 violations**.", "",
+            f"{self.state['seconds'] / 60:.0f} minutes, "
+            f"**{len(self.state['violations'])} violations**.", "",
+            *[f"- {violation}" for violation in self.state["violations"]], "",
             "| fault | cycles |", "|---|---|", *[f"| {name} | {n} |" for name, n in sorted(self.faults.items())], "",
             "| counted | |", "|---|---|", *[f"| {name} | {n:,} |" for name, n in sorted(self.counts.items())], "",
         ]
@@ -172,12 +174,15 @@ def main():
         while run.state["cycles"] < options.cycles and not (until and time.monotonic() > until):
             run.era(min(options.era_cycles, options.cycles - run.state["cycles"]), options.sabotage, until)
     except Violation as violation:
+        run.state["violations"].append(f"{violation}"[:300])
+        run.save()
         run.say(f"VIOLATION: {violation}\n" + "\n".join(violation.__notes__))
         return 1
     finally:
         run.stop_parts()
     run.summary(run.work / "summary.md")
-    return 0
+    # A run that goes on after a violation says so at its end, too.
+    return 1 if run.state["violations"] else 0
 
 
 if __name__ == "__main__":
