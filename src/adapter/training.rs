@@ -11,6 +11,7 @@ use super::checkpoint::{self, Checkpoint, Origin};
 use super::losses::{drift, factors};
 use super::optimizer::{AdamW, clip, learning_rate};
 use super::{Outcome, Settings, StepLog, TuneError};
+use crate::crash;
 use crate::engine::train::{Base, LoraMatrices};
 use crate::progress::{self, Progress};
 use crate::record::derive_seed;
@@ -79,7 +80,7 @@ impl<'a> Run<'a> {
             self.step(&mut report)?;
             if self.logs.len().is_multiple_of(self.settings.checkpoint_steps) || self.logs.len() == self.steps.len() {
                 self.save()?;
-                crate::durable::crash_point("adapter-checkpoint");
+                crash::at("adapter-checkpoint");
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
 use crate::engine::{Adapter, BatchLimits, EngineError, Group, Model, SamplingSettings, generate};
@@ -276,7 +277,7 @@ pub fn sample(
         if !path.exists() {
             let drawn = draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?;
             durable::write_json_lines(&path, &drawn.concat())?;
-            durable::crash_point("candidates-chunk");
+            crash::at("candidates-chunk");
         }
         let written: Vec<Candidate> = durable::read_json_lines(&path)?;
         let answered: std::collections::BTreeSet<&str> = written.iter().map(|c| c.prompt_hash.as_str()).collect();

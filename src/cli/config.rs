@@ -5,7 +5,7 @@ use std::io::Write;
 use clap::Subcommand;
 
 use super::{Exit, Global};
-use crate::config::Key;
+use crate::config::{ConfigError, Key};
 
 /// What is asked about the config.
 #[derive(Debug, Subcommand)]
@@ -33,6 +33,9 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let mut out = std::io::stdout().lock();
     match command {
         Command::Check => {
+            // Some of what a store needs stands in the environment: only opening it tells.
+            let refuse = |e| ConfigError::Problems(vec![format!("state.tables: {e}")]);
+            loaded.config.state.open_tables().map_err(refuse)?;
             let name = global.config.as_ref().map_or("defaults".into(), |path| path.display().to_string());
             writeln!(out, "{name}: the config is right (hash {})", loaded.config.hash())?;
         }

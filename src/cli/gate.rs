@@ -5,8 +5,7 @@ use clap::{Args, Subcommand};
 use super::lines::{Input, Output};
 use super::{Exit, Global, runtime};
 use crate::gate::{self, State, StepRow, Trial, TrialRow, Verdict};
-use crate::round::Paths;
-use crate::table::{Name, Tables};
+use crate::table::Name;
 
 /// What is asked of the gate.
 #[derive(Debug, Subcommand)]
@@ -58,7 +57,7 @@ fn evidence(global: &Global, args: &Evidence) -> anyhow::Result<Exit> {
 fn explain(global: &Global, args: &Explain) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let verdict = runtime()?.block_on(async {
-        let tables = Tables::open(&Paths::new(&config.state.dir).tables())?;
+        let tables = config.state.open_tables()?;
         let rows: Vec<TrialRow> = tables.open_one(Name::Trials).await?.rows(None).await?;
         let steps: Vec<StepRow> = tables.open_one(Name::GateSteps).await?.rows(None).await?;
         verdict(args.trial.as_deref(), &rows, &steps)

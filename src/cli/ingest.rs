@@ -7,8 +7,6 @@ use clap::Args;
 use super::lines::Output;
 use super::{Exit, Global, runtime, signals};
 use crate::ingest::{self, Counters, Mode};
-use crate::round::Paths;
-use crate::table::Tables;
 
 /// Store the query log in the table, every record exactly once, and nothing else.
 #[derive(Debug, Args)]
@@ -24,7 +22,7 @@ pub struct Ingest {
 pub(super) fn run(global: &Global, args: &Ingest) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let mode = if args.until_idle { Mode::UntilIdle } else { Mode::Forever };
-    let tables = Tables::open(&Paths::new(&config.state.dir).tables())?;
+    let tables = config.state.open_tables()?;
     let summary = runtime()?.block_on(async {
         let shutdown = signals::shutdown()?;
         anyhow::Ok(ingest::run(&config.ingest, &tables, Arc::new(Counters::default()), shutdown, mode).await?)

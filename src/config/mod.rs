@@ -13,11 +13,14 @@ mod render;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::table::{TableError, TableLocation, Tables};
 
 pub use keys::Key;
 pub use layers::{Layers, Origin};
@@ -91,20 +94,38 @@ sections! {
 pub struct StateSettings {
     /// Folder of the tables, the rounds, the registry and the intents. A relative path starts at the working directory.
     pub dir: PathBuf,
+    /// Where the tables are: a folder, or the URL of an object store such as `s3://bucket/folder`, `az://container/folder`,
+    /// `abfss://container@account.dfs.core.windows.net/folder` or `gs://bucket/folder`. Empty: the folder `tables` in
+    /// `dir`. Credentials come from the environment variables of the cloud.
+    pub tables: String,
+    /// Options of the object store by their names in object_store, such as `region`, `endpoint` or `allow_http`; no secrets.
+    pub store_options: BTreeMap<String, String>,
 }
 
 impl Default for StateSettings {
     fn default() -> Self {
-        StateSettings { dir: PathBuf::from("var") }
+        StateSettings { dir: PathBuf::from("var"), tables: String::new(), store_options: BTreeMap::new() }
     }
 }
 
 impl StateSettings {
-    /// Checks that there is a folder at all.
+    /// Checks that there is a folder at all, and what can be told of the tables' place without asking there.
     pub fn validate(&self) -> Result<(), String> {
-        match self.dir.as_os_str().is_empty() {
-            true => Err("dir is empty; name the folder for taod's files, such as \"/var/lib/taod\"".into()),
-            false => Ok(()),
+        if self.dir.as_os_str().is_empty() {
+            return Err("dir is empty; name the folder for taod's files, such as \"/var/lib/taod\"".into());
+        }
+        TableLocation::check(&self.place(), &self.store_options).map_err(|e| format!("tables: {e}"))
+    }
+
+    /// Returns the tables. This is the one place where a config becomes their location.
+    pub fn open_tables(&self) -> Result<Tables, TableError> {
+        Ok(Tables::at(TableLocation::parse(&self.place(), &self.store_options)?))
+    }
+
+    fn place(&self) -> String {
+        match self.tables.is_empty() {
+            true => self.dir.join("tables").to_string_lossy().into_owned(),
+            false => self.tables.clone(),
         }
     }
 }

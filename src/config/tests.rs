@@ -248,7 +248,8 @@ fn a_section_checks_its_own_values_and_the_layer_is_blamed() {
 
 #[test]
 fn the_hash_changes_with_any_value() {
-    let changed = Config { state: StateSettings { dir: "other".into() }, ..Config::default() };
+    let changed =
+        Config { state: StateSettings { dir: "other".into(), ..StateSettings::default() }, ..Config::default() };
     assert_ne!(Config::default().hash(), changed.hash());
     assert_eq!(Config::default().hash().len(), 64);
 }

@@ -25,7 +25,6 @@ use crate::metrics::{Metrics, Part, RoundOutcome};
 use crate::registry::Registry;
 use crate::round::{self, Outcome, Paths, Verdict};
 use crate::schedule::Schedule;
-use crate::table::Tables;
 
 /// How long a loop of the daemon may take for one turn before the watchdog calls it stuck.
 const TURN: Duration = Duration::from_secs(60);
@@ -47,7 +46,7 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let metrics = Arc::new(Metrics::new()?);
     let health = Arc::new(Health::default());
     let paths = Paths::new(&config.state.dir);
-    let tables = Tables::open(&paths.tables())?;
+    let tables = config.state.open_tables()?;
     Registry::open(&paths.registry())?;
     let counters = Arc::new(ingest::Counters::default());
     let daemon = Arc::new(Daemon { config, config_file, metrics: metrics.clone(), health: health.clone() });

@@ -47,7 +47,7 @@ impl Promoted {
 /// Promotes what a round's verdict claims, after recomputing the claim from the tables.
 pub async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Result<Promoted> {
     let paths = Paths::new(&config.state.dir);
-    let tables = Tables::open(&paths.tables())?;
+    let tables = config.state.open_tables()?;
     let passed = book::prove(&tables, verdict, &config.gate).await?;
     let registry = Registry::open(&paths.registry())?;
     let intent = registry.promote(&passed, now_us())?;
@@ -116,7 +116,7 @@ pub async fn reconcile(config: &Config) -> Result<Vec<String>> {
 
 fn open(config: &Config) -> Result<(Registry, Tables)> {
     let paths = Paths::new(&config.state.dir);
-    Ok((Registry::open(&paths.registry())?, Tables::open(&paths.tables())?))
+    Ok((Registry::open(&paths.registry())?, config.state.open_tables()?))
 }
 
 async fn carry_out(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<Promoted> {

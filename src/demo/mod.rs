@@ -58,6 +58,9 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
     std::fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
     let root = root.canonicalize()?;
     config.state.dir = root.clone();
+    // The demo keeps to its folder, whatever the config says of production.
+    config.state.tables.clear();
+    config.state.store_options.clear();
     let mut stages = Vec::new();
 
     let broker = EmbeddedBroker::start(&config.ingest.kafka.topic, 4)?;
@@ -74,7 +77,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
     send_traffic(&config, options, &mut stages, progress).await?;
     let counters = Arc::new(ingest::Counters::default());
     let paths = Paths::new(&root);
-    let tables = Tables::open(&paths.tables())?;
+    let tables = config.state.open_tables()?;
     let began = Instant::now();
     // Held until ingestion is over: a closed channel is a signal to stop.
     let (_go_on, stop) = watch::channel(false);
@@ -122,7 +125,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
         served: crate::registry::Registry::open(&paths.registry())?.current()?.version,
         proof,
         training: training(&paths, &verdict, config.tuning.iterations)?,
-        paths: report_paths(&paths, &verdict, &config_file),
+        paths: report_paths(&paths, &tables, &verdict, &config_file),
         seconds: started.elapsed().as_secs_f64(),
     };
     endpoint.stop().await;
@@ -235,10 +238,10 @@ fn training(paths: &Paths, verdict: &Verdict, iterations: usize) -> Result<repor
     Ok(sum)
 }
 
-fn report_paths(paths: &Paths, verdict: &Verdict, config: &Path) -> report::Paths {
+fn report_paths(paths: &Paths, tables: &Tables, verdict: &Verdict, config: &Path) -> report::Paths {
     let adapter = verdict.outcome.trial().map(|(_, v)| paths.registry().join("adapters").join(v).display().to_string());
     report::Paths {
-        tables: paths.tables().display().to_string(),
+        tables: tables.root().to_string(),
         round: paths.round(&verdict.round).display().to_string(),
         adapter,
         config: config.display().to_string(),

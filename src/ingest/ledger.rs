@@ -17,6 +17,7 @@ use arrow::array::RecordBatch;
 use super::IngestError;
 use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
+use crate::crash::{self, Point};
 use crate::query_log::Record;
 use crate::query_log::kafka::{self, Extent};
 use crate::table::{Name, Table, Tables, Upkeep, batch_of, schema};
@@ -85,6 +86,7 @@ impl Ledger {
 
     /// Adds records to the epoch. Those of partitions that are not held, and those read before, are passed over.
     pub(super) async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
+        crash::point(Point::AfterPoll);
         records.retain(|record| self.positions.take(record.partition, record.offset));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
         let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known)).await;
@@ -113,11 +115,15 @@ impl Ledger {
     /// Commits the epoch: its dead letters first, then its rows with the offsets. Returns nothing where nothing moved.
     pub(super) async fn seal(&mut self) -> Result<Option<Sealed>, IngestError> {
         let epoch = std::mem::take(&mut self.epoch);
+        if epoch.records > 0 {
+            crash::point(Point::AfterSeal);
+        }
         if !epoch.letters.is_empty() {
             let steps = self.positions.letter_steps(&epoch.letters);
             let batch = batch_of(&schema::DEAD_LETTERS, &epoch.letters)?;
             self.letters.append(&[batch], &steps).await?;
             self.positions.letters_stored(&steps);
+            crash::point(Point::BetweenLettersAndRows);
         }
         let steps = self.positions.steps();
         if steps.is_empty() {

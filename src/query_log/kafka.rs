@@ -162,9 +162,10 @@ impl Consumer {
     /// Leaves the group and waits until the thread is gone.
     pub async fn close(self) {
         let Consumer { client, events, thread, .. } = self;
-        // Without a receiver the thread stops and no callback waits; it must hold the last reference when it does.
-        drop(events);
+        // Without a receiver the thread stops and no callback waits. It must hold the last reference by then: dropped here,
+        // the client would run its callbacks on an async thread, where they may not block.
         drop(client);
+        drop(events);
         let joined = tokio::task::spawn_blocking(move || thread.join().is_ok()).await;
         if !matches!(joined, Ok(true)) {
             tracing::warn!("the kafka thread did not end cleanly");

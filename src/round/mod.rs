@@ -23,6 +23,7 @@ pub use state::{Control, Paths, Plan};
 use crate::adapter::TuneError;
 use crate::candidates::CandidateError;
 use crate::config::Config;
+use crate::crash;
 use crate::dataset::{self, DatasetError, WorkloadView};
 use crate::durable::{self, FileError};
 use crate::engine::{EngineError, Model};
@@ -178,7 +179,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         .enable_all()
         .build()
         .map_err(RoundError::Spawn)?;
-    let tables = Tables::open(&paths.tables())?;
+    let tables = config.state.open_tables()?;
     let registry = Registry::open(&paths.registry())?;
     let (plan, folder) = begin(config, options, &paths, &model)?;
     let stages = state::read_stages(&folder)?;
@@ -286,7 +287,7 @@ impl Night<'_> {
                     Trained::GivenUp { reason } => return Ok(Outcome::Failed { reason }),
                     Trained::Adapter(folder) => {
                         let version = self.registry.register(&folder, self.lineage(&dataset))?.version;
-                        durable::crash_point("registering");
+                        crash::at("registering");
                         durable::write_json(&registered, &version)?;
                         version
                     }
@@ -294,7 +295,7 @@ impl Night<'_> {
             }
             Err(error) => return Err(error.into()),
         };
-        durable::crash_point("registered");
+        crash::at("registered");
         self.state("registered", json!({ "version": challenger }))?;
         match trial::open(self, &challenger) {
             // A second trial of the same weights would be a second chance; the night ends here, and the next one trains.
@@ -318,7 +319,7 @@ impl Night<'_> {
         };
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
         self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started))?;
-        durable::crash_point("dataset");
+        crash::at("dataset");
         self.state("dataset", json!({ "manifest": dataset.manifest }))?;
         Ok(dataset)
     }
@@ -345,7 +346,7 @@ impl Night<'_> {
     fn finish(self, outcome: Outcome) -> Result<Verdict, RoundError> {
         self.state(outcome.name(), json!({ "outcome": outcome, "stages": self.stages }))?;
         let verdict = Verdict { round: self.plan.round.clone(), outcome, stages: self.stages };
-        durable::crash_point("decided");
+        crash::at("decided");
         durable::write_json(&self.folder.join(state::OUTCOME), &verdict)?;
         Ok(verdict)
     }

@@ -24,11 +24,6 @@ impl Paths {
         Paths { root: root.into() }
     }
 
-    /// Root of the Delta tables.
-    pub fn tables(&self) -> PathBuf {
-        self.root.join("tables")
-    }
-
     /// Root of the adapter registry.
     pub fn registry(&self) -> PathBuf {
         self.root.join("registry")

@@ -15,6 +15,7 @@ use super::rows::{Place, candidate_row};
 use super::{Control, Night, RoundError, StageReport};
 use crate::adapter::{self, Sample, TuneError};
 use crate::candidates::{self, Candidate, Stream};
+use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
 use crate::engine::Adapter;
@@ -89,7 +90,7 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
             outcome.tokens as u64,
             started,
         ))?;
-        crate::durable::crash_point(&format!("adapter-{pass}"));
+        crash::at(&format!("adapter-{pass}"));
         previous = Some(tuned);
     }
     match previous {
@@ -119,7 +120,7 @@ fn draw(
         manifest.tokens,
         started,
     ))?;
-    crate::durable::crash_point(&format!("candidates-{pass}"));
+    crash::at(&format!("candidates-{pass}"));
     Ok(candidates::load(&out)?)
 }
 
@@ -154,7 +155,7 @@ fn score(
     };
     durable::write_json(&out.join("manifest.json"), &manifest)?;
     night.report(StageReport::new(format!("rewards {pass}"), scores.len() as u64, 0, started))?;
-    durable::crash_point(&format!("rewards-{pass}"));
+    crash::at(&format!("rewards-{pass}"));
     Ok(scores)
 }
 

@@ -16,6 +16,7 @@ use super::rows::{Place, candidate_row};
 use super::train::item;
 use super::{Control, Night, Outcome, RoundError, StageReport};
 use crate::candidates::{self, Candidate, Draw, Stream};
+use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
 use crate::engine::{Adapter, SamplingSettings, ScoreItem, divergence};
@@ -85,7 +86,7 @@ pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, Rou
     };
     let trial = Trial::open(opening, &rows, &night.config.gate)?;
     store_trial(night, &trial.row(gate::State::Open, "opened", now_us()))?;
-    durable::crash_point("gate-opened");
+    crash::at("gate-opened");
     Ok(trial)
 }
 
@@ -102,7 +103,7 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     }
     let (prompts, left_out) = fresh_prompts(night, &trial, dataset)?;
     begin_night(night, &mut trial, &prompts, left_out)?;
-    durable::crash_point("gate-night");
+    crash::at("gate-night");
     let sides = Sides {
         challenger: load_side(night, &trial.facts().challenger)?,
         incumbent: load_side(night, &trial.facts().incumbent)?,
@@ -113,14 +114,14 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     let (mut judged, mut tokens) = (0, 0);
     while let Some(block) = trial.next_block() {
         reserve(night, &trial, &block)?;
-        durable::crash_point("gate-reserved");
+        crash::at("gate-reserved");
         let (observations, drawn) = play(night, &trial, &block, &prompts, &sides)?;
-        durable::crash_point("gate-answered");
+        crash::at("gate-answered");
         let rows = trial.absorb(&observations)?;
         tokens += drawn;
         judged += rows.len() as u64;
         store_steps(night, trial.id(), rows)?;
-        durable::crash_point("gate-block");
+        crash::at("gate-block");
         step.advance(block.clusters.len() as u64, format!("ln W {:.2} of {:.2}", trial.ln_wealth(), trial.bar()));
         match trial.decide() {
             Decision::Continue(_) => {}

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::log::{self, Add, Line, Txn};
 use super::schema::TableSpec;
 use super::{TableError, TableLocation, rows, write};
+use crate::crash::{self, Point};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
 const ATTEMPTS: u32 = 6;
@@ -153,7 +154,10 @@ impl Table {
             let version = self.version + 1;
             let written = self.log.write_commit_entry(version, CommitOrBytes::LogBytes(bytes.clone()), id).await;
             let why = match written {
-                Ok(()) => return self.landed(version, &bytes),
+                Ok(()) => {
+                    crash::point(Point::AfterPut);
+                    return self.landed(version, &bytes);
+                }
                 Err(TransactionError::VersionAlreadyExists(_)) => "the store says that the entry exists".to_owned(),
                 Err(error) => error.to_string(),
             };

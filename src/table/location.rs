@@ -1,13 +1,17 @@
-//! Where a table lives: a local folder, or an object store that a test hands in.
+//! Where a table lives: a local folder, a bucket of an object store, or a store that a test hands in.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use deltalake::logstore::object_store::ObjectStore;
-use deltalake::logstore::{LogStoreRef, StorageConfig, logstore_with};
+use deltalake::logstore::object_store::path::Path;
+use deltalake::logstore::object_store::prefix::PrefixStore;
+use deltalake::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use url::Url;
 
 use super::TableError;
+use super::cloud::Cloud;
 use super::disk::Disk;
 
 /// The root of a table or of a folder of tables, with the store that reaches it.
@@ -17,20 +21,29 @@ pub struct TableLocation {
     store: Arc<dyn ObjectStore>,
 }
 
+/// What the text of a location means, before anything is reached.
+enum Place {
+    Folder(Url),
+    Bucket(Cloud, Url),
+}
+
 impl TableLocation {
-    /// Parses a path or a `file://` URL. Nothing is created yet.
-    pub fn parse(text: &str) -> Result<Self, TableError> {
-        let refuse = |why: &str| TableError::Location { location: text.to_owned(), why: why.to_owned() };
-        let path = match Url::parse(text) {
-            Ok(url) if url.scheme() == "file" => url.to_file_path().map_err(|()| refuse("is not an absolute path"))?,
-            Ok(url) if text.contains("://") => {
-                return Err(refuse(&format!("has the scheme {}, which this build does not carry", url.scheme())));
+    /// Parses a path, a `file://` URL, or the URL of an object store. Nothing is created or asked yet.
+    pub fn parse(text: &str, options: &BTreeMap<String, String>) -> Result<Self, TableError> {
+        match place(text, options)? {
+            Place::Folder(url) => Ok(TableLocation { url, store: Arc::new(Disk::new()) }),
+            Place::Bucket(cloud, url) => {
+                let refuse =
+                    |e| TableError::Location { location: text.to_owned(), why: format!("cannot be used ({e})") };
+                let store = cloud.open(&url, options).map_err(refuse)?;
+                Ok(TableLocation { url, store })
             }
-            _ => PathBuf::from(text),
-        };
-        let path = std::path::absolute(&path).map_err(|e| refuse(&e.to_string()))?;
-        let url = Url::from_directory_path(&path).map_err(|()| refuse("is not an absolute path"))?;
-        Ok(TableLocation { url, store: Arc::new(Disk::new()) })
+        }
+    }
+
+    /// Says what is wrong with a location and the options of its store, from their text alone.
+    pub fn check(text: &str, options: &BTreeMap<String, String>) -> Result<(), TableError> {
+        place(text, options).map(|_| ())
     }
 
     /// Reaches `url` through a store of the caller's, whose `/` is the root of `url`'s host.
@@ -53,9 +66,32 @@ impl TableLocation {
 
     /// Returns the log store of the table here.
     pub(super) fn log_store(&self) -> Result<LogStoreRef, TableError> {
-        logstore_with(Arc::clone(&self.store), &self.url, StorageConfig::default())
-            .map_err(|e| TableError::store("cannot reach", &self.url, e))
+        let path = Path::from_url_path(self.url.path()).map_err(|e| TableError::store("cannot reach", &self.url, e))?;
+        let inside: Arc<dyn ObjectStore> = Arc::new(PrefixStore::new(Arc::clone(&self.store), path));
+        Ok(default_logstore(inside, Arc::clone(&self.store), &self.url, &StorageConfig::default()))
     }
+}
+
+fn place(text: &str, options: &BTreeMap<String, String>) -> Result<Place, TableError> {
+    let refuse = |why: String| TableError::Location { location: text.to_owned(), why };
+    let no_folder = || refuse("is not an absolute path".to_owned());
+    let path = match Url::parse(text) {
+        Ok(url) if url.scheme() == "file" => url.to_file_path().map_err(|()| no_folder())?,
+        Ok(mut url) if text.contains("://") => {
+            let scheme = url.scheme();
+            let cloud =
+                Cloud::of(scheme).ok_or_else(|| refuse(format!("has the scheme {scheme}, which is unknown")))?;
+            cloud.check(&url, options).map_err(refuse)?;
+            url.set_path(&format!("{}/", url.path().trim_end_matches('/')));
+            return Ok(Place::Bucket(cloud, url));
+        }
+        _ => PathBuf::from(text),
+    };
+    if let Some(key) = options.keys().next() {
+        return Err(refuse(format!("is a local folder, which has no option {key}")));
+    }
+    let path = std::path::absolute(&path).map_err(|e| refuse(e.to_string()))?;
+    Ok(Place::Folder(Url::from_directory_path(&path).map_err(|()| no_folder())?))
 }
 
 impl std::fmt::Display for TableLocation {
@@ -71,18 +107,31 @@ impl std::fmt::Display for TableLocation {
 mod tests {
     use super::*;
 
-    #[test]
-    fn paths_and_file_urls_name_the_same_folder() {
-        let a = TableLocation::parse("/tmp/a b").unwrap().join("queries");
-        let b = TableLocation::parse("file:///tmp/a%20b/").unwrap().join("queries");
-        assert_eq!(a.url(), b.url());
-        assert_eq!(a.to_string(), "/tmp/a b/queries/");
-        assert_eq!(TableLocation::parse("tables").unwrap().url().scheme(), "file");
+    fn parse(text: &str) -> Result<TableLocation, TableError> {
+        TableLocation::parse(text, &BTreeMap::new())
     }
 
     #[test]
-    fn a_store_that_is_not_built_in_is_refused_by_name() {
-        let error = TableLocation::parse("s3://bucket/tables").err().unwrap().to_string();
-        assert!(error.contains("s3://bucket/tables") && error.contains("scheme s3"), "{error}");
+    fn paths_and_file_urls_name_the_same_folder() {
+        let a = parse("/tmp/a b").unwrap().join("queries");
+        let b = parse("file:///tmp/a%20b/").unwrap().join("queries");
+        assert_eq!(a.url(), b.url());
+        assert_eq!(a.to_string(), "/tmp/a b/queries/");
+        assert_eq!(parse("tables").unwrap().url().scheme(), "file");
+    }
+
+    #[test]
+    fn a_bucket_may_hold_the_tables_at_its_root_or_in_a_folder() {
+        assert_eq!(parse("s3://bucket").unwrap().join("queries").to_string(), "s3://bucket/queries/");
+        assert_eq!(parse("s3://bucket/a/").unwrap().join("queries").to_string(), "s3://bucket/a/queries/");
+    }
+
+    #[test]
+    fn a_store_that_is_unknown_is_refused_by_name() {
+        let error = parse("hdfs://host/tables").err().unwrap().to_string();
+        assert!(error.contains("hdfs://host/tables") && error.contains("s3://"), "{error}");
+        let options = BTreeMap::from([("region".to_owned(), "eu-1".to_owned())]);
+        let error = TableLocation::check("tables", &options).unwrap_err().to_string();
+        assert!(error.contains("region"), "{error}");
     }
 }

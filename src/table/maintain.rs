@@ -5,6 +5,7 @@ use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
 use deltalake::logstore::LogStoreRef;
 
 use super::{Table, TableError};
+use crate::crash::{self, Point};
 
 /// Commits after which a checkpoint is worth its cost.
 const CHECKPOINT_EVERY: u64 = 100;
@@ -39,7 +40,7 @@ impl Upkeep {
         let fail = |e| TableError::store("cannot checkpoint", &self.name, e);
         let mut table = DeltaTable::new(self.log.clone());
         table.load_version(self.version).await.map_err(fail)?;
-        create_checkpoint(&table, None).await.map_err(fail)?;
+        crash::during(Point::DuringCheckpoint, create_checkpoint(&table, None)).await.map_err(fail)?;
         let removed = cleanup_metadata(&table, None).await.map_err(fail)?;
         tracing::debug!(table = self.name, version = self.version, removed, "checkpoint written");
         Ok(())

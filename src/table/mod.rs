@@ -7,6 +7,7 @@
 //! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`mod@write`] (their bytes),
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
+mod cloud;
 mod commit;
 mod disk;
 mod location;
@@ -31,7 +32,9 @@ pub use write::batch_of;
 /// Why a table could not be opened, read or written. Every message names the table.
 #[derive(Debug, thiserror::Error)]
 pub enum TableError {
-    #[error("table location {location} {why}: give a local folder or a file:// URL")]
+    #[error(
+        "table location {location} {why}; a location is a folder, or a URL that begins with file://, s3://, az://, abfss:// or gs://"
+    )]
     Location { location: String, why: String },
     #[error("{action} table {table}: {source}")]
     Store { action: &'static str, table: String, source: Box<dyn std::error::Error + Send + Sync> },

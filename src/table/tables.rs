@@ -1,5 +1,6 @@
 //! All tables under one root.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::schema::{self, TableSpec};
@@ -56,9 +57,9 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Names the folder `root`. Nothing is created until a table is opened.
+    /// Names the local folder `root`. Nothing is created until a table is opened.
     pub fn open(root: &Path) -> Result<Self, TableError> {
-        Ok(Tables::at(TableLocation::parse(&root.to_string_lossy())?))
+        Ok(Tables::at(TableLocation::parse(&root.to_string_lossy(), &BTreeMap::new())?))
     }
 
     /// Names a location.

@@ -44,6 +44,14 @@ enum Fault {
     Rival(Value),
     /// The caller hears that the entry exists although nothing was written (an S3 409).
     FalseConflict,
+    /// The entry is written and the caller hears that it exists (a client repeated its own request after a 500).
+    LandThenConflict,
+    /// Another writer's entry is written while the caller waits for an answer that never comes.
+    RivalThenFail(Value),
+}
+
+fn exists(location: &Path) -> Error {
+    Error::AlreadyExists { path: location.to_string(), source: "conditional request conflict".into() }
 }
 
 /// A store in memory that misbehaves on log entries, as told.
@@ -73,9 +81,14 @@ impl ObjectStore for Faulty {
                 self.store.put_opts(location, entry.to_string().into(), opts.clone()).await?;
                 self.store.put_opts(location, payload, opts).await
             }
-            Some(Fault::FalseConflict) => {
-                Err(Error::AlreadyExists { path: location.to_string(), source: "conditional request conflict".into() })
+            Some(Fault::LandThenConflict) => {
+                self.store.put_opts(location, payload, opts).await?;
+                Err(exists(location))
             }
+            Some(Fault::RivalThenFail(entry)) => {
+                self.store.put_opts(location, entry.to_string().into(), opts).await.and(Err(broken()))
+            }
+            Some(Fault::FalseConflict) => Err(exists(location)),
         }
     }
 
@@ -177,7 +190,9 @@ async fn a_lost_reply_is_settled_by_the_log() {
     table.append_rows(&[usage(1)], &[step(None, 1)]).await.unwrap();
     store.faults.lock().unwrap().extend([Fault::Refuse, Fault::FalseConflict]);
     table.append_rows(&[usage(2)], &[step(Some(1), 2)]).await.unwrap();
-    assert_eq!((table.version(), steps_of(&table).await), (2, vec![1, 2]));
+    store.faults.lock().unwrap().push(Fault::LandThenConflict);
+    table.append_rows(&[usage(3)], &[step(Some(2), 3)]).await.unwrap();
+    assert_eq!((table.version(), steps_of(&table).await), (3, vec![1, 2, 3]));
 }
 
 #[tokio::test]
@@ -187,10 +202,14 @@ async fn a_rival_between_check_and_write_fences_only_its_own_positions() {
     store.faults.lock().unwrap().push(rival("another"));
     table.append_rows(&[usage(1)], &[step(None, 1)]).await.unwrap();
     assert_eq!(table.version(), 2);
+    let unheard = json!({ "txn": { "appId": "another", "version": 10 } });
+    store.faults.lock().unwrap().push(Fault::RivalThenFail(unheard));
+    table.append_rows(&[usage(2)], &[step(Some(1), 2)]).await.unwrap();
+    assert_eq!((table.version(), table.txn("another").await.unwrap()), (4, Some(10)));
     store.faults.lock().unwrap().push(rival("test"));
-    let error = table.append_rows(&[usage(2)], &[step(Some(1), 2)]).await.unwrap_err();
+    let error = table.append_rows(&[usage(3)], &[step(Some(2), 3)]).await.unwrap_err();
     assert!(matches!(error, TableError::Fenced { found: Some(9), .. }), "{error}");
-    assert_eq!(steps_of(&table).await, [1]);
+    assert_eq!(steps_of(&table).await, [1, 2]);
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ use super::TableError;
 use super::commit::now_ms;
 use super::log::Add;
 use super::schema::{Column, Kind, TableSpec};
+use crate::crash::{self, Point};
 
 /// Uncompressed bytes after which a row group ends: bounds the memory of a reader.
 const ROW_GROUP_BYTES: usize = 64 << 20;
@@ -60,8 +61,10 @@ pub(super) async fn data_file(
     let (bytes, stats) = encoded.await.map_err(|e| misfit(e.to_string()))?.map_err(|e| misfit(e.to_string()))?;
     let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
     let size = bytes.len() as u64;
-    let put = log.object_store(None).put(&Path::from(path.as_str()), bytes.into()).await;
+    let store = log.object_store(None);
+    let put = crash::during(Point::DuringUpload, store.put(&Path::from(path.as_str()), bytes.into())).await;
     put.map_err(|e| TableError::store("cannot write a data file of", table, e))?;
+    crash::point(Point::AfterUpload);
     Ok(Add { path, partition_values: BTreeMap::new(), size, modification_time: now_ms(), data_change: true, stats })
 }
 

@@ -95,6 +95,32 @@ fn a_bad_config_ends_with_64_and_one_line_for_each_problem() {
 }
 
 #[test]
+fn a_location_of_the_tables_that_cannot_be_used_is_told_by_the_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |tables: &str, options: &str, environment: &[(&str, &str)]| {
+        let text = format!("[state]\ntables = \"{tables}\"\nstore_options = {{ {options} }}\n");
+        std::fs::write(folder.path().join("taod.toml"), text).unwrap();
+        taod_in(folder.path(), &["config", "check", "--config", "taod.toml"], environment)
+    };
+    check("s3://bucket/folder", "region = \"eu-1\"", &[]).code(0);
+    check("az://container", "", &[("AZURE_STORAGE_ACCOUNT_NAME", "a"), ("AZURE_SKIP_SIGNATURE", "true")]).code(0);
+    let refused = [
+        ("hdfs://host/folder", "", "has the scheme hdfs"),
+        ("s3://", "", "names no bucket"),
+        ("s3://bucket", "regoin = \"eu-1\"", "regoin"),
+        ("s3://bucket", "secret_access_key = \"hunter2\"", "AWS_SECRET_ACCESS_KEY"),
+        ("tables", "region = \"eu-1\"", "is a local folder"),
+        // Which account is in the environment or nowhere.
+        ("az://container", "", "ccount"),
+    ];
+    for (tables, options, part) in refused {
+        let said = check(tables, options, &[]).code(64).err;
+        assert!(said.contains("state.tables: ") && said.contains(part) && !said.contains("hunter2"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
 fn a_log_format_of_ones_own_is_checked_and_used() {
     let folder = tempfile::tempdir().unwrap();
     let config = |when: &str| {

@@ -6,7 +6,7 @@ use crate::harness::{files, text};
 
 /// The layers, lowest first. Modules of one layer do not use each other.
 const LAYERS: &[&[&str]] = &[
-    &["durable", "health", "metrics", "progress", "record", "secret"],
+    &["crash", "durable", "health", "metrics", "progress", "record", "secret"],
     &["query_log", "engine"],
     &["table"],
     &["dataset"],

@@ -9,13 +9,16 @@ mod harness;
 
 mod bad_input;
 mod bench_train;
+mod chaos;
 mod cli;
 mod config;
+mod crash;
 mod dashboards;
 mod docs;
 mod ingest;
 mod layers;
 mod metrics;
+mod power_loss;
 mod readers;
 mod round;
 mod training;

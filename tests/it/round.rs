@@ -107,7 +107,7 @@ fn a_round_ends_with_a_verdict_and_the_same_seed_gives_the_same_bytes() {
 fn crash_points() -> BTreeSet<String> {
     let mut points = BTreeSet::new();
     for source in files("src", "rs").iter().map(|path| text(path)) {
-        for call in source.split("crash_point(").skip(1) {
+        for call in source.split("crash::at(").skip(1) {
             let argument = call.trim_start_matches("&format!(");
             let Some((name, _)) = argument.strip_prefix('"').and_then(|rest| rest.split_once('"')) else { continue };
             points.extend([1, 2].map(|pass| name.replace("{pass}", &pass.to_string())));
