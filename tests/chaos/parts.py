@@ -154,7 +154,7 @@ class S3:
                       {"name": "anonymous", "actions": rights}]
         config = data / "identities.json"
         config.write_text(json.dumps({"identities": identities}))
-        master, volume, filer, self.port = free_ports(4)
+        master, volume, filer, self.port, self.metrics = free_ports(5)
         grpc = free_ports(4)
         weed = pathlib.Path(sys.executable).parent / "weed"
         arguments = [
@@ -163,6 +163,8 @@ class S3:
             f"-volume.port.grpc={grpc[1]}", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={grpc[2]}", "-s3",
             f"-s3.port={self.port}", f"-s3.port.grpc={grpc[3]}", f"-s3.config={config}", "-volume.max=100",
             "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
+            # Further services, at fixed ports that another server of this kind may hold.
+            "-s3.port.iceberg=0", "-s3.port.lance=0", f"-metricsPort={self.metrics}",
         ]
         self.process = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL,
                                         stderr=open(folder / "s3.log", "wb"))
