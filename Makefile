@@ -3,9 +3,10 @@ SHELL := /bin/bash
 CARGO := cargo
 # One profile for everything, so that the dependencies build once.
 FLAGS := --release --locked
+CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench models setup setup-test
+.PHONY: help demo test test-full check build bench bench-scale models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -13,6 +14,7 @@ help:
 	@echo 'make check      format, lints, docs, licences'
 	@echo 'make build      $(BIN)'
 	@echo 'make bench      the benchmark tables'
+	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -36,6 +38,11 @@ check: setup
 
 bench: setup models
 	$(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 bench_
+
+# Needs control groups that this user may make (root, or delegated).
+bench-scale: build
+	tools/setup.sh scale
+	$(CACHE)/scale/bin/python tools/bench/scale.py --binary $(BIN) --work $(CACHE)/bench/scale $(ARGS)
 
 models: setup
 	tools/fetch-models.sh

@@ -6,6 +6,7 @@
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), and Apache Spark with Delta (0.5 GB)
+#   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
@@ -62,6 +63,10 @@ environment() {
 }
 if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
+fi
+if [ "$purpose" = scale ]; then
+  environment scale tools/scale.txt
+  tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
 fi
 # Delta's own jars for Spark; pyspark ships everything that they need.
 delta_jars() {

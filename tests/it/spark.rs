@@ -48,10 +48,10 @@ impl Spark {
         answer
     }
 
-    /// Runs a statement, in which `TABLE` stands for the table, and returns its rows.
+    /// Runs a statement, in which `{}` stands for the table, and returns its rows.
     fn sql(&mut self, table: &Path, statement: &str) -> Value {
         let name = format!("delta.`{}`", table.display());
-        self.ask(json!({ "sql": statement.replace("TABLE", &name) }))["rows"].take()
+        self.ask(json!({ "sql": statement.replace("{}", &name) }))["rows"].take()
     }
 }
 
@@ -220,17 +220,17 @@ async fn compaction_and_deletion_lose_and_double_nothing(spark: &mut Spark) {
     for _ in 0..3 {
         bench.ingest(10).await;
     }
-    let said = spark.sql(&bench.table(), "OPTIMIZE TABLE");
+    let said = spark.sql(&bench.table(), "OPTIMIZE {}");
     assert!(said[0]["metrics"]["numFilesRemoved"].as_i64().unwrap() >= 3, "{said}");
     bench.ingest(10).await;
-    let said = spark.sql(&bench.table(), "DELETE FROM TABLE WHERE offset % 3 = 0");
+    let said = spark.sql(&bench.table(), "DELETE FROM {} WHERE offset % 3 = 0");
     assert_eq!(said[0]["num_affected_rows"], json!(14 * PARTITIONS));
     bench.ingest(10).await;
     let gone = |offset| offset < 40 && offset % 3 == 0;
     bench.check(spark, gone).await;
 
     bench.kill();
-    spark.sql(&bench.table(), "OPTIMIZE TABLE");
+    spark.sql(&bench.table(), "OPTIMIZE {}");
     bench.ingest(10).await;
     bench.check(spark, gone).await;
 }
@@ -238,13 +238,13 @@ async fn compaction_and_deletion_lose_and_double_nothing(spark: &mut Spark) {
 async fn deletion_vectors_are_honoured(spark: &mut Spark) {
     let mut bench = Bench::new();
     bench.ingest(20).await;
-    spark.sql(&bench.table(), "ALTER TABLE TABLE SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')");
-    let detail = spark.sql(&bench.table(), "DESCRIBE DETAIL TABLE");
+    spark.sql(&bench.table(), "ALTER TABLE {} SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')");
+    let detail = spark.sql(&bench.table(), "DESCRIBE DETAIL {}");
     assert_eq!((&detail[0]["minReaderVersion"], &detail[0]["minWriterVersion"]), (&json!(3), &json!(7)));
     // The instance meets the new protocol in the log, beside its own next commit.
     bench.ingest(10).await;
-    spark.sql(&bench.table(), "DELETE FROM TABLE WHERE offset % 3 = 0");
-    let history = spark.sql(&bench.table(), "DESCRIBE HISTORY TABLE LIMIT 1");
+    spark.sql(&bench.table(), "DELETE FROM {} WHERE offset % 3 = 0");
+    let history = spark.sql(&bench.table(), "DESCRIBE HISTORY {} LIMIT 1");
     let added = history[0]["operationMetrics"]["numDeletionVectorsAdded"].as_str().unwrap();
     assert!(added.parse::<u32>().unwrap() > 0, "{history}");
     bench.ingest(10).await;
@@ -255,7 +255,7 @@ async fn deletion_vectors_are_honoured(spark: &mut Spark) {
     bench.kill();
     bench.ingest(10).await;
     bench.check(spark, gone).await;
-    spark.sql(&bench.table(), "REORG TABLE TABLE APPLY (PURGE)");
+    spark.sql(&bench.table(), "REORG TABLE {} APPLY (PURGE)");
     bench.ingest(10).await;
     bench.check(spark, gone).await;
 }
@@ -266,7 +266,7 @@ async fn a_restore_takes_rows_back_and_no_offsets(spark: &mut Spark) {
     bench.ingest(10).await;
     let version = bench.open().await.version();
     bench.ingest(10).await;
-    spark.sql(&bench.table(), &format!("RESTORE TABLE TABLE TO VERSION AS OF {version}"));
+    spark.sql(&bench.table(), &format!("RESTORE TABLE {{}} TO VERSION AS OF {version}"));
     bench.ingest(10).await;
     let gone = |offset| (10..20).contains(&offset);
     bench.check(spark, gone).await;
@@ -282,7 +282,7 @@ async fn features_that_we_do_not_write_stop_us_by_name(spark: &mut Spark) {
         let mut bench = Bench::new();
         bench.ingest(5).await;
         bench.kill();
-        spark.sql(&bench.table(), &format!("ALTER TABLE TABLE SET TBLPROPERTIES ('{property}')"));
+        spark.sql(&bench.table(), &format!("ALTER TABLE {{}} SET TBLPROPERTIES ('{property}')"));
         bench.send(5);
         let config = bench.folder.path().join("taod.toml").display().to_string();
         let outcome = harness::taod(&["ingest", "--config", &config]);

@@ -116,7 +116,7 @@ group = "{self.name}"
         """Reads new log entries; returns the number of offsets that the table has reached, over all partitions."""
         while (data := self.bucket.read(f"queries/_delta_log/{self.next_version:020}.json")) is not None:
             lines = [json.loads(line) for line in data.decode().splitlines()]
-            commit = {"version": self.next_version, "rows": 0, "bytes": 0, "overtaken": 0}
+            commit = {"version": self.next_version, "rows": 0, "bytes": 0, "overtaken": 0, "entry": len(data)}
             for line in lines:
                 if info := line.get("commitInfo"):
                     commit["at"] = info["timestamp"] / 1000
@@ -127,6 +127,7 @@ group = "{self.name}"
                     commit["bytes"] += add["size"]
                 if txn := line.get("txn"):
                     self.offsets[txn["appId"]] = txn["version"]
+            (self.folder / "newest.json").write_bytes(data)
             self.commits.append(commit)
             self.next_version += 1
         return sum(self.offsets.values())
@@ -193,6 +194,7 @@ group = "{self.name}"
                 "rows_per_s": round(rows / span), "rows_per_cpu_s": round(self.options.rows / spent),
                 "commits": len(data), "commits_per_s": round(len(middle) / span, 2),
                 "rows_per_commit": round(total / len(data)), "bytes_per_row": round(sum(c["bytes"] for c in data) / total),
+                "entry_bytes": round(sum(c["entry"] for c in data) / len(data)),
                 "overtaken_per_commit": round(sum(c["overtaken"] for c in data) / len(data), 2),
                 "lost_writes_per_commit": round(lost / len(data), 2), "killed_at": killed}
 
