@@ -251,11 +251,11 @@ async fn deletion_vectors_are_honoured(spark: &mut Spark) {
     let gone = |offset| offset < 30 && offset % 3 == 0;
     bench.check(spark, gone).await;
 
-    // Another instance opens a table that has them from the start; compaction then writes the vectors off.
+    // Another instance opens a table that has them from the start; compaction then makes an end of them.
     bench.kill();
     bench.ingest(10).await;
     bench.check(spark, gone).await;
-    spark.sql(&bench.table(), "REORG TABLE {} APPLY (PURGE)");
+    spark.sql(&bench.table(), "OPTIMIZE {}");
     bench.ingest(10).await;
     bench.check(spark, gone).await;
 }

@@ -65,7 +65,7 @@ def main():
         try:
             said = answer(session, json.loads(line))
         except Exception as error:
-            said = {"error": str(error)}
+            said = {"error": str(error).split("\n\tat ")[0]}
         print(json.dumps(said, default=str), file=answers, flush=True)
     session.stop()
 
