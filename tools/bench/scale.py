@@ -239,8 +239,9 @@ def main():
     options.rows -= options.rows % PARTITIONS
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
-    kafka, s3 = parts.Kafka(options.work), parts.S3(options.work)
+    kafka, s3 = parts.Kafka(options.work), None
     try:
+        s3 = parts.S3(options.work)
         # No proxy in between.
         kafka.advertised = kafka.inner
         kafka.stop()
@@ -253,7 +254,8 @@ def main():
         ]:
             print(json.dumps(Run(options, kafka, s3, name, count, interval, batch, kill).go()), flush=True)
     finally:
-        s3.close()
+        if s3:
+            s3.close()
         kafka.stop("-9")
 
 
