@@ -3,9 +3,10 @@ SHELL := /bin/bash
 CARGO := cargo
 # One profile for everything, so that the dependencies build once.
 FLAGS := --release --locked
+CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench chaos models setup setup-test
+.PHONY: help demo test test-full check build bench bench-scale chaos models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -14,6 +15,7 @@ help:
 	@echo 'make build      $(BIN)'
 	@echo 'make bench      the benchmark tables'
 	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
+	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -27,7 +29,7 @@ test: setup-test models
 
 test-full: models
 	tools/setup.sh full
-	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft} $(CARGO) test $(FLAGS) -- --include-ignored
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark} $(CARGO) test $(FLAGS) -- --include-ignored
 
 check: setup
 	$(CARGO) fmt --check
@@ -38,13 +40,17 @@ check: setup
 bench: setup models
 	$(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 bench_
 
-CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 chaos: CYCLES ?= 1000
 chaos: SEED ?= 1
 chaos: setup-test build
 	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
 	$(CACHE)/chaos/bin/python tests/chaos/main.py --binary $(BIN) --work $(or $(WORK),$(CACHE)/chaos-$(SEED)) \
 	  --cycles $(CYCLES) --seed $(SEED) $(ARGS)
+
+# Needs control groups that this user may make (root, or delegated).
+bench-scale: build
+	tools/setup.sh scale
+	$(CACHE)/scale/bin/python tools/bench/scale.py --binary $(BIN) --work $(CACHE)/bench/scale $(ARGS)
 
 models: setup
 	tools/fetch-models.sh

@@ -6,7 +6,8 @@
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment; strace and (where there is Go) Toxiproxy for the
 #                           tests that break things
-#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB)
+#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), and Apache Spark with Delta (0.5 GB)
+#   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
@@ -70,6 +71,22 @@ if [ "$purpose" != build ]; then
     GOBIN=$cache/toxiproxy go install github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
   fi
 fi
+if [ "$purpose" = scale ]; then
+  environment scale tools/scale.txt
+  tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
+fi
+# Delta's own jars for Spark; pyspark ships everything that they need.
+delta_jars() {
+  local folder=$cache/spark/delta
+  if ! cmp -s tests/spark/pom.xml "$folder/pom.xml"; then
+    say "fetching Delta's jars into $folder"
+    rm -rf "$folder"
+    mvn -q -B -f tests/spark/pom.xml dependency:copy-dependencies -DincludeGroupIds=io.delta "-DoutputDirectory=$folder"
+    cp tests/spark/pom.xml "$folder/pom.xml"
+  fi
+}
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
+  environment spark tools/spark.txt
+  delta_jars
 fi

@@ -165,6 +165,11 @@ impl Table {
                 Ok(Some(found)) if found == bytes => return self.landed(version, &bytes),
                 Ok(Some(found)) => {
                     self.apply(version, &found)?;
+                    // Others are at work: to read past all of them costs less than to lose a write to each. Our own
+                    // entry is not among them: it was never written above one that another writer took.
+                    if let Err(error) = self.refresh().await {
+                        tracing::warn!(table = self.name, %error, "cannot read on in the log; the next write tells more");
+                    }
                     continue;
                 }
                 Ok(None) => tracing::warn!(table = self.name, version, why, "a commit did not land; writing it again"),

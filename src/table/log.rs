@@ -136,16 +136,24 @@ impl Protocol {
     /// Refuses a table that asks of its writers what taod's commits do not do.
     pub(super) fn check(&self, table: &str) -> Result<(), TableError> {
         let refuse = |feature: String| TableError::Feature { table: table.to_owned(), feature };
-        if self.min_writer_version != 7 && self.min_writer_version > 2 {
-            return Err(refuse(format!("writer version {}", self.min_writer_version)));
-        }
-        if self.min_reader_version != 3 && self.min_reader_version > 1 {
-            return Err(refuse(format!("reader version {}", self.min_reader_version)));
-        }
+        // By name first: a feature can be dropped, a version cannot.
         let mut asked = self.writer_features.iter().chain(&self.reader_features).flatten();
-        match asked.find(|feature| !FEATURES.contains(&feature.as_str())) {
-            Some(feature) => Err(refuse(format!("table feature {feature}"))),
-            None => Ok(()),
+        if let Some(feature) = asked.find(|feature| !FEATURES.contains(&feature.as_str())) {
+            return Err(refuse(format!("table feature {feature}")));
+        }
+        match (self.min_reader_version, self.min_writer_version) {
+            (1 | 3, 7) | (1, ..=2) => Ok(()),
+            // Before there were features, a version asked for all that came up to it.
+            (reader, writer @ ..=6) => Err(refuse(format!(
+                "reader version {reader} and writer version {writer} ({})",
+                match writer {
+                    ..=3 => "table feature checkConstraints",
+                    4 => "table feature changeDataFeed and table feature generatedColumns",
+                    5 => "table feature columnMapping",
+                    _ => "table feature identityColumns",
+                }
+            ))),
+            (reader, writer) => Err(refuse(format!("reader version {reader} and writer version {writer}"))),
         }
     }
 }
@@ -211,7 +219,12 @@ mod tests {
         let error =
             protocol(r#"{"minReaderVersion":1,"minWriterVersion":7,"writerFeatures":["appendOnly","rowTracking"]}"#);
         assert!(error.unwrap_err().to_string().contains("rowTracking"));
+        let error = protocol(r#"{"minReaderVersion":2,"minWriterVersion":5}"#).unwrap_err().to_string();
+        assert!(error.contains("reader version 2 and writer version 5 (table feature columnMapping)"), "{error}");
+        let error = protocol(r#"{"minReaderVersion":2,"minWriterVersion":7,"writerFeatures":["columnMapping"]}"#);
+        assert!(error.unwrap_err().to_string().contains("table feature columnMapping"));
         assert!(protocol(r#"{"minReaderVersion":1,"minWriterVersion":4}"#).is_err());
+        assert!(protocol(r#"{"minReaderVersion":4,"minWriterVersion":7}"#).is_err());
     }
 
     #[test]

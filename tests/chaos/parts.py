@@ -158,7 +158,7 @@ class S3:
                       {"name": "anonymous", "actions": rights}]
         config = data / "identities.json"
         config.write_text(json.dumps({"identities": identities}))
-        *ports, self.port = free_ports(4)
+        *ports, self.port, self.metrics = free_ports(5)
         (master, volume, filer), grpc = ports, [port + 1 for port in (*ports, self.port)]
         weed = pathlib.Path(sys.executable).parent / "weed"
         arguments = [
@@ -166,7 +166,9 @@ class S3:
             f"-master.port={master}", f"-master.port.grpc={grpc[0]}", f"-volume.port={volume}",
             f"-volume.port.grpc={grpc[1]}", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={grpc[2]}", "-s3",
             f"-s3.port={self.port}", f"-s3.port.grpc={grpc[3]}", f"-s3.config={config}", "-volume.max=100",
-            "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
+            # Further services, at fixed ports that another server of this kind may hold.
+            "-s3.port.iceberg=0", "-s3.port.lance=0", f"-metricsPort={self.metrics}",
         ]
         self.process = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL,
                                         stderr=open(folder / "s3.log", "wb"))

@@ -21,4 +21,5 @@ mod metrics;
 mod power_loss;
 mod readers;
 mod round;
+mod spark;
 mod training;

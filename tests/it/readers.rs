@@ -1,4 +1,4 @@
-//! The tables as others read them: python deltalake and DuckDB must see the rows that we see, all columns, bit for bit.
+//! The tables as others read them: python deltalake, DuckDB and Polars must see the rows that we see, all columns, bit for bit.
 
 use std::path::Path;
 use std::process::Command;
@@ -36,7 +36,7 @@ fn value(column: &Column, i: i64) -> Value {
     }
 }
 
-/// Encodes one cell as read_tables.py does.
+/// Encodes one cell as tests/tools/digest.py does.
 fn encode(array: &dyn Array, row: usize, out: &mut Vec<u8>) {
     if array.is_null(row) {
         return out.push(b'n');
@@ -77,8 +77,8 @@ fn string(text: &str) -> String {
     format!("s{}:{text}", text.len())
 }
 
-/// Returns the number of rows and the hash over them, as read_tables.py prints them.
-fn digest(batches: &[RecordBatch]) -> Value {
+/// Returns the number of rows and the hash over them, as tests/tools/digest.py computes them.
+pub(crate) fn digest(batches: &[RecordBatch]) -> Value {
     let mut lines: Vec<Vec<u8>> = Vec::new();
     for batch in batches {
         for row in 0..batch.num_rows() {
@@ -116,14 +116,12 @@ pub(crate) async fn assert_same(table: &Table, said: &Value) {
     assert_eq!(said["version"], json!(table.version()), "{}", table.name());
     assert_eq!(said["deltalake"], ours, "python deltalake, {}", table.name());
     assert_eq!(said["duckdb"], ours, "DuckDB, {}", table.name());
+    assert_eq!(said["polars"], ours, "Polars, {}", table.name());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn deltalake_and_duckdb_read_every_table_as_we_do() {
-    let Some(python) = harness::readers() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let tables = Tables::open(folder.path()).unwrap();
-    let mut folders = Vec::new();
+/// Makes every table below `root`, each of three commits with every kind of value, and returns their folders.
+pub(crate) async fn every_table(root: &Path) -> Vec<String> {
+    let tables = Tables::open(root).unwrap();
     for name in Name::ALL {
         let mut table = tables.open_one(name).await.unwrap();
         for commit in 0..3 {
@@ -139,8 +137,16 @@ async fn deltalake_and_duckdb_read_every_table_as_we_do() {
                 table.maintain().await.unwrap();
             }
         }
-        folders.push(folder.path().join(name.spec().name).display().to_string());
     }
+    Name::ALL.into_iter().map(|name| root.join(name.spec().name).display().to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_readers_read_every_table_as_we_do() {
+    let Some(python) = harness::readers() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let folders = every_table(folder.path()).await;
+    let tables = Tables::open(folder.path()).unwrap();
     for (name, said) in Name::ALL.into_iter().zip(read(&python, &folders)) {
         assert_eq!(said["deltalake"]["rows"], 12);
         assert_same(&tables.open_one(name).await.unwrap(), &said).await;

@@ -1,61 +1,23 @@
-"""Reads Delta tables with python deltalake and with DuckDB: prints counts and a hash over all rows and columns.
+"""Reads Delta tables with python deltalake, DuckDB and Polars: prints counts and a hash over all rows and columns.
 
 usage: read_tables.py FOLDER...
 
-One JSON line per table: {"table", "version", "columns", "deltalake": {"rows", "sha256"}, "duckdb": {...}}.
-The hash does not depend on the order of rows: each row becomes one line (see `encode`), the lines are sorted by their
-bytes, and SHA-256 goes over the lines with a line break after each. tests/it/readers.rs does the same.
+One JSON line per table: {"table", "version", "columns", "deltalake": {"rows", "sha256"}, "duckdb": {...}, "polars": {...}}.
 """
 
-import datetime
 import glob
-import hashlib
 import json
 import os
-import struct
 import sys
 import tempfile
 
 import duckdb
 import duckdb_extension_delta
+import polars
 import pyarrow
 from deltalake import DeltaTable, QueryBuilder
 
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-DAY_0 = EPOCH.date()
-
-
-def encode(value):
-    """One value as bytes: a letter for its type, and for text and bytes its length, so that rows cannot run together."""
-    if value is None:
-        return b"n"
-    if isinstance(value, bool):
-        return b"b1" if value else b"b0"
-    if isinstance(value, float):
-        return b"d" + struct.pack(">d", value).hex().encode()
-    if isinstance(value, int):
-        return b"i%d" % value
-    if isinstance(value, str):
-        data = value.encode()
-        return b"s%d:" % len(data) + data
-    if isinstance(value, (bytes, bytearray)):
-        return b"x" + bytes(value).hex().encode()
-    if isinstance(value, datetime.datetime):
-        delta = value.astimezone(datetime.timezone.utc) - EPOCH
-        return b"t%d" % (delta // datetime.timedelta(microseconds=1))
-    if isinstance(value, datetime.date):
-        return b"D%d" % (value - DAY_0).days
-    if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(encode(item) for item in value) + b"]"
-    raise TypeError(f"no encoding for {type(value)}")
-
-
-def digest(rows):
-    lines = sorted(b"|".join(encode(value) for value in row) for row in rows)
-    whole = hashlib.sha256()
-    for line in lines:
-        whole.update(line + b"\n")
-    return {"rows": len(lines), "sha256": whole.hexdigest()}
+from digest import digest
 
 
 def rows_of(found):
@@ -82,11 +44,15 @@ def by_duckdb(folder, columns):
     return digest(rows_of(found))
 
 
+def by_polars(folder, columns):
+    return digest(polars.scan_delta(folder).select(columns).collect().rows())
+
+
 def main():
     for folder in sys.argv[1:]:
         version, columns, first = by_deltalake(folder)
         line = {"table": os.path.basename(folder.rstrip("/")), "version": version, "columns": columns}
-        line.update(deltalake=first, duckdb=by_duckdb(folder, columns))
+        line.update(deltalake=first, duckdb=by_duckdb(folder, columns), polars=by_polars(folder, columns))
         print(json.dumps(line), flush=True)
 
 

@@ -132,3 +132,10 @@ pub(crate) fn readers() -> Option<PathBuf> {
     let python = cache().join("readers/bin/python");
     has("readers", python.is_file(), "run `tools/setup.sh test`").then_some(python)
 }
+
+/// Returns the Python that has Apache Spark, and the folder of Delta's jars.
+pub(crate) fn spark() -> Option<(PathBuf, PathBuf)> {
+    let (python, jars) = (cache().join("spark/bin/python"), cache().join("spark/delta"));
+    let there = python.is_file() && jars.join("pom.xml").is_file();
+    has("spark", there, "run `tools/setup.sh full`").then_some((python, jars))
+}
