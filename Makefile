@@ -5,7 +5,7 @@ CARGO := cargo
 FLAGS := --release --locked
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench models setup setup-test
+.PHONY: help demo test test-full check build bench bench-ingest models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make check      format, lints, docs, licences'
 	@echo 'make build      $(BIN)'
 	@echo 'make bench      the benchmark tables'
+	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -36,6 +37,14 @@ check: setup
 
 bench: setup models
 	$(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 bench_
+
+BENCH_PYTHON = $${XDG_CACHE_HOME:-$$HOME/.cache}/taod/bench-python/bin/python
+bench-ingest: models
+	tools/setup.sh bench
+	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
+	$(CARGO) build $(FLAGS) --bin taod --example consume
+	$(BENCH_PYTHON) tools/bench/ingest.py --taod $(BIN) --consume $(dir $(BIN))examples/consume \
+		--models $${XDG_CACHE_HOME:-$$HOME/.cache}/taod/models --out $(dir $(BIN))bench-ingest.md $(ARGS)
 
 models: setup
 	tools/fetch-models.sh

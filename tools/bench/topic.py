@@ -94,7 +94,7 @@ def fill(brokers, topic, rows, partitions, codec, source):
         held = sum(probe.get_watermark_offsets(TopicPartition(topic, p), timeout=30)[1] for p in range(partitions))
     else:
         admin = AdminClient({"bootstrap.servers": brokers})
-        admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
+        admin.create_topics([NewTopic(topic, partitions, 1, config={"retention.ms": "-1"})])[topic].result(30)
     probe.close()
     size = 0
     producer = Producer(
