@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench bench-scale chaos models setup setup-test
+.PHONY: help demo test test-full check build bench bench-ingest bench-scale chaos models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench      the benchmark tables'
 	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
 	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
+	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -51,6 +52,13 @@ chaos: setup-test build
 bench-scale: build
 	tools/setup.sh scale
 	$(CACHE)/scale/bin/python tools/bench/scale.py --binary $(BIN) --work $(CACHE)/bench/scale $(ARGS)
+
+bench-ingest: models
+	tools/setup.sh bench
+	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
+	$(CARGO) build $(FLAGS) --bin taod --example consume
+	$(CACHE)/bench-python/bin/python tools/bench/ingest.py --taod $(BIN) --consume $(dir $(BIN))examples/consume \
+		--models $(CACHE)/models --out $(dir $(BIN))bench-ingest.md $(ARGS)
 
 models: setup
 	tools/fetch-models.sh

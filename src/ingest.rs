@@ -29,7 +29,7 @@ use crate::query_log::format::Mapping;
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
 use crate::secret::{self, SecretError};
-use crate::table::{TableError, Tables};
+use crate::table::{DataFile, TableError, Tables};
 
 /// How the query log is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -41,12 +41,21 @@ pub struct Settings {
     pub batch_bytes: u64,
     /// Longest time between a record's arrival and its commit, in seconds. Range 1 to 3600.
     pub commit_interval_s: u64,
+    /// The same where the end of the log is reached, so that what is asked now is soon in the table. It bounds the commits
+    /// of a log that never rests: 3 s make at most 28,800 a day. Range 1 to 3600.
+    pub end_interval_s: u64,
+    /// Memory for ingestion, in MiB. The parts that are set apart must fit in: twice `kafka.fetch_mib`, `batch_bytes`, and
+    /// what the program, the records being read and the file being written take. Range 256 to 65536.
+    pub memory_mib: u64,
     /// With `--until-idle`: how long all partitions must stay at their ends, in seconds. Range 1 to 3600.
     pub idle_s: u64,
     /// With `--until-idle`: how long to wait for records before the end is reached, in seconds. Range 5 to 3600.
     pub stall_s: u64,
     /// File with the key (16 bytes or more) under which end users are hashed; empty: end users are not stored at all.
     pub user_key_file: PathBuf,
+    /// Fill the column `language` while ingesting. No stage reads it, it can be told from `messages` at any time, and it
+    /// costs several times as much CPU as everything else that is done for a row.
+    pub detect_language: bool,
     /// Log formats of your own, tried in their order before the known ones.
     pub mapping: Vec<Mapping>,
 }
@@ -57,9 +66,12 @@ impl Default for Settings {
             kafka: kafka::Settings::default(),
             batch_bytes: 64 << 20,
             commit_interval_s: 30,
+            end_interval_s: 3,
+            memory_mib: 512,
             idle_s: 2,
             stall_s: 60,
             user_key_file: PathBuf::new(),
+            detect_language: false,
             mapping: Vec::new(),
         }
     }
@@ -75,13 +87,32 @@ impl Settings {
         let ranges = [
             ("batch_bytes", self.batch_bytes, 65_536, 268_435_456),
             ("commit_interval_s", self.commit_interval_s, 1, 3600),
+            ("end_interval_s", self.end_interval_s, 1, 3600),
+            ("memory_mib", self.memory_mib, 256, 65_536),
             ("idle_s", self.idle_s, 1, 3600),
             ("stall_s", self.stall_s, 5, 3600),
         ];
-        match ranges.into_iter().find(|(_, value, low, high)| !(low..=high).contains(&value)) {
-            Some((key, value, low, high)) => Err(format!("{key} is {value}: choose {low} to {high}")),
-            None => Ok(()),
+        if let Some((key, value, low, high)) = ranges.into_iter().find(|(_, v, low, high)| !(low..=high).contains(&v)) {
+            return Err(format!("{key} is {value}: choose {low} to {high}"));
         }
+        match self.memory_needed() {
+            needed if needed > self.memory_mib => Err(format!(
+                "memory_mib is {}, but kafka.fetch_mib and batch_bytes need {needed}: raise it or lower them",
+                self.memory_mib
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the memory that ingestion takes at most under these settings, in MiB.
+    fn memory_needed(&self) -> u64 {
+        // A fetched batch is kept until its last record is read, so that the queue's own limit is overshot.
+        let fetched = 2 * u64::from(self.kafka.fetch_mib);
+        // A record being read is its bytes, a tree of values and a row of columns.
+        let reading = (4 * kafka::MOST_HANDED_OVER as u64) >> 20;
+        // Rows leave encoded; text that no compression makes smaller keeps its size.
+        let file = self.batch_bytes.div_ceil(1 << 20) + DataFile::MOST_BUFFERED.div_ceil(1 << 20) as u64;
+        PROGRAM_MIB + fetched + reading + file
     }
 
     /// Returns what says, in each row, under which settings it was read.
@@ -146,6 +177,9 @@ impl IngestError {
     }
 }
 
+/// What the program takes with nothing read: its code, its runtime, the tables' logs.
+const PROGRAM_MIB: u64 = 128;
+
 /// Restarts that `--until-idle` accepts from other members or lost replies before it gives up.
 const RESTARTS: u32 = 10;
 const BACKOFF: Duration = Duration::from_secs(1);
@@ -163,6 +197,7 @@ pub async fn run(
         topic: settings.kafka.topic.clone(),
         user_key: settings.user_key()?,
         config_hash: settings.hash(),
+        detect_language: settings.detect_language,
         mappings: settings.mapping.clone(),
     });
     let (mut restarts, mut backoff) = (0, BACKOFF);
@@ -235,7 +270,8 @@ impl Session<'_> {
     async fn run(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<(), IngestError> {
         let idle = Duration::from_secs(self.settings.idle_s);
         let stall = Duration::from_secs(self.settings.stall_s);
-        let interval = Duration::from_secs(self.settings.commit_interval_s);
+        let behind = Duration::from_secs(self.settings.commit_interval_s);
+        let caught_up = Duration::from_secs(self.settings.end_interval_s).min(behind);
         let (mut assigned, mut heard) = (false, Instant::now());
         loop {
             let at_end = assigned && self.ledger.at_end();
@@ -243,7 +279,7 @@ impl Session<'_> {
                 self.seal().await?;
                 heard = Instant::now();
             }
-            let seal_at = self.opened.map(|opened| opened + interval);
+            let seal_at = self.opened.map(|opened| opened + if at_end { caught_up } else { behind });
             let rest_at = match self.mode {
                 Mode::Forever => None,
                 Mode::UntilIdle if at_end => Some(heard + idle),

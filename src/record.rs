@@ -4,9 +4,13 @@
 //! on nothing knows which format a record came in. Text is kept as it was logged; identity is the hash of its
 //! canonical JSON (RFC 8785), so that key order and white space of a producer never make two prompts of one.
 
+mod canonical;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+
+pub use self::canonical::canonical_messages;
 
 /// One chat message in OpenAI's shape. Fields that taod does not interpret (tool calls, names, ids) stay in `rest`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -47,10 +51,18 @@ pub fn last_user_text(messages: &[Message]) -> String {
 
 /// Returns the identity of a prompt: SHA-256, in lower-case hex, of the RFC 8785 JSON of its messages and tools.
 pub fn prompt_hash(messages: &[Message], tools: Option<&Value>) -> String {
-    let value = serde_json::json!({ "messages": messages, "tools": tools });
-    // Canonicalisation fails only for numbers outside f64, which serde_json does not hold without `arbitrary_precision`.
-    let canonical = serde_json_canonicalizer::to_vec(&value).unwrap_or_else(|_| value.to_string().into_bytes());
-    hex::encode(Sha256::digest(&canonical))
+    prompt_hash_of(&canonical_messages(messages), tools)
+}
+
+/// Returns the identity of a prompt whose messages are in canonical form already.
+pub fn prompt_hash_of(canonical_messages: &str, tools: Option<&Value>) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update(r#"{"messages":"#);
+    hasher.update(canonical_messages);
+    hasher.update(r#","tools":"#);
+    hasher.update(canonical::canonical(tools.unwrap_or(&Value::Null)));
+    hasher.update("}");
+    hex::encode(hasher.finalize())
 }
 
 /// Where a row came from; unique for every row taod ever stores.

@@ -8,6 +8,7 @@
 #                           tests that break things
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), and Apache Spark with Delta (0.5 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
+#   tools/setup.sh bench    what `test` has, and what the ingestion bench and its peers need
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/taod
@@ -85,6 +86,9 @@ delta_jars() {
     cp tests/spark/pom.xml "$folder/pom.xml"
   fi
 }
+if [ "$purpose" = bench ]; then
+  environment bench-python tools/bench/requirements.txt
+fi
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
   environment spark tools/spark.txt

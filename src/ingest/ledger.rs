@@ -12,20 +12,19 @@ mod model_check;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
-
 use super::IngestError;
 use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
 use crate::crash::{self, Point};
 use crate::query_log::Record;
 use crate::query_log::kafka::{self, Extent};
-use crate::table::{Name, Table, Tables, Upkeep, batch_of, schema};
+use crate::table::{DataFile, Name, Table, TableError, Tables, Upkeep, batch_of, schema};
 
 /// What was read and is not stored yet.
 #[derive(Default)]
 struct Epoch {
-    batches: Vec<RecordBatch>,
+    /// The rows, encoded as they come; nothing before the first records.
+    file: Option<DataFile>,
     letters: Vec<Letter>,
     skipped: BTreeMap<&'static str, u64>,
     records: u64,
@@ -89,9 +88,16 @@ impl Ledger {
         crash::point(Point::AfterPoll);
         records.retain(|record| self.positions.take(record.partition, record.offset));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
-        let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known)).await;
-        let Parsed { batch, letters, skipped, bytes } = parsed.map_err(|e| IngestError::Task(e.to_string()))??;
-        self.epoch.batches.push(batch);
+        let file = self.epoch.file.take();
+        let work = tokio::task::spawn_blocking(move || {
+            let mut file = file.map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
+            let parsed = reader.read(&records, &known)?;
+            file.write(&parsed.batch)?;
+            Ok::<_, TableError>((file, parsed))
+        });
+        let (file, parsed) = work.await.map_err(|e| IngestError::Task(e.to_string()))??;
+        let Parsed { letters, skipped, bytes, .. } = parsed;
+        self.epoch.file = Some(file);
         self.epoch.letters.extend(letters);
         for (reason, n) in skipped {
             *self.epoch.skipped.entry(reason).or_default() += n;
@@ -114,7 +120,7 @@ impl Ledger {
 
     /// Commits the epoch: its dead letters first, then its rows with the offsets. Returns nothing where nothing moved.
     pub(super) async fn seal(&mut self) -> Result<Option<Sealed>, IngestError> {
-        let epoch = std::mem::take(&mut self.epoch);
+        let mut epoch = std::mem::take(&mut self.epoch);
         if epoch.records > 0 {
             crash::point(Point::AfterSeal);
         }
@@ -129,8 +135,10 @@ impl Ledger {
         if steps.is_empty() {
             return Ok(None);
         }
-        let appended = self.queries.append(&epoch.batches, &steps).await?;
-        let sealed = epoch.sealed(appended.version, appended.bytes, self.positions.stored());
+        let file = epoch.file.take().map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
+        let rows = file.rows();
+        let appended = self.queries.append_file(file, &steps).await?;
+        let sealed = epoch.sealed(rows, appended.version, appended.bytes, self.positions.stored());
         tracing::debug!(version = sealed.version, rows = sealed.rows, bytes = sealed.bytes, "epoch stored");
         Ok(Some(sealed))
     }
@@ -189,12 +197,11 @@ impl Ledger {
 }
 
 impl Epoch {
-    fn sealed(self, version: u64, file_bytes: u64, offsets: BTreeMap<i32, i64>) -> Sealed {
+    fn sealed(self, rows: u64, version: u64, file_bytes: u64, offsets: BTreeMap<i32, i64>) -> Sealed {
         let mut letters: BTreeMap<&'static str, u64> = BTreeMap::new();
         for letter in &self.letters {
             *letters.entry(letter.reason).or_default() += 1;
         }
-        let rows = self.batches.iter().map(|batch| batch.num_rows() as u64).sum();
         let Epoch { skipped, records, bytes, .. } = self;
         Sealed { records, rows, bytes, file_bytes, version, letters, skipped, offsets }
     }

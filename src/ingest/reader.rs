@@ -1,18 +1,17 @@
 //! From records of the log to rows of the tables. Pure but for the clock's date.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use arrow::array::RecordBatch;
 use hmac::{Hmac, KeyInit, Mac};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::query_log::Record;
 use crate::query_log::format::{self, Mapping, Outcome};
-use crate::record::{Message, Query, last_user_text, prompt_hash};
-use crate::table::{TableError, batch_of, schema};
+use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
+use crate::table::{Columns, TableError, schema};
 
 /// Characters of a prompt that are enough to tell its language.
 const LANGUAGE_CHARS: usize = 256;
@@ -26,6 +25,8 @@ pub(super) struct Reader {
     /// Keys the hash under which end users are stored; without one no user is.
     pub(super) user_key: Option<Vec<u8>>,
     pub(super) config_hash: String,
+    /// True where the language of each prompt is told: slower than all the rest of reading a row.
+    pub(super) detect_language: bool,
     /// The user's own log formats.
     pub(super) mappings: Vec<Mapping>,
 }
@@ -63,7 +64,7 @@ struct Row<'a> {
     partition: i32,
     offset: i64,
     record_index: i32,
-    key: Option<String>,
+    key: Option<Raw<'a>>,
     headers: Option<String>,
     kafka_time: Option<i64>,
     event_time: i64,
@@ -100,12 +101,22 @@ struct Row<'a> {
     extra: String,
 }
 
+/// Bytes as they are.
+#[derive(Debug)]
+struct Raw<'a>(&'a [u8]);
+
+impl Serialize for Raw<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
+}
+
 impl Reader {
     /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again.
     pub(super) fn read(&self, records: &[Record], known: &Known) -> Result<Parsed, TableError> {
         let now = chrono::Utc::now();
         let today = now.format("%Y-%m-%d").to_string();
-        let (mut rows, mut letters, mut skipped) = (Vec::with_capacity(records.len()), Vec::new(), BTreeMap::new());
+        let (mut rows, mut letters, mut skipped) = (Columns::new(&schema::QUERIES), Vec::new(), BTreeMap::new());
         for record in records {
             // A tombstone is an empty record: the formats say what that is.
             let payload = record.payload.as_deref().unwrap_or_default();
@@ -115,7 +126,9 @@ impl Reader {
                     continue;
                 }
                 match outcome {
-                    Outcome::Row(query) => rows.push(self.row(record, index, *query, &today, now.timestamp_micros())),
+                    Outcome::Row(query) => {
+                        rows.push(&self.row(record, index, *query, &today, now.timestamp_micros()))?
+                    }
                     Outcome::DeadLetter { reason, message } => {
                         letters.push(self.letter(record, index, payload, reason.as_str(), message, &today));
                     }
@@ -124,17 +137,18 @@ impl Reader {
             }
         }
         let bytes = records.iter().map(|r| r.size() as u64).sum();
-        Ok(Parsed { batch: batch_of(&schema::QUERIES, &rows)?, letters, skipped, bytes })
+        Ok(Parsed { batch: rows.finish()?, letters, skipped, bytes })
     }
 
-    fn row<'a>(&'a self, record: &Record, index: i32, query: Query, today: &'a str, now_us: i64) -> Row<'a> {
+    fn row<'a>(&'a self, record: &'a Record, index: i32, query: Query, today: &'a str, now_us: i64) -> Row<'a> {
+        let messages = canonical_messages(&query.messages);
         let kafka_time = record.time_ms.map(|ms| ms.saturating_mul(1000));
         Row {
             topic: &self.topic,
             partition: record.partition,
             offset: record.offset,
             record_index: index,
-            key: record.key.as_ref().map(hex::encode),
+            key: record.key.as_deref().map(Raw),
             headers: headers_json(record),
             kafka_time,
             event_time: query.event_time_us.or(kafka_time).unwrap_or(now_us),
@@ -150,16 +164,16 @@ impl Reader {
             user_hash: query.user.as_deref().and_then(|user| self.user_hash(user)),
             status: query.status,
             duration_ms: query.duration_ms.filter(|ms| ms.is_finite()),
-            prompt_hash: prompt_hash(&query.messages, query.tools.as_ref()),
-            language: language(&query.messages),
-            messages: canonical(&query.messages),
-            params: Value::Object(query.params).to_string(),
-            tools: query.tools.map(|tools| tools.to_string()),
+            prompt_hash: prompt_hash_of(&messages, query.tools.as_ref()),
+            language: self.detect_language.then(|| language(&query.messages)).flatten(),
+            messages,
+            params: json_text(&query.params),
+            tools: query.tools.as_ref().map(json_text),
             response: query.response,
             finish_reason: query.finish_reason,
             prompt_tokens: query.prompt_tokens,
             completion_tokens: query.completion_tokens,
-            feedback: query.feedback.map(|feedback| feedback.to_string()),
+            feedback: query.feedback.as_ref().map(json_text),
             format: query.format,
             redacted: query.redacted,
             train_ok: query.train_ok,
@@ -168,7 +182,7 @@ impl Reader {
             truncated: query.truncated,
             taod_version: env!("CARGO_PKG_VERSION"),
             config_hash: &self.config_hash,
-            extra: Value::Object(query.extra).to_string(),
+            extra: json_text(&query.extra),
         }
     }
 
@@ -226,20 +240,16 @@ fn headers_json(record: &Record) -> Option<String> {
     (!pairs.is_empty()).then(|| Value::Array(pairs).to_string())
 }
 
-/// Returns the RFC 8785 JSON of the messages.
-fn canonical(messages: &[Message]) -> String {
-    // It fails only for numbers that no f64 holds, which serde_json does not keep either.
-    serde_json_canonicalizer::to_string(&messages).unwrap_or_else(|_| json!(messages).to_string())
+/// Returns JSON as text. Writing into memory cannot fail, nor can keys of an object that are texts.
+fn json_text<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).unwrap_or_default()
 }
 
 /// Returns the language of the last user turn as an ISO 639-3 code, where it can be told.
 fn language(messages: &[Message]) -> Option<&'static str> {
     let text = last_user_text(messages);
-    let start = match text.char_indices().nth(LANGUAGE_CHARS) {
-        Some((end, _)) => Cow::Borrowed(&text[..end]),
-        None => Cow::Borrowed(text.as_str()),
-    };
-    whatlang::detect(&start).filter(whatlang::Info::is_reliable).map(|info| info.lang().code())
+    let end = text.char_indices().nth(LANGUAGE_CHARS).map_or(text.len(), |(end, _)| end);
+    whatlang::detect(&text[..end]).filter(whatlang::Info::is_reliable).map(|info| info.lang().code())
 }
 
 #[cfg(test)]
@@ -262,6 +272,7 @@ mod tests {
             topic: "t".into(),
             user_key: user_key.map(<[u8]>::to_vec),
             config_hash: "c".into(),
+            detect_language: true,
             mappings: Vec::new(),
         }
     }

@@ -38,7 +38,7 @@ impl Bench {
             connect_timeout_s: 5,
             ..kafka::Settings::default()
         };
-        Settings { kafka, idle_s: 1, stall_s: 20, ..Settings::default() }
+        Settings { kafka, idle_s: 1, stall_s: 20, end_interval_s: 3600, ..Settings::default() }
     }
 
     fn tables(&self) -> Tables {
@@ -150,4 +150,40 @@ async fn what_is_in_flight_is_stored_when_told_to_stop() {
     assert_eq!(counters.rows.load(Ordering::Relaxed), 0, "stored before its time");
     stop.send(true).unwrap();
     assert_eq!(task.await.unwrap().unwrap().rows, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_end_of_the_log_a_row_does_not_wait_for_the_long_interval() {
+    let bench = Bench::new(2);
+    bench.send(0, &call("a"));
+    let counters = Arc::new(Counters::default());
+    let (stop, shutdown) = watch::channel(false);
+    let settings = Settings { end_interval_s: 1, commit_interval_s: 3600, ..bench.settings() };
+    let (tables, shared) = (bench.tables(), Arc::clone(&counters));
+    let task = tokio::spawn(async move { run(&settings, &tables, shared, shutdown, Mode::Forever).await });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while counters.rows.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < deadline, "the row still waits");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    stop.send(true).unwrap();
+    assert_eq!(task.await.unwrap().unwrap().commits, 1);
+}
+
+#[test]
+fn parts_that_do_not_fit_into_the_memory_are_refused() {
+    Settings::default().validate().unwrap();
+    let mut settings = Settings { memory_mib: 256, ..Settings::default() };
+    let refusal = settings.validate().unwrap_err();
+    assert!(refusal.contains("memory_mib is 256") && refusal.contains("fetch_mib"), "{refusal}");
+    (settings.kafka.fetch_mib, settings.batch_bytes) = (8, 8 << 20);
+    settings.validate().unwrap();
+    // Every part counts.
+    settings.memory_mib = settings.memory_needed();
+    settings.validate().unwrap();
+    settings.batch_bytes += 1;
+    assert!(settings.validate().is_err());
+    settings.batch_bytes -= 1;
+    settings.kafka.fetch_mib += 1;
+    assert!(settings.validate().is_err());
 }

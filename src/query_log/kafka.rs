@@ -30,6 +30,10 @@ const CHUNK_RECORDS: usize = 4096;
 /// Hand-overs that may wait for the reader.
 const CHUNKS_WAITING: usize = 8;
 
+/// Bytes that wait for the reader at most, but for the one record that makes a hand-over full: those in the queue, the
+/// one being gathered and the one being read.
+pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
+
 /// What Kafka holds of one partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {

@@ -18,7 +18,8 @@ use uuid::Uuid;
 
 use super::log::{self, Add, Line, Txn};
 use super::schema::TableSpec;
-use super::{TableError, TableLocation, rows, write};
+use super::write::{self, DataFile};
+use super::{TableError, TableLocation, rows};
 use crate::crash::{self, Point};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
@@ -113,14 +114,19 @@ impl Table {
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
     pub async fn append(&mut self, batches: &[RecordBatch], txns: &[TxnStep]) -> Result<Appended, TableError> {
-        let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
-        if rows == 0 && txns.is_empty() {
+        let file = write::data_file(self.spec, batches).await?;
+        self.append_file(file, txns).await
+    }
+
+    /// Appends the rows of a file and moves positions in one commit: all of it lands, once, or none.
+    pub async fn append_file(&mut self, file: DataFile, txns: &[TxnStep]) -> Result<Appended, TableError> {
+        if file.rows() == 0 && txns.is_empty() {
             return Ok(Appended { version: self.version, bytes: 0 });
         }
         self.check(txns).await?;
-        let adds = match rows {
+        let adds = match file.rows() {
             0 => Vec::new(),
-            _ => vec![write::data_file(&self.name, self.spec, &self.log, batches).await?],
+            _ => vec![file.store(&self.name, &self.log).await?],
         };
         let bytes = adds.iter().map(|add| add.size).sum();
         match self.commit(&adds, txns).await {

@@ -8,6 +8,7 @@
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
 mod cloud;
+mod columns;
 mod commit;
 mod disk;
 mod location;
@@ -22,12 +23,13 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use columns::{Columns, batch_of};
 pub use commit::{Appended, Table, TxnStep};
 pub use location::TableLocation;
 pub use maintain::Upkeep;
 pub use schema::TableSpec;
 pub use tables::{Name, Tables};
-pub use write::batch_of;
+pub use write::DataFile;
 
 /// Why a table could not be opened, read or written. Every message names the table.
 #[derive(Debug, thiserror::Error)]

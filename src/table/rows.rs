@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::TableError;
 use super::schema::TableSpec;
-use super::write::batch_of;
+use super::write::batch_of_any;
 
 /// Returns the batch of `rows`.
 pub(super) fn to_batch<T: Serialize>(table: &str, spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
@@ -22,7 +22,7 @@ pub(super) fn to_batch<T: Serialize>(table: &str, spec: &TableSpec, rows: &[T]) 
             other => return Err(misfit(format!("a row is {other}, not an object"))),
         }
     }
-    batch_of(spec, &fitted)
+    batch_of_any(spec, &fitted)
 }
 
 /// Sorts the fields of a row into the columns of its table.

@@ -255,9 +255,10 @@ fn statistics_are_bounds_of_what_the_file_holds() {
                 "ingest_date": "2026-02-03", "payload": "00", "reason": "r", "message": "secret text",
                 "taod_version": "0", "config_hash": "c" })
     };
-    let low = batch_of(&schema::DEAD_LETTERS, &[row(5, 1_700_000_000_000_001)]).unwrap();
+    let low = write::batch_of_any(&schema::DEAD_LETTERS, &[row(5, 1_700_000_000_000_001)]).unwrap();
     let high =
-        batch_of(&schema::DEAD_LETTERS, &[row(9, 1_700_000_000_000_999), row(7, 1_700_000_000_000_000)]).unwrap();
+        write::batch_of_any(&schema::DEAD_LETTERS, &[row(9, 1_700_000_000_000_999), row(7, 1_700_000_000_000_000)])
+            .unwrap();
     let text = write::stats(&schema::DEAD_LETTERS, &[low, high]);
     assert!(!text.contains("secret"), "{text}");
     let stats: Value = serde_json::from_str(&text).unwrap();

@@ -27,10 +27,9 @@ use crate::crash::{self, Point};
 /// Uncompressed bytes after which a row group ends: bounds the memory of a reader.
 const ROW_GROUP_BYTES: usize = 64 << 20;
 
-/// Returns a batch of rows whose fields are exactly the table's columns, JSON columns already as text.
-///
-/// This is the fast way in: one pass over the fields. A field that is no column is refused, never dropped.
-pub fn batch_of<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
+/// Returns a batch of rows whose fields are columns of the table in any order, JSON columns already as text. A field that
+/// is no column is refused, never dropped.
+pub(super) fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
     let schema = spec.arrow_schema();
     let decode = || {
         let mut decoder = ReaderBuilder::new(Arc::clone(&schema))
@@ -44,28 +43,68 @@ pub fn batch_of<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatc
     Ok(batch.unwrap_or_else(|| RecordBatch::new_empty(schema)))
 }
 
-/// Writes one Parquet file next to the log and returns the action that will add it.
-pub(super) async fn data_file(
-    table: &str,
+/// A data file that is being made. Batches are encoded as they come, so that an open file takes the memory of its
+/// compressed pages and not of its rows.
+pub struct DataFile {
     spec: &'static TableSpec,
-    log: &LogStoreRef,
-    batches: &[RecordBatch],
-) -> Result<Add, TableError> {
-    let misfit = |why: String| TableError::Rows { table: table.to_owned(), why };
-    // Batches are reference-counted: the clone copies no row. Encoding is heavy and leaves the async threads.
+    writer: ArrowWriter<Vec<u8>>,
+    /// The columns with bounds in the log, of all batches; they are few and narrow.
+    bounds: Vec<RecordBatch>,
+}
+
+impl DataFile {
+    /// Bytes of rows that are encoded and not yet compressed or written out, at most.
+    pub const MOST_BUFFERED: usize = ROW_GROUP_BYTES;
+
+    /// Returns a file without a row.
+    pub fn new(spec: &'static TableSpec) -> Result<Self, TableError> {
+        let writer = properties(spec).and_then(|p| ArrowWriter::try_new(Vec::new(), spec.arrow_schema(), Some(p)));
+        Ok(DataFile { spec, writer: writer.map_err(|e| misfit(spec, e))?, bounds: Vec::new() })
+    }
+
+    /// Encodes rows: heavy, not for an async thread.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<(), TableError> {
+        self.writer.write(batch).map_err(|e| misfit(self.spec, e))?;
+        let chosen = self.spec.columns.iter().enumerate().filter(|(_, column)| column.stats).map(|(index, _)| index);
+        let bounds = batch.project(&chosen.collect::<Vec<_>>()).map_err(|e| misfit(self.spec, e))?;
+        self.bounds.push(bounds);
+        Ok(())
+    }
+
+    /// Returns how many rows it holds.
+    pub fn rows(&self) -> u64 {
+        self.bounds.iter().map(|batch| batch.num_rows() as u64).sum()
+    }
+
+    /// Writes the file next to the log and returns the action that will add it.
+    pub(super) async fn store(self, table: &str, log: &LogStoreRef) -> Result<Add, TableError> {
+        let stats = stats(self.spec, &self.bounds);
+        let spec = self.spec;
+        let encoded = tokio::task::spawn_blocking(move || self.writer.into_inner());
+        let bytes = encoded.await.map_err(|e| misfit(spec, e))?.map_err(|e| misfit(spec, e))?;
+        let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
+        let size = bytes.len() as u64;
+        let store = log.object_store(None);
+        let put = crash::during(Point::DuringUpload, store.put(&Path::from(path.as_str()), bytes.into())).await;
+        put.map_err(|e| TableError::store("cannot write a data file of", table, e))?;
+        crash::point(Point::AfterUpload);
+        Ok(Add { path, partition_values: BTreeMap::new(), size, modification_time: now_ms(), data_change: true, stats })
+    }
+}
+
+/// Returns the file of some batches. Encoding is heavy and leaves the async threads.
+pub(super) async fn data_file(spec: &'static TableSpec, batches: &[RecordBatch]) -> Result<DataFile, TableError> {
+    // Batches are reference-counted: the clone copies no row.
     let owned = batches.to_vec();
     let encoded = tokio::task::spawn_blocking(move || {
-        let stats = stats(spec, &owned);
-        encode(spec, &owned).map(|bytes| (bytes, stats))
+        let mut file = DataFile::new(spec)?;
+        owned.iter().try_for_each(|batch| file.write(batch)).map(|()| file)
     });
-    let (bytes, stats) = encoded.await.map_err(|e| misfit(e.to_string()))?.map_err(|e| misfit(e.to_string()))?;
-    let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
-    let size = bytes.len() as u64;
-    let store = log.object_store(None);
-    let put = crash::during(Point::DuringUpload, store.put(&Path::from(path.as_str()), bytes.into())).await;
-    put.map_err(|e| TableError::store("cannot write a data file of", table, e))?;
-    crash::point(Point::AfterUpload);
-    Ok(Add { path, partition_values: BTreeMap::new(), size, modification_time: now_ms(), data_change: true, stats })
+    encoded.await.map_err(|e| misfit(spec, e))?
+}
+
+fn misfit(spec: &TableSpec, why: impl std::fmt::Display) -> TableError {
+    TableError::Rows { table: spec.name.to_owned(), why: why.to_string() }
 }
 
 /// Removes files that no commit names. A failure leaves them to the vacuum.
@@ -75,14 +114,6 @@ pub(super) async fn remove_files(log: &LogStoreRef, adds: &[Add]) {
             tracing::debug!(path = add.path, %error, "an orphaned data file stays until the next vacuum");
         }
     }
-}
-
-fn encode(spec: &TableSpec, batches: &[RecordBatch]) -> parquet::errors::Result<Vec<u8>> {
-    let mut writer = ArrowWriter::try_new(Vec::new(), spec.arrow_schema(), Some(properties(spec)?))?;
-    for batch in batches {
-        writer.write(batch)?;
-    }
-    writer.into_inner()
 }
 
 /// Returns the writer's settings. Only columns that may have bounds in the log have statistics in the file.

@@ -21,6 +21,9 @@ static SENTINELS: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r"(?i)redacted-by-litellm|__redacted__|\[redacted\b|\[redacted_").expect("a constant pattern")
 });
 
+/// What every mask holds. Nearly no text does, and this search is the faster one by far.
+static SUSPECT: LazyLock<Regex> = LazyLock::new(|| Regex::new("(?i-u)redacted").expect("a constant pattern"));
+
 /// Why a row must not train, the strongest reason first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Exclusion {
@@ -96,7 +99,7 @@ fn is_redacted(query: &Query) -> bool {
 
 /// Returns true where a text holds a mask.
 pub(super) fn is_masked(text: &str) -> bool {
-    SENTINELS.is_match(text)
+    SUSPECT.is_match(text) && SENTINELS.is_match(text)
 }
 
 fn holds_mask(value: &Value) -> bool {

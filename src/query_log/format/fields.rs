@@ -36,7 +36,8 @@ pub(super) const PERSONAL: [&str; 18] = [
 /// Earliest and latest time that a log can mean, in seconds: the years 2000 to 2099.
 const TIMES: std::ops::Range<f64> = 946_684_800.0..4_102_444_800.0;
 
-/// A foreign object whose fields are being taken.
+/// A foreign object whose fields are being taken. What is taken leaves a null behind, which is as good as nothing: moving
+/// all later fields up each time would cost more than reading them.
 #[derive(Debug, Default)]
 pub(super) struct Fields(Map<String, Value>);
 
@@ -59,14 +60,15 @@ impl Fields {
 
     /// Takes a field as it is; null counts as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.shift_remove(name).filter(|value| !value.is_null())
+        self.0.get_mut(name).map(std::mem::take).filter(|value| !value.is_null())
     }
 
     /// Takes the first of several names of one thing that `read` understands.
     fn take_as<T>(&mut self, names: &[&str], read: impl Fn(&Value) -> Option<T>) -> Option<T> {
         names.iter().find_map(|name| {
-            let found = self.0.get(*name).and_then(&read)?;
-            self.0.shift_remove(*name);
+            let value = self.0.get_mut(*name)?;
+            let found = read(value)?;
+            *value = Value::Null;
             Some(found)
         })
     }
@@ -111,17 +113,28 @@ impl Fields {
 
     /// Puts back a field, or what is left of it; nothing where nothing is left.
     pub(super) fn put_rest(&mut self, name: &str, rest: impl Into<Value>) {
-        match rest.into() {
-            Value::Null => self.0.shift_remove(name),
-            Value::Object(map) if map.is_empty() => self.0.shift_remove(name),
-            Value::Array(items) if items.is_empty() => self.0.shift_remove(name),
-            value => self.0.insert(name.to_owned(), value),
+        let rest = match rest.into() {
+            Value::Object(map) if map.is_empty() => Value::Null,
+            Value::Array(items) if items.is_empty() => Value::Null,
+            value => value,
         };
+        match self.0.get_mut(name) {
+            Some(place) if rest.is_null() || !place.is_null() => *place = rest,
+            None if rest.is_null() => {}
+            // What was taken comes back behind the fields that stayed.
+            _ => {
+                self.0.shift_remove(name);
+                self.0.insert(name.to_owned(), rest);
+            }
+        }
     }
 
     /// Takes the fields of these names, for a column that holds an object.
     pub(super) fn subset(&mut self, names: &[&str]) -> Map<String, Value> {
-        names.iter().filter_map(|name| Some(((*name).to_owned(), self.take(name)?))).collect()
+        // The object is small as a rule: comparing with its few names is faster than hashing many.
+        let present = |name: &&&str| self.0.keys().any(|key| key == **name);
+        let present: Vec<&str> = names.iter().filter(present).copied().collect();
+        present.into_iter().filter_map(|name| Some((name.to_owned(), self.take(name)?))).collect()
     }
 
     /// Returns what nobody took, without nulls and without what is [`PERSONAL`].
@@ -133,8 +146,19 @@ impl Fields {
     }
 }
 
+/// The lengths of the names in [`PERSONAL`], a bit each: most names are told by theirs.
+const LENGTHS: u64 = {
+    let (mut lengths, mut index) = (0, 0);
+    while index < PERSONAL.len() {
+        lengths |= 1 << PERSONAL[index].len();
+        index += 1;
+    }
+    lengths
+};
+
 fn is_personal(name: &str) -> bool {
-    PERSONAL.iter().any(|personal| personal.eq_ignore_ascii_case(name))
+    let may_be = LENGTHS.checked_shr(name.len() as u32).is_some_and(|lengths| lengths & 1 == 1);
+    may_be && PERSONAL.iter().any(|personal| personal.eq_ignore_ascii_case(name))
 }
 
 fn drop_personal(value: &mut Value) {

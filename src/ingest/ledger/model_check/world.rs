@@ -407,7 +407,7 @@ fn reader(member: usize) -> Arc<Reader> {
     let own = json!({ "name": "own", "when": "/question", "parts": { "messages": "/question" } });
     let own: Mapping = serde_json::from_value(own).unwrap();
     let mappings = if member == 0 { Vec::new() } else { vec![own] };
-    Arc::new(Reader { topic: TOPIC.into(), user_key: None, config_hash: "c".into(), mappings })
+    Arc::new(Reader { topic: TOPIC.into(), user_key: None, config_hash: "c".into(), mappings, detect_language: false })
 }
 
 /// Returns the coordinates of the rows in a data file.
