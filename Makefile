@@ -44,7 +44,6 @@ bench: setup models
 chaos: CYCLES ?= 1000
 chaos: SEED ?= 1
 chaos: setup-test build
-	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
 	$(CACHE)/chaos/bin/python tests/chaos/main.py --binary $(BIN) --work $(or $(WORK),$(CACHE)/chaos-$(SEED)) \
 	  --cycles $(CYCLES) --seed $(SEED) $(ARGS)
 
@@ -55,7 +54,6 @@ bench-scale: build
 
 bench-ingest: models
 	tools/setup.sh bench
-	tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
 	$(CARGO) build $(FLAGS) --bin taod --example consume
 	$(CACHE)/bench-python/bin/python tools/bench/ingest.py --taod $(BIN) --consume $(dir $(BIN))examples/consume \
 		--models $(CACHE)/models --out $(dir $(BIN))bench-ingest.md $(ARGS)

@@ -67,6 +67,7 @@ environment() {
 if [ "$purpose" != build ]; then
   environment readers tools/readers.txt
   environment chaos tools/chaos.txt
+  tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
   if has go && [ ! -x "$cache/toxiproxy/server" ]; then
     say "building Toxiproxy"
     GOBIN=$cache/toxiproxy go install github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
@@ -74,7 +75,6 @@ if [ "$purpose" != build ]; then
 fi
 if [ "$purpose" = scale ]; then
   environment scale tools/scale.txt
-  tests/kafka/kafka.sh have || tests/kafka/kafka.sh get
 fi
 # Delta's own jars for Spark; pyspark ships everything that they need.
 delta_jars() {
