@@ -23,6 +23,7 @@ mod score;
 mod serve;
 mod signals;
 mod status;
+mod table;
 mod tune;
 
 use std::path::PathBuf;
@@ -101,6 +102,11 @@ pub enum Command {
     #[command(subcommand)]
     Config(config::Command),
     Status(status::Status),
+    /// Check, maintain or correct the tables.
+    #[command(subcommand)]
+    Table(table::Command),
+    #[command(hide = true)]
+    TableWorker(table::Worker),
 }
 
 /// How a command ended, other than by an error.
@@ -142,6 +148,8 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Adapters(command) => adapters::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
+        Command::Table(command) => table::run(global, command),
+        Command::TableWorker(args) => table::run_worker(global, args),
     }
 }
 

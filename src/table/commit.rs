@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use arrow::array::RecordBatch;
 use bytes::Bytes;
+use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
-use deltalake::kernel::{EagerSnapshot, Snapshot};
 use deltalake::logstore::{CommitOrBytes, LogStoreRef};
 use serde::Serialize;
 use uuid::Uuid;
@@ -25,6 +25,9 @@ const ATTEMPTS: u32 = 6;
 /// After this long without contact the table is opened anew: log entries may have been cleaned up meanwhile, and a
 /// version number that looks free because its entry is gone must never be written.
 const STALE: Duration = Duration::from_secs(3600);
+
+/// An upload this old is no longer committed; the sweep of orphans leaves twice as long.
+const UPLOAD_HOURS: i64 = 12;
 
 /// One Delta table at one version.
 pub struct Table {
@@ -67,6 +70,20 @@ impl Table {
         Ok(table)
     }
 
+    /// Opens the table at `location`, or returns nothing where there is none.
+    pub async fn open_existing(
+        location: &TableLocation,
+        spec: &'static TableSpec,
+    ) -> Result<Option<Table>, TableError> {
+        let log = location.log_store()?;
+        let name = location.to_string();
+        let exists = log.is_delta_table_location().await.map_err(|e| TableError::store("cannot look for", &name, e))?;
+        match exists {
+            true => Table::open_or_create(location, spec).await.map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// Returns the version that reads see and the next append builds on.
     pub fn version(&self) -> u64 {
         self.version
@@ -98,14 +115,25 @@ impl Table {
     pub async fn txns(&mut self, app_ids: &[String]) -> Result<Vec<Option<i64>>, TableError> {
         let unknown: Vec<&String> = app_ids.iter().filter(|id| !self.positions.contains_key(*id)).collect();
         if !unknown.is_empty() {
-            let fail = |e| TableError::store("cannot read the positions of", &self.name, e);
-            let snapshot = EagerSnapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
-            for id in unknown {
-                let position = snapshot.transaction_version(self.log.as_ref(), id).await.map_err(fail)?;
-                self.positions.insert(id.clone(), position);
-            }
+            let found = self.replay(unknown.into_iter().cloned().collect()).await?;
+            self.positions.extend(found);
         }
         Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
+    }
+
+    /// Looks positions up in the log: a replay from the newest checkpoint that makes no list of the files.
+    async fn replay(&self, ids: Vec<String>) -> Result<Vec<(String, Option<i64>)>, TableError> {
+        let (root, engine, version) = (self.log.root_url().clone(), self.log.engine(None), self.version);
+        let found = tokio::task::spawn_blocking(move || {
+            let snapshot = delta_kernel::Snapshot::builder_for(root).at_version(version).build(engine.as_ref())?;
+            let position = |id: String| Ok((snapshot.get_app_id_version(&id, engine.as_ref())?, id));
+            let found: delta_kernel::DeltaResult<Vec<_>> = ids.into_iter().map(position).collect();
+            found
+        });
+        let fail = "cannot read the positions of";
+        let found = found.await.map_err(|e| TableError::store(fail, &self.name, e))?;
+        let found = found.map_err(|e| TableError::store(fail, &self.name, e))?;
+        Ok(found.into_iter().map(|(position, id)| (id, position)).collect())
     }
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
@@ -148,6 +176,7 @@ impl Table {
         let bytes = log::append(id, self.version, adds, &txns, now_ms());
         loop {
             self.check(steps).await?;
+            self.refuse_overdue(adds)?;
             let version = self.version + 1;
             let written = self.log.write_commit_entry(version, CommitOrBytes::LogBytes(bytes.clone()), id).await;
             let why = match written {
@@ -169,6 +198,15 @@ impl Table {
                 return Err(TableError::Unsettled { table: self.name.clone(), version, why });
             }
             tokio::time::sleep(Duration::from_millis(50 << trouble)).await;
+        }
+    }
+
+    /// Refuses files so old that the sweep of orphans may be about to take them (the process slept, or the clock jumped).
+    fn refuse_overdue(&self, adds: &[Add]) -> Result<(), TableError> {
+        let oldest = adds.iter().map(|add| (now_ms() - add.modification_time) / 3_600_000).max();
+        match oldest.filter(|hours| *hours >= UPLOAD_HOURS) {
+            Some(hours) => Err(TableError::Overdue { table: self.name.clone(), hours }),
+            None => Ok(()),
         }
     }
 
@@ -195,7 +233,7 @@ impl Table {
 
     /// Takes in a commit that stands in the log, ours or another's.
     fn apply(&mut self, version: u64, bytes: &[u8]) -> Result<(), TableError> {
-        for Line { txn, protocol, meta_data } in log::parse(&self.name, version, bytes)? {
+        for Line { txn, protocol, meta_data, .. } in log::parse(&self.name, version, bytes)? {
             if let Some(protocol) = protocol {
                 protocol.check(&self.name)?;
             }

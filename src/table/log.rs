@@ -24,6 +24,13 @@ pub(super) struct Line {
     pub(super) txn: Option<Txn>,
     pub(super) protocol: Option<Protocol>,
     pub(super) meta_data: Option<Metadata>,
+    pub(super) add: Option<Named>,
+}
+
+/// A data file that some commit adds.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Named {
+    pub(super) path: String,
 }
 
 /// How far an application got; stored in the commit that took it there.
@@ -133,6 +140,11 @@ fn join(lines: &[Value]) -> Bytes {
 }
 
 impl Protocol {
+    /// Returns true where the table asks for this feature.
+    pub(super) fn has(&self, feature: &str) -> bool {
+        self.reader_features.iter().chain(&self.writer_features).flatten().any(|asked| asked == feature)
+    }
+
     /// Refuses a table that asks of its writers what taod's commits do not do.
     pub(super) fn check(&self, table: &str) -> Result<(), TableError> {
         let refuse = |feature: String| TableError::Feature { table: table.to_owned(), feature };

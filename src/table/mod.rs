@@ -9,9 +9,11 @@
 
 mod commit;
 mod disk;
+pub mod lease;
 mod location;
 mod log;
-mod maintain;
+mod log_files;
+pub mod maintain;
 mod read;
 mod rows;
 pub mod schema;
@@ -47,6 +49,12 @@ pub enum TableError {
         "another writer moved {app_id} in table {table} to {found:?} while {expected:?} was expected: nothing was written"
     )]
     Fenced { table: String, app_id: String, expected: Option<i64>, found: Option<i64> },
+    #[error("another writer changed the same files of table {table} first: nothing was changed")]
+    Conflict { table: String },
+    #[error("table {table}: {why}")]
+    Refused { table: String, why: String },
+    #[error("the files for table {table} were uploaded {hours} h ago: they may be swept, so they are not committed")]
+    Overdue { table: String, hours: i64 },
     #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
     Unsettled { table: String, version: u64, why: String },
 }
@@ -63,7 +71,7 @@ impl TableError {
 
     /// Returns true where reading the positions again and starting from them is the cure.
     pub fn is_restart(&self) -> bool {
-        matches!(self, TableError::Fenced { .. } | TableError::Unsettled { .. })
+        matches!(self, TableError::Fenced { .. } | TableError::Unsettled { .. } | TableError::Overdue { .. })
     }
 
     /// Returns true where no retry helps: the table is not one that taod may write.

@@ -3,9 +3,20 @@
 use arrow::array::RecordBatch;
 use deltalake::DeltaTable;
 use deltalake::delta_datafusion::create_session;
+use deltalake::kernel::Snapshot;
+use futures::TryStreamExt;
 use serde::de::DeserializeOwned;
 
-use super::{Table, TableError, rows};
+use super::{Table, TableError, log, rows};
+
+/// A data file of one version, as the log describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct DataFile {
+    pub(super) path: String,
+    pub(super) size: u64,
+    /// The statistics as text of JSON.
+    pub(super) stats: Option<String>,
+}
 
 impl Table {
     /// Runs SQL over this version of the table, which the query calls `t`.
@@ -33,5 +44,26 @@ impl Table {
         let batches = self.query("select count(*) as n from t").await?;
         let counts: Vec<Count> = rows::from_batches(self.name(), self.spec, &batches)?;
         Ok(counts.first().map_or(0, |count| count.n))
+    }
+
+    /// Returns the data files of this version, newest first.
+    pub(super) async fn files(&self) -> Result<Vec<DataFile>, TableError> {
+        let fail = |e| TableError::store("cannot list the files of", self.name(), e);
+        let snapshot = Snapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
+        let file = |view: deltalake::kernel::LogicalFileView| DataFile {
+            path: view.object_store_path().to_string(),
+            size: u64::try_from(view.size()).unwrap_or_default(),
+            stats: view.stats(),
+        };
+        snapshot.file_views(self.log.as_ref(), None).map_ok(file).try_collect().await.map_err(fail)
+    }
+
+    /// Returns true where this version asks for a table feature.
+    pub(super) async fn has_feature(&self, feature: &str) -> Result<bool, TableError> {
+        let fail = |e| TableError::store("cannot open", self.name(), e);
+        let snapshot = Snapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
+        let retell = |source| TableError::Log { table: self.name().to_owned(), version: self.version, source };
+        let protocol = serde_json::to_value(snapshot.protocol()).map_err(retell)?;
+        Ok(serde_json::from_value::<log::Protocol>(protocol).map_err(retell)?.has(feature))
     }
 }

@@ -76,4 +76,10 @@ impl Tables {
         let spec = name.spec();
         Table::open_or_create(&self.root.join(spec.name), spec).await
     }
+
+    /// Opens one table at its newest version, or returns nothing where there is none.
+    pub async fn open_existing(&self, name: Name) -> Result<Option<Table>, TableError> {
+        let spec = name.spec();
+        Table::open_existing(&self.root.join(spec.name), spec).await
+    }
 }

@@ -83,7 +83,7 @@ fn encode(spec: &TableSpec, batches: &[RecordBatch]) -> parquet::errors::Result<
 }
 
 /// Returns the writer's settings. Only columns that may have bounds in the log have statistics in the file.
-fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
+pub(super) fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
     let mut builder = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
