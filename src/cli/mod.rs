@@ -19,6 +19,7 @@ mod lines;
 mod logs;
 mod progress;
 mod records;
+mod replay;
 mod score;
 mod serve;
 mod signals;
@@ -81,6 +82,7 @@ pub enum Command {
     Serve(serve::Serve),
     Ingest(ingest::Ingest),
     Records(records::Records),
+    Replay(replay::Replay),
     Round(daemon::Round),
     #[command(hide = true)]
     RoundWorker(daemon::RoundWorker),
@@ -136,6 +138,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Serve(args) => serve::run(global, args),
         Command::Ingest(args) => ingest::run(global, args),
         Command::Records(args) => records::run(global, args),
+        Command::Replay(args) => replay::run(global, args),
         Command::Round(args) => daemon::run_round(global, args),
         Command::RoundWorker(args) => daemon::run_worker(global, args, screen),
         Command::Dataset(command) => dataset::run(global, command),

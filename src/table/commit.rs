@@ -14,11 +14,12 @@ use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
 use deltalake::logstore::{CommitOrBytes, LogStoreRef};
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::log::{self, Add, Line, Txn};
 use super::schema::TableSpec;
-use super::{TableError, TableLocation, rows, write};
+use super::{TableError, TableLocation, evolve, location, rows, write};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
 const ATTEMPTS: u32 = 6;
@@ -65,6 +66,19 @@ impl Table {
         if !exists {
             create(&log, &name, spec).await?;
         }
+        match Table::attach(log.clone(), spec).await {
+            // Perhaps it is only older than this taod.
+            Err(TableError::Schema { .. }) => {
+                evolve::add_columns(&log, &name, spec).await?;
+                Table::attach(log, spec).await
+            }
+            other => other,
+        }
+    }
+
+    /// Opens the table of a log at its newest version, as it is.
+    pub(super) async fn attach(log: LogStoreRef, spec: &'static TableSpec) -> Result<Table, TableError> {
+        let name = location::display(log.root_url());
         let mut table = Table { spec, log, version: 0, name, positions: HashMap::new(), seen: SystemTime::UNIX_EPOCH };
         table.reopen().await?;
         Ok(table)
@@ -148,7 +162,7 @@ impl Table {
             _ => vec![write::data_file(&self.name, self.spec, &self.log, batches).await?],
         };
         let bytes = adds.iter().map(|add| add.size).sum();
-        match self.commit(&adds, txns).await {
+        match self.commit(&adds, txns, None).await {
             Ok(version) => Ok(Appended { version, bytes }),
             Err(error) => {
                 if matches!(error, TableError::Fenced { .. }) {
@@ -165,15 +179,20 @@ impl Table {
         self.append(&[batch], txns).await
     }
 
+    /// Moves positions without rows, and says in the commit's info why.
+    pub async fn move_positions(&mut self, txns: &[TxnStep], note: &Value) -> Result<u64, TableError> {
+        self.commit(&[], txns, Some(note)).await
+    }
+
     /// Writes the log entry, past the commits of other writers and past lost replies.
-    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep]) -> Result<u64, TableError> {
+    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep], note: Option<&Value>) -> Result<u64, TableError> {
         if self.is_stale() {
             self.reopen().await?;
         }
         let id = Uuid::new_v4();
         let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
         let mut trouble = 0;
-        let bytes = log::append(id, self.version, adds, &txns, now_ms());
+        let bytes = log::append(id, self.version, adds, &txns, note, now_ms());
         loop {
             self.check(steps).await?;
             self.refuse_overdue(adds)?;

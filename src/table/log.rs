@@ -81,8 +81,17 @@ pub(super) fn parse(table: &str, version: u64, bytes: &[u8]) -> Result<Vec<Line>
 }
 
 /// Returns the bytes of an append. `id` makes them unlike any other writer's, so that a commit can be recognised.
-pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], now_ms: i64) -> Bytes {
-    let mut lines = vec![json!({ "commitInfo": {
+///
+/// `note` says why in the commit's info, where the reason is more than new rows.
+pub(super) fn append(
+    id: Uuid,
+    read_version: u64,
+    adds: &[Add],
+    txns: &[Txn],
+    note: Option<&Value>,
+    now_ms: i64,
+) -> Bytes {
+    let mut info = json!({ "commitInfo": {
         "timestamp": now_ms,
         "operation": "WRITE",
         "operationParameters": { "mode": "Append", "partitionBy": "[]" },
@@ -92,10 +101,30 @@ pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], no
         "isBlindAppend": true,
         "engineInfo": engine(),
         "txnId": id,
-    }})];
+    }});
+    if let Some(note) = note {
+        info["commitInfo"]["taod"] = note.clone();
+    }
+    let mut lines = vec![info];
     lines.extend(txns.iter().map(|txn| json!({ "txn": txn })));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
+}
+
+/// Returns the bytes of a commit that adds columns by new metadata.
+pub(super) fn new_metadata(id: Uuid, read_version: u64, metadata: &Value, added: &[String], now_ms: i64) -> Bytes {
+    join(&[
+        json!({ "commitInfo": {
+            "timestamp": now_ms,
+            "operation": "ADD COLUMNS",
+            "operationParameters": { "columns": json!(added).to_string() },
+            "readVersion": read_version,
+            "isBlindAppend": false,
+            "engineInfo": engine(),
+            "txnId": id,
+        }}),
+        json!({ "metaData": metadata }),
+    ])
 }
 
 /// Returns the bytes of the commit that creates a table.

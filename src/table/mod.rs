@@ -7,8 +7,10 @@
 //! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`mod@write`] (their bytes),
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
+pub mod check;
 mod commit;
 mod disk;
+mod evolve;
 pub mod lease;
 mod location;
 mod log;

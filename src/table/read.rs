@@ -2,12 +2,16 @@
 
 use arrow::array::RecordBatch;
 use deltalake::DeltaTable;
-use deltalake::delta_datafusion::create_session;
+use deltalake::datafusion::prelude::SessionContext;
+use deltalake::delta_datafusion::{create_session, create_session_state_with_spill_config};
 use deltalake::kernel::Snapshot;
 use futures::TryStreamExt;
 use serde::de::DeserializeOwned;
 
 use super::{Table, TableError, log, rows};
+
+/// Memory of a query's sorts and groups, past which they spill to disk.
+const SPILL_BYTES: usize = 256 << 20;
 
 /// A data file of one version, as the log describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +30,16 @@ impl Table {
         let context = create_session().into_inner();
         context.register_table("t", provider.await.map_err(fail)?).map_err(fail)?;
         context.sql(sql).await.map_err(fail)?.collect().await.map_err(fail)
+    }
+
+    /// Runs SQL over this version, which the query calls `t`, and returns its rows. Large sorts and groups go to disk.
+    pub async fn select<T: DeserializeOwned>(&self, sql: &str) -> Result<Vec<T>, TableError> {
+        let fail = |e| TableError::store("cannot query", self.name(), e);
+        let provider = DeltaTable::new(self.log.clone()).table_provider().with_table_version(self.version);
+        let context = SessionContext::new_with_state(create_session_state_with_spill_config(Some(SPILL_BYTES), None));
+        context.register_table("t", provider.await.map_err(fail)?).map_err(fail)?;
+        let batches = context.sql(sql).await.map_err(fail)?.collect().await.map_err(fail)?;
+        rows::from_batches(self.name(), self.spec, &batches)
     }
 
     /// Returns the rows of this version, or those for which `sql_where` holds, in no particular order.
