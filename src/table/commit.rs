@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::log::{self, Add, Line, Txn};
+use super::log::{self, Add, Line, Remove, Txn};
 use super::schema::TableSpec;
 use super::{TableError, TableLocation, evolve, location, rows, write};
 
@@ -184,18 +184,42 @@ impl Table {
         self.commit(&[], txns, Some(note)).await
     }
 
-    /// Writes the log entry, past the commits of other writers and past lost replies.
+    /// Commits an append.
     async fn commit(&mut self, adds: &[Add], steps: &[TxnStep], note: Option<&Value>) -> Result<u64, TableError> {
-        if self.is_stale() {
-            self.reopen().await?;
-        }
         let id = Uuid::new_v4();
         let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
-        let mut trouble = 0;
+        self.refuse_overdue(adds)?;
         let bytes = log::append(id, self.version, adds, &txns, note, now_ms());
+        self.write(id, bytes, steps, &[]).await
+    }
+
+    /// Commits files that hold the rows of others. It fails as [`TableError::Conflict`] where another writer took out one
+    /// of the same files first; appends that land in between are no conflict.
+    pub(super) async fn commit_compaction(&mut self, removes: &[Remove], adds: &[Add]) -> Result<u64, TableError> {
+        let id = Uuid::new_v4();
+        self.refuse_overdue(adds)?;
+        let bytes = log::compaction(id, self.version, removes, adds, now_ms());
+        self.write(id, bytes, &[], removes).await
+    }
+
+    /// Writes the log entry, past the commits of other writers and past lost replies.
+    async fn write(
+        &mut self,
+        id: Uuid,
+        bytes: Bytes,
+        steps: &[TxnStep],
+        removes: &[Remove],
+    ) -> Result<u64, TableError> {
+        if self.is_stale() {
+            // An opening passes over the commits in between, which may have taken out the same files.
+            if !removes.is_empty() {
+                return Err(TableError::Conflict { table: self.name.clone() });
+            }
+            self.reopen().await?;
+        }
+        let mut trouble = 0;
         loop {
             self.check(steps).await?;
-            self.refuse_overdue(adds)?;
             let version = self.version + 1;
             let written = self.log.write_commit_entry(version, CommitOrBytes::LogBytes(bytes.clone()), id).await;
             let why = match written {
@@ -207,6 +231,7 @@ impl Table {
                 Ok(Some(found)) if found == bytes => return self.landed(version, &bytes),
                 Ok(Some(found)) => {
                     self.apply(version, &found)?;
+                    self.refuse_overtaken(version, &found, removes)?;
                     continue;
                 }
                 Ok(None) => tracing::warn!(table = self.name, version, why, "a commit did not land; writing it again"),
@@ -226,6 +251,18 @@ impl Table {
         match oldest.filter(|hours| *hours >= UPLOAD_HOURS) {
             Some(hours) => Err(TableError::Overdue { table: self.name.clone(), hours }),
             None => Ok(()),
+        }
+    }
+
+    /// Refuses to take out files that the commit `found` took out already.
+    fn refuse_overtaken(&self, version: u64, found: &[u8], removes: &[Remove]) -> Result<(), TableError> {
+        if removes.is_empty() {
+            return Ok(());
+        }
+        let mut gone = log::parse(&self.name, version, found)?.into_iter().filter_map(|line| line.remove);
+        match gone.any(|gone| removes.iter().any(|ours| ours.path == gone.path)) {
+            true => Err(TableError::Conflict { table: self.name.clone() }),
+            false => Ok(()),
         }
     }
 

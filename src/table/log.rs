@@ -24,13 +24,27 @@ pub(super) struct Line {
     pub(super) txn: Option<Txn>,
     pub(super) protocol: Option<Protocol>,
     pub(super) meta_data: Option<Metadata>,
-    pub(super) add: Option<Named>,
+    pub(super) add: Option<Added>,
+    pub(super) remove: Option<Removed>,
 }
 
-/// A data file that some commit adds.
+/// A data file that someone's commit adds.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Named {
+pub(super) struct Added {
     pub(super) path: String,
+}
+
+/// A data file that someone's commit takes out of the table.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Removed {
+    pub(super) path: String,
+}
+
+/// A data file that one of our commits takes out of the table.
+#[derive(Debug, Clone)]
+pub(super) struct Remove {
+    pub(super) path: String,
+    pub(super) size: u64,
 }
 
 /// How far an application got; stored in the commit that took it there.
@@ -107,6 +121,33 @@ pub(super) fn append(
     }
     let mut lines = vec![info];
     lines.extend(txns.iter().map(|txn| json!({ "txn": txn })));
+    lines.extend(adds.iter().map(|add| json!({ "add": add })));
+    join(&lines)
+}
+
+/// Returns the bytes of a commit that replaces files by others with the same rows.
+pub(super) fn compaction(id: Uuid, read_version: u64, removes: &[Remove], adds: &[Add], now_ms: i64) -> Bytes {
+    let mut lines = vec![json!({ "commitInfo": {
+        "timestamp": now_ms,
+        "operation": "OPTIMIZE",
+        "operationParameters": { "predicate": "[]" },
+        "operationMetrics": { "num_removed_files": removes.len(), "num_added_files": adds.len() },
+        "readVersion": read_version,
+        "isolationLevel": "SnapshotIsolation",
+        "isBlindAppend": false,
+        "engineInfo": engine(),
+        "txnId": id,
+    }})];
+    lines.extend(removes.iter().map(|remove| {
+        json!({ "remove": {
+            "path": remove.path,
+            "deletionTimestamp": now_ms,
+            "dataChange": false,
+            "extendedFileMetadata": true,
+            "partitionValues": {},
+            "size": remove.size,
+        }})
+    }));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
 }

@@ -19,6 +19,7 @@ pub mod maintain;
 mod read;
 mod rows;
 pub mod schema;
+mod stored_file;
 mod tables;
 mod write;
 

@@ -80,4 +80,12 @@ impl Table {
         let protocol = serde_json::to_value(snapshot.protocol()).map_err(retell)?;
         Ok(serde_json::from_value::<log::Protocol>(protocol).map_err(retell)?.has(feature))
     }
+
+    /// Returns the columns of this version that are not taod's.
+    pub(super) async fn unknown_columns(&self) -> Result<Vec<String>, TableError> {
+        let fail = |e| TableError::store("cannot open", self.name(), e);
+        let snapshot = Snapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
+        let names = snapshot.schema().fields().map(|field| field.name().to_owned()).collect::<Vec<String>>();
+        Ok(names.into_iter().filter(|name| self.spec.column(name).is_none()).collect())
+    }
 }

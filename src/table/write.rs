@@ -58,6 +58,11 @@ pub(super) async fn data_file(
         encode(spec, &owned).map(|bytes| (bytes, stats))
     });
     let (bytes, stats) = encoded.await.map_err(|e| misfit(e.to_string()))?.map_err(|e| misfit(e.to_string()))?;
+    upload(table, log, bytes, stats).await
+}
+
+/// Stores the bytes of a data file and returns the action that will add it.
+pub(super) async fn upload(table: &str, log: &LogStoreRef, bytes: Vec<u8>, stats: String) -> Result<Add, TableError> {
     let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
     let size = bytes.len() as u64;
     let put = log.object_store(None).put(&Path::from(path.as_str()), bytes.into()).await;

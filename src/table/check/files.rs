@@ -1,23 +1,16 @@
 //! The files that the newest version names: there, whole, and as the log describes them.
 
-use std::ops::Range;
-use std::sync::Arc;
-
-use bytes::Bytes;
 use deltalake::Path;
-use deltalake::logstore::object_store::{Error, ObjectStore, ObjectStoreExt};
-use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt, TryStreamExt};
+use deltalake::logstore::object_store::{Error, ObjectStoreExt};
+use futures::{StreamExt, TryStreamExt};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ArrowReaderOptions;
-use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
-use parquet::errors::{ParquetError, Result as ParquetResult};
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::errors::Result as ParquetResult;
 use serde_json::Value;
 
 use super::{Fault, Findings};
 use crate::table::read::DataFile;
 use crate::table::schema::{Kind, TableSpec};
+use crate::table::stored_file::StoredFile;
 use crate::table::{Table, TableError, write};
 
 /// Files looked at at a time.
@@ -63,34 +56,9 @@ async fn look(table: &Table, file: &DataFile) -> Result<Vec<(Fault, String)>, Ta
     Ok(wrong)
 }
 
-/// A Parquet file in a store.
-struct Stored {
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    size: u64,
-}
-
-impl AsyncFileReader for Stored {
-    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, ParquetResult<Bytes>> {
-        let external = |e| ParquetError::External(Box::new(e));
-        async move { self.store.get_range(&self.path, range).await.map_err(external) }.boxed()
-    }
-
-    fn get_metadata<'a>(
-        &'a mut self,
-        _: Option<&'a ArrowReaderOptions>,
-    ) -> BoxFuture<'a, ParquetResult<Arc<ParquetMetaData>>> {
-        let size = self.size;
-        async move { ParquetMetaDataReader::new().load_and_finish(self, size).await.map(Arc::new) }.boxed()
-    }
-}
-
 /// Returns the statistics of a file by its rows.
 async fn recompute(table: &Table, path: &str, size: u64) -> ParquetResult<Value> {
-    let reader = Stored { store: table.log.object_store(None), path: Path::from(path), size };
-    // The types that the columns have in Parquet, not those that their writer had in memory.
-    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let builder = ParquetRecordBatchStreamBuilder::new_with_options(reader, options).await?;
+    let builder = StoredFile::open(&table.log, path, size).await?;
     let columns = table.spec.columns.iter().filter(|c| c.stats).map(|c| c.name);
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns);
     let batches: Vec<_> = builder.with_projection(mask).build()?.try_collect().await?;

@@ -1,58 +1,136 @@
 //! Small files become large ones; no row changes.
 //!
-//! The rewrite is deltalake's, with our own writer's settings, so that a column without bounds in the log gets none by
-//! being rewritten. It commits `Remove` and `Add` with `dataChange: false`, which neither appends nor readers of changes
-//! take for news; against an erasure that removed one of the same files it loses, and starts over the next time.
+//! Neighbours in time are joined, row group by row group, with the writer's settings and statistics of an append, so that
+//! a column without bounds in the log gets none by being rewritten. The commit is ours as well: deltalake's takes a
+//! `Remove` without data change for harmless, and two compactions at once then both land and double every row. Here a
+//! file that another commit took out first (a compaction, an erasure) makes this one a conflict that changes nothing.
 
-use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use deltalake::DeltaTable;
-use deltalake::datafusion::execution::session_state::SessionStateBuilder;
-use deltalake::delta_datafusion::create_session_state_with_spill_config;
-use deltalake::errors::DeltaTableError;
-use deltalake::kernel::transaction::TransactionError;
-use deltalake::operations::optimize::OptimizeType;
+use arrow::array::{RecordBatch, new_null_array};
+use arrow::compute::cast;
+use arrow::error::ArrowError;
+use futures::StreamExt;
+use parquet::arrow::ArrowWriter;
 
 use super::{Change, Settings};
+use crate::table::log::Remove;
+use crate::table::read::DataFile;
+use crate::table::schema::TableSpec;
+use crate::table::stored_file::StoredFile;
 use crate::table::{Table, TableError, write};
 
 /// Rows a batch holds in the rewrite: rows of the log may be large, and a batch is what it keeps in memory.
 const BATCH_ROWS: usize = 256;
 
-/// Joins files below the target size, where there are enough of them.
-pub(super) async fn run(table: &Table, settings: &Settings) -> Result<Option<Change>, TableError> {
-    let target = settings.target_bytes();
-    let small = table.files().await?.iter().filter(|file| file.size < target).count();
-    if small < settings.compact_from_files {
+/// Joins files below the target size, where enough of them are neighbours.
+pub(super) async fn run(table: &mut Table, settings: &Settings) -> Result<Option<Change>, TableError> {
+    let mut files = table.files().await?;
+    files.reverse();
+    let bins = bins(files, settings.target_bytes(), settings.compact_from_files);
+    if bins.is_empty() {
         return Ok(None);
     }
-    if table.has_feature("deletionVectors").await? {
-        let why = "deletion vectors are on; compact with the engine that switched them on".to_owned();
-        return Err(TableError::Refused { table: table.name().to_owned(), why });
+    refuse_foreign(table).await?;
+    let mut change = Change::default();
+    for bin in bins {
+        let add = rewrite(table, &bin).await?;
+        change.files += bin.len() as u64;
+        change.bytes += add.size;
+        let removes: Vec<Remove> = bin.into_iter().map(|DataFile { path, size, .. }| Remove { path, size }).collect();
+        let adds = [add];
+        if let Err(error) = table.commit_compaction(&removes, &adds).await {
+            if matches!(error, TableError::Conflict { .. }) {
+                write::remove_files(&table.log, &adds).await;
+            }
+            return Err(error);
+        }
     }
-    let fail = |e| TableError::store("cannot compact", table.name(), e);
-    let session = create_session_state_with_spill_config(Some((settings.memory_mib as usize) << 19), None);
-    let config = session.config().clone().with_target_partitions(1).with_batch_size(BATCH_ROWS);
-    let session = SessionStateBuilder::new_from_existing(session).with_config(config).build();
-    let mut source = DeltaTable::new(table.log.clone());
-    source.load_version(table.version()).await.map_err(fail)?;
-    let rewrite = source
-        .optimize()
-        .with_type(OptimizeType::Compact)
-        .with_target_size(NonZeroU64::new(target).unwrap_or(NonZeroU64::MIN))
-        .with_writer_properties(write::properties(table.spec).map_err(|e| fail(e.into()))?)
-        .with_session_state(Arc::new(session))
-        .with_max_concurrent_tasks(1);
-    match rewrite.await {
-        Ok((_, metrics)) if metrics.num_files_removed == 0 => Ok(None),
-        Ok((_, metrics)) => {
-            let bytes = u64::try_from(metrics.files_added.total_size).unwrap_or_default();
-            Ok(Some(Change { files: metrics.num_files_removed, bytes }))
+    Ok(Some(change))
+}
+
+/// Returns runs of at least `least` neighbouring small files, each of about `target` bytes.
+fn bins(files: Vec<DataFile>, target: u64, least: usize) -> Vec<Vec<DataFile>> {
+    let mut bins: Vec<Vec<DataFile>> = vec![Vec::new()];
+    let mut size = 0;
+    for file in files {
+        if file.size >= target || size + file.size > target {
+            bins.push(Vec::new());
+            size = 0;
         }
-        Err(DeltaTableError::Transaction { source: TransactionError::CommitConflict(_) }) => {
-            Err(TableError::Conflict { table: table.name().to_owned() })
+        if file.size < target {
+            size += file.size;
+            if let Some(bin) = bins.last_mut() {
+                bin.push(file);
+            }
         }
-        Err(error) => Err(fail(error)),
+    }
+    bins.retain(|bin| bin.len() >= least);
+    bins
+}
+
+/// Refuses a table whose files hold what a rewrite by this taod would lose.
+async fn refuse_foreign(table: &Table) -> Result<(), TableError> {
+    let refuse = |why: String| Err(TableError::Refused { table: table.name().to_owned(), why });
+    if table.has_feature("deletionVectors").await? {
+        return refuse("deletion vectors are on; compact with the engine that switched them on".to_owned());
+    }
+    match table.unknown_columns().await?.as_slice() {
+        [] => Ok(()),
+        names => {
+            refuse(format!("it has columns that this taod does not know ({}); compact elsewhere", names.join(", ")))
+        }
+    }
+}
+
+/// Writes the rows of some files into one.
+async fn rewrite(table: &Table, files: &[DataFile]) -> Result<crate::table::log::Add, TableError> {
+    let fail = |e: ArrowError| TableError::store("cannot compact", table.name(), e);
+    let lose = |e: parquet::errors::ParquetError| TableError::store("cannot compact", table.name(), e);
+    let spec = table.spec;
+    let properties = write::properties(spec).map_err(lose)?;
+    let mut writer = ArrowWriter::try_new(Vec::new(), spec.arrow_schema(), Some(properties)).map_err(lose)?;
+    let bounded: Vec<usize> = (0..spec.columns.len()).filter(|i| spec.columns[*i].stats).collect();
+    let mut kept = Vec::new();
+    for file in files {
+        let reader = StoredFile::open(&table.log, &file.path, file.size).await.map_err(lose)?;
+        let mut batches = reader.with_batch_size(BATCH_ROWS).build().map_err(lose)?;
+        while let Some(batch) = batches.next().await {
+            let batch = fitted(spec, &batch.map_err(lose)?).map_err(fail)?;
+            kept.push(batch.project(&bounded).map_err(fail)?);
+            writer.write(&batch).map_err(lose)?;
+        }
+    }
+    let bytes = writer.into_inner().map_err(lose)?;
+    let mut add = write::upload(table.name(), &table.log, bytes, write::stats(spec, &kept)).await?;
+    add.data_change = false;
+    Ok(add)
+}
+
+/// Returns a batch in the table's columns and types; a column that its file lacks is null.
+fn fitted(spec: &TableSpec, batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+    let schema = spec.arrow_schema();
+    let columns = schema.fields().iter().map(|field| match batch.column_by_name(field.name()) {
+        Some(column) => cast(column, field.data_type()),
+        None => Ok(new_null_array(field.data_type(), batch.num_rows())),
+    });
+    RecordBatch::try_new(Arc::clone(&schema), columns.collect::<Result<_, _>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_joined_up_to_the_target_and_large_files_stay() {
+        let file = |size: u64| DataFile { path: size.to_string(), size, stats: None };
+        let found = |sizes: &[u64], least| {
+            let bins = bins(sizes.iter().map(|size| file(*size)).collect(), 10, least);
+            bins.into_iter().map(|bin| bin.iter().map(|file| file.size).collect::<Vec<_>>()).collect::<Vec<_>>()
+        };
+        assert_eq!(found(&[1, 2, 3], 2), [vec![1, 2, 3]]);
+        assert_eq!(found(&[6, 3, 6, 3], 2), [vec![6, 3], vec![6, 3]]);
+        assert_eq!(found(&[1, 2, 12, 3, 4, 5], 3), Vec::<Vec<u64>>::new());
+        assert_eq!(found(&[1, 2, 10, 3, 4], 2), [vec![1, 2], vec![3, 4]]);
     }
 }

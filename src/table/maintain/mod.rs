@@ -64,6 +64,10 @@ impl Settings {
             ("vacuum_after_hours", self.vacuum_after_hours, 1, 36),
             ("memory_mib", self.memory_mib, 256, 65_536),
         ];
+        if self.target_file_mib * 2 > self.memory_mib {
+            let (target, memory) = (self.target_file_mib, self.memory_mib);
+            return Err(format!("target_file_mib is {target}: choose at most half of memory_mib, which is {memory}"));
+        }
         match ranges.into_iter().find(|(_, value, low, high)| !(low..=high).contains(&value)) {
             Some((key, value, low, high)) => Err(format!("{key} is {value}: choose {low} to {high}")),
             None => Ok(()),
