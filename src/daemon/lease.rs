@@ -63,7 +63,12 @@ pub(super) async fn keep(
     let mut said = None;
     loop {
         let grant = match renew(&tables, &mut lease).await {
-            Ok(grant) => grant,
+            Ok(grant) => {
+                if said.replace(grant.is_some()) != Some(grant.is_some()) {
+                    say(grant.is_some());
+                }
+                grant
+            }
             Err(error) => {
                 daemon.metrics.daemon.errors.get(Part::Lease).inc();
                 tracing::warn!(%error, "the lease could not be read or renewed");
@@ -71,13 +76,6 @@ pub(super) async fn keep(
             }
         };
         daemon.metrics.daemon.lease.set(i64::from(grant.is_some()));
-        if said != Some(grant.is_some()) {
-            said = Some(grant.is_some());
-            match grant {
-                Some(_) => tracing::info!("this daemon owns rounds, promotion and maintenance"),
-                None => tracing::warn!("another daemon owns rounds, promotion and maintenance; this one only ingests"),
-            }
-        }
         grants.send_replace(grant);
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
@@ -90,6 +88,13 @@ pub(super) async fn keep(
         && let Err(error) = lease.release().await
     {
         tracing::debug!(%error, "the lease was not given up; the next owner waits for its end");
+    }
+}
+
+fn say(is_owner: bool) {
+    match is_owner {
+        true => tracing::info!("this daemon owns rounds, promotion and maintenance"),
+        false => tracing::warn!("another daemon owns rounds, promotion and maintenance; this one only ingests"),
     }
 }
 

@@ -67,3 +67,66 @@ fn complete(metadata: &mut Value, spec: &TableSpec) -> serde_json::Result<Vec<St
     metadata["schemaString"] = json!(schema.to_string());
     Ok(added)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::schema::{self, Column, Kind};
+    use crate::table::{Table, TableLocation, TxnStep};
+
+    fn without(spec: &TableSpec, name: &str) -> &'static TableSpec {
+        let columns: Vec<Column> = spec.columns.iter().filter(|c| c.name != name).copied().collect();
+        Box::leak(Box::new(TableSpec { name: spec.name, columns: Box::leak(columns.into_boxed_slice()) }))
+    }
+
+    fn row(step: i64) -> Value {
+        json!({ "cluster": "c", "trial": "t", "step": step })
+    }
+
+    async fn append(table: &mut Table, step: i64) {
+        let expect = table.txn("test").await.unwrap();
+        let txn = TxnStep { app_id: "test".into(), expect, set: step };
+        table.append_rows(&[row(step)], &[txn]).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_column_that_an_older_table_lacks_is_added_once_and_its_old_rows_are_null() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = TableLocation::parse(&folder.path().to_string_lossy()).unwrap();
+        let older = without(&schema::GATE_USAGE, "time");
+        let mut old = Table::open_or_create(&place, older).await.unwrap();
+        append(&mut old, 1).await;
+        let mut new = Table::open_or_create(&place, &schema::GATE_USAGE).await.unwrap();
+        assert_eq!(new.version(), 2, "one commit for the column");
+        let now = json!({ "cluster": "c", "trial": "t", "step": 2, "time": "2026-02-03T04:05:06Z" });
+        new.append_rows(&[now], &[TxnStep { app_id: "test".into(), expect: Some(1), set: 2 }]).await.unwrap();
+        append(&mut old, 3).await;
+        let again = Table::open_or_create(&place, &schema::GATE_USAGE).await.unwrap();
+        assert_eq!(again.version(), 4, "nothing left to add, and the older writer went on");
+        #[derive(Debug, serde::Deserialize, PartialEq, Eq)]
+        struct Row {
+            step: i64,
+            time: Option<String>,
+        }
+        let rows: Vec<Row> = again.select("select step, time from t order by step").await.unwrap();
+        let time = |row: &Row| row.time.is_some();
+        assert_eq!(rows.iter().map(time).collect::<Vec<_>>(), [false, true, false], "{rows:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_column_that_every_row_must_fill_is_not_added() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = TableLocation::parse(&folder.path().to_string_lossy()).unwrap();
+        Table::open_or_create(&place, without(&schema::GATE_USAGE, "trial")).await.unwrap();
+        let error = Table::open_or_create(&place, &schema::GATE_USAGE).await.err().unwrap();
+        assert!(error.to_string().contains("it has no column \"trial\""), "{error}");
+    }
+
+    #[test]
+    fn both_kinds_of_column_are_told_apart() {
+        let mut metadata = json!({ "schemaString": json!({ "type": "struct", "fields": [] }).to_string() });
+        let added = complete(&mut metadata, &schema::ROUNDS).unwrap();
+        assert_eq!(added, ["reason", "seed", "detail"]);
+        assert!(schema::ROUNDS.column("detail").is_some_and(|c| c.kind == Kind::Rest));
+    }
+}

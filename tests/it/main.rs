@@ -8,6 +8,7 @@
 mod harness;
 
 mod bad_input;
+mod bench_commit;
 mod bench_train;
 mod cli;
 mod config;
@@ -18,4 +19,5 @@ mod layers;
 mod metrics;
 mod readers;
 mod round;
+mod tables;
 mod training;
