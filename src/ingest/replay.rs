@@ -147,7 +147,7 @@ impl Replay<'_> {
         chosen.extend(since);
         let sql = format!(
             "select \"partition\", \"offset\", record_index, coalesce({}, false) as chosen, \
-             octet_length(payload) as bytes from t where topic = {} \
+             octet_length(encode(payload, 'hex')) / 2 as bytes from t where topic = {} \
              order by \"partition\", \"offset\", record_index",
             chosen.join(" and "),
             text(&self.reader.topic)

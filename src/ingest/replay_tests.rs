@@ -125,10 +125,13 @@ async fn one_that_is_killed_between_commits_is_gone_on_with() {
     let (task, settings) = (tables.clone(), settings());
     let killed = tokio::spawn(async move { run(&settings, &task, &Choice::default()).await });
     let mut queries = tables.open_one(Name::Queries).await.unwrap();
-    while queries.version() < 3 {
-        tokio::task::yield_now().await;
-        queries.refresh().await.unwrap();
-    }
+    let two_stored = async {
+        while queries.version() < 3 {
+            tokio::task::yield_now().await;
+            queries.refresh().await.unwrap();
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), two_stored).await.unwrap();
     killed.abort();
     killed.await.ok();
     let rest = replay(&tables).await;

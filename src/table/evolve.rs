@@ -84,6 +84,7 @@ mod tests {
     }
 
     async fn append(table: &mut Table, step: i64) {
+        table.refresh().await.unwrap();
         let expect = table.txn("test").await.unwrap();
         let txn = TxnStep { app_id: "test".into(), expect, set: step };
         table.append_rows(&[row(step)], &[txn]).await.unwrap();
