@@ -34,6 +34,7 @@ pub mod table;
 pub mod config;
 
 // Drivers: the only code that knows several stages at once.
+pub mod erasure;
 pub mod ingest;
 pub mod round;
 pub mod schedule;

@@ -16,7 +16,7 @@ use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
 use crate::query_log::Record;
 use crate::query_log::kafka::{self, Extent};
-use crate::table::{Name, Table, Tables, Upkeep, batch_of, schema};
+use crate::table::{ERASURES, Name, Suppressions, Table, Tables, Upkeep, batch_of, schema};
 
 /// What was read and is not stored yet.
 #[derive(Default)]
@@ -48,6 +48,8 @@ pub(super) struct Ledger {
     letters: Table,
     positions: Positions,
     known: Arc<Known>,
+    /// What was erased when this ledger was opened. An erasure that comes later fences both tables.
+    erased: Arc<Suppressions>,
     epoch: Epoch,
 }
 
@@ -58,12 +60,18 @@ impl Ledger {
         settings: &kafka::Settings,
         reader: Arc<Reader>,
     ) -> Result<Self, IngestError> {
+        let mut queries = tables.open_one(Name::Queries).await?;
+        let mut letters = tables.open_one(Name::DeadLetters).await?;
+        // Held before the list is read: whatever is added after that moves what is held.
+        queries.hold(ERASURES).await?;
+        letters.hold(ERASURES).await?;
         Ok(Ledger {
             reader,
-            queries: tables.open_one(Name::Queries).await?,
-            letters: tables.open_one(Name::DeadLetters).await?,
+            queries,
+            letters,
             positions: Positions::new(settings),
             known: Arc::default(),
+            erased: Arc::new(Suppressions::load(tables).await?),
             epoch: Epoch::default(),
         })
     }
@@ -84,7 +92,8 @@ impl Ledger {
     pub(super) async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
         records.retain(|record| self.positions.take(record.partition, record.offset));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
-        let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known)).await;
+        let erased = Arc::clone(&self.erased);
+        let parsed = tokio::task::spawn_blocking(move || reader.read(&records, &known, &erased)).await;
         let Parsed { batch, letters, skipped, bytes } = parsed.map_err(|e| IngestError::Task(e.to_string()))??;
         self.epoch.batches.push(batch);
         self.epoch.letters.extend(letters);

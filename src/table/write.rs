@@ -58,6 +58,11 @@ pub(super) async fn data_file(
         encode(spec, &owned).map(|bytes| (bytes, stats))
     });
     let (bytes, stats) = encoded.await.map_err(|e| misfit(e.to_string()))?.map_err(|e| misfit(e.to_string()))?;
+    upload(table, log, bytes, stats).await
+}
+
+/// Stores the bytes of a data file and returns the action that will add it.
+pub(super) async fn upload(table: &str, log: &LogStoreRef, bytes: Vec<u8>, stats: String) -> Result<Add, TableError> {
     let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
     let size = bytes.len() as u64;
     let put = log.object_store(None).put(&Path::from(path.as_str()), bytes.into()).await;
@@ -83,7 +88,7 @@ fn encode(spec: &TableSpec, batches: &[RecordBatch]) -> parquet::errors::Result<
 }
 
 /// Returns the writer's settings. Only columns that may have bounds in the log have statistics in the file.
-fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
+pub(super) fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
     let mut builder = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
