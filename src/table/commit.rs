@@ -168,6 +168,10 @@ impl Table {
     /// Commits what takes rows out of the table. It fails as [`TableError::Conflict`] where another writer took out one of
     /// the same files first (a compaction did); appends that land in between are no conflict.
     pub(super) async fn commit_rewrite(&mut self, removes: &[Remove], adds: &[Add]) -> Result<u64, TableError> {
+        if self.is_stale() {
+            // Opening the table anew would pass over commits that may have taken the same files.
+            return Err(TableError::Conflict { table: self.name.clone() });
+        }
         let id = Uuid::new_v4();
         let bytes = log::rewrite(id, self.version, removes, adds, now_ms());
         self.write(id, bytes, &[], removes).await

@@ -24,6 +24,8 @@ mod tables;
 mod write;
 
 #[cfg(test)]
+mod rewrite_tests;
+#[cfg(test)]
 mod tests;
 
 pub use commit::{Appended, Table, TxnStep};

@@ -13,6 +13,7 @@ mod cli;
 mod config;
 mod dashboards;
 mod docs;
+mod erase;
 mod ingest;
 mod layers;
 mod metrics;
