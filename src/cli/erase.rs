@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::lines::Output;
 use super::{Exit, Global, runtime};
@@ -21,7 +21,7 @@ pub enum Command {
 /// Files that held them are deleted at once: readers of older versions of the tables fail. A killed erasure is finished by
 /// the same command, or by --resume. What was erased is not stored again, also when the topic is read anew.
 #[derive(Debug, Args)]
-#[group(id = "whose", required = true, multiple = false, args = ["user", "request_id", "condition", "resume"])]
+#[command(group = ArgGroup::new("whose").required(true).args(["user", "request_id", "condition", "resume"]))]
 pub struct Erase {
     /// The rows of an end user, named as in the log. Needs ingest.user_key, under which users are stored.
     #[arg(long, value_name = "ID")]
