@@ -45,11 +45,17 @@ pub enum EraseError {
     #[error(transparent)]
     Table(#[from] TableError),
     #[error(transparent)]
-    Round(#[from] RoundError),
+    Round(Box<RoundError>),
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+impl From<RoundError> for EraseError {
+    fn from(error: RoundError) -> Self {
+        EraseError::Round(Box::new(error))
+    }
 }
 
 /// Where rows are erased, and under which key their users are hashed.
@@ -298,10 +304,12 @@ fn places(batch: &RecordBatch) -> Vec<(String, i32, i64, i32)> {
     (0..topic.len()).map(|i| (topic.value(i).to_owned(), partition.value(i), offset.value(i), index.value(i))).collect()
 }
 
-/// Returns the hash of what was asked for, keyed where there is a key, so that it cannot be guessed back.
+/// Returns the hash of what was asked for, keyed where there is a key, so that it cannot be guessed back; and unlike the
+/// hash in the tables, so that a receipt leads to no row.
 fn hash_of(text: &str, key: Option<&[u8]>) -> String {
+    let text = format!("erasure:{text}");
     let plain = || hex::encode(Sha256::digest(text.as_bytes()));
-    key.and_then(|key| keyed_hash(key, text)).unwrap_or_else(plain)
+    key.and_then(|key| keyed_hash(key, &text)).unwrap_or_else(plain)
 }
 
 fn now() -> chrono::DateTime<Utc> {

@@ -57,7 +57,7 @@ impl Subject {
         for id in ids {
             needles.insert(id.as_bytes().to_vec());
             let quoted = serde_json::Value::String(id.clone()).to_string();
-            needles.insert(quoted[1..quoted.len() - 1].as_bytes().to_vec());
+            needles.insert(quoted.as_bytes()[1..quoted.len() - 1].to_vec());
         }
         needles.into_iter().collect()
     }
@@ -87,7 +87,8 @@ pub struct Receipt {
     pub started: DateTime<Utc>,
     pub finished: Option<DateTime<Utc>>,
     pub subject: String,
-    /// HMAC-SHA-256 of the subject under ingest.user_key, or its SHA-256 where there is no key.
+    /// HMAC-SHA-256 of `erasure:` and the subject under ingest.user_key, or its SHA-256 where there is no key. It is not
+    /// the hash that stands in the tables.
     pub subject_hash: String,
     pub tables: BTreeMap<String, InTable>,
     /// Entries added to the list of what is not read again.
