@@ -7,6 +7,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 use super::*;
 use crate::query_log::embedded::EmbeddedBroker;
+use crate::table::Name;
 
 const TOPIC: &str = "queries";
 
