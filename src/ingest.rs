@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::counters::{Counters, Reasons, Summary};
 use self::ledger::Ledger;
 use self::reader::Reader;
-use crate::query_log::format::Mapping;
+use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
 use crate::secret::{self, SecretError};
@@ -47,8 +47,13 @@ pub struct Settings {
     pub stall_s: u64,
     /// File with the key (16 bytes or more) under which end users are hashed; empty: end users are not stored at all.
     pub user_key_file: PathBuf,
+    /// Most text that a row keeps, in bytes; past it the row is cut, marked as truncated and never trains, and `extra`
+    /// holds its full size. Of a record that cannot be read at most as many bytes are kept. Range 4096 to 67108864.
+    pub max_text_bytes: u64,
     /// Log formats of your own, tried in their order before the known ones.
     pub mapping: Vec<Mapping>,
+    /// Signs of your own that a caller forbids training, beside the known ones.
+    pub opt_out: Vec<OptOut>,
 }
 
 impl Default for Settings {
@@ -60,7 +65,9 @@ impl Default for Settings {
             idle_s: 2,
             stall_s: 60,
             user_key_file: PathBuf::new(),
+            max_text_bytes: format::DEFAULT_TEXT_BYTES as u64,
             mapping: Vec::new(),
+            opt_out: Vec::new(),
         }
     }
 }
@@ -72,7 +79,11 @@ impl Settings {
         for (index, mapping) in self.mapping.iter().enumerate() {
             mapping.validate().map_err(|e| format!("mapping[{index}].{e}"))?;
         }
+        for (index, opt_out) in self.opt_out.iter().enumerate() {
+            opt_out.validate().map_err(|e| format!("opt_out[{index}].{e}"))?;
+        }
         let ranges = [
+            ("max_text_bytes", self.max_text_bytes, 4096, 67_108_864),
             ("batch_bytes", self.batch_bytes, 65_536, 268_435_456),
             ("commit_interval_s", self.commit_interval_s, 1, 3600),
             ("idle_s", self.idle_s, 1, 3600),
@@ -81,6 +92,15 @@ impl Settings {
         match ranges.into_iter().find(|(_, value, low, high)| !(low..=high).contains(&value)) {
             Some((key, value, low, high)) => Err(format!("{key} is {value}: choose {low} to {high}")),
             None => Ok(()),
+        }
+    }
+
+    /// Returns how records are read.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            mappings: self.mapping.clone(),
+            opt_outs: self.opt_out.clone(),
+            max_text_bytes: self.max_text_bytes as usize,
         }
     }
 
@@ -163,7 +183,7 @@ pub async fn run(
         topic: settings.kafka.topic.clone(),
         user_key: settings.user_key()?,
         config_hash: settings.hash(),
-        mappings: settings.mapping.clone(),
+        rules: settings.rules(),
     });
     let (mut restarts, mut backoff) = (0, BACKOFF);
     loop {
