@@ -5,7 +5,7 @@ CARGO := cargo
 FLAGS := --release --locked
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench models setup setup-test
+.PHONY: help demo test test-full check build bench fuzz models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make check      format, lints, docs, licences'
 	@echo 'make build      $(BIN)'
 	@echo 'make bench      the benchmark tables'
+	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -30,12 +31,17 @@ test-full: models
 
 check: setup
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path tests/fuzz/Cargo.toml
+	$(CARGO) clippy $(FLAGS) --no-default-features --features decode --lib -- -D warnings
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc $(FLAGS) --no-deps --document-private-items
 	tools/check-licences
 
 bench: setup models
 	$(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 bench_
+
+fuzz: setup
+	tools/fuzz $(or $(SECONDS),60)
 
 models: setup
 	tools/fetch-models.sh
