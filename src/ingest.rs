@@ -356,16 +356,20 @@ impl Session<'_> {
 
     /// Starts the upkeep that is due, beside ingestion; one at a time.
     async fn keep_up(&mut self) -> Result<(), IngestError> {
-        if let Some(upkeep) = self.ledger.upkeep() {
-            if let Some(before) = self.upkeep.take() {
-                before.await.map_err(|e| IngestError::Task(e.to_string()))?;
-            }
-            self.upkeep = Some(tokio::spawn(async move {
+        let due = self.ledger.upkeep();
+        if due.is_empty() {
+            return Ok(());
+        }
+        if let Some(before) = self.upkeep.take() {
+            before.await.map_err(|e| IngestError::Task(e.to_string()))?;
+        }
+        self.upkeep = Some(tokio::spawn(async move {
+            for upkeep in due {
                 if let Err(error) = upkeep.run().await {
                     tracing::warn!(%error, "upkeep failed; the next one starts over");
                 }
-            }));
-        }
+            }
+        }));
         Ok(())
     }
 

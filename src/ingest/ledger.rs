@@ -143,9 +143,9 @@ impl Ledger {
         Ok(Some(sealed))
     }
 
-    /// Returns the upkeep of the table that is due, if any.
-    pub(super) fn upkeep(&self) -> Option<Upkeep> {
-        self.queries.upkeep()
+    /// Returns the upkeep of the tables that is due.
+    pub(super) fn upkeep(&mut self) -> Vec<Upkeep> {
+        [&mut self.queries, &mut self.letters].into_iter().filter_map(Table::upkeep).collect()
     }
 
     /// Returns true where every held partition is at its end.

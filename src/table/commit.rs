@@ -38,6 +38,8 @@ pub struct Table {
     name: String,
     positions: HashMap<String, Option<i64>>,
     seen: SystemTime,
+    /// The version at which upkeep was last looked for.
+    pub(super) upkept: u64,
 }
 
 /// One step of one position: `app_id` goes from `expect` (`None`: not there yet) to `set`.
@@ -66,8 +68,10 @@ impl Table {
         if !exists {
             create(&log, &name, spec).await?;
         }
-        let mut table = Table { spec, log, version: 0, name, positions: HashMap::new(), seen: SystemTime::UNIX_EPOCH };
+        let (positions, seen) = (HashMap::new(), SystemTime::UNIX_EPOCH);
+        let mut table = Table { spec, log, version: 0, name, positions, seen, upkept: 0 };
         table.reopen().await?;
+        table.upkept = table.version;
         Ok(table)
     }
 

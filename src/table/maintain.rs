@@ -18,9 +18,11 @@ pub struct Upkeep {
 }
 
 impl Table {
-    /// Returns the upkeep that is due at this version, if any.
-    pub fn upkeep(&self) -> Option<Upkeep> {
-        let due = self.version > 0 && self.version.is_multiple_of(CHECKPOINT_EVERY);
+    /// Returns the upkeep that became due since this was last asked, if any. Whoever made the commit with the round
+    /// number: it may be another writer's, or one that only moved positions.
+    pub fn upkeep(&mut self) -> Option<Upkeep> {
+        let due = self.version / CHECKPOINT_EVERY > self.upkept / CHECKPOINT_EVERY;
+        self.upkept = self.version;
         due.then(|| self.upkeep_now())
     }
 

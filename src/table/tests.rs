@@ -136,6 +136,22 @@ async fn steps_of(table: &Table) -> Vec<i64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn upkeep_is_due_once_when_a_round_number_is_passed_whoever_made_that_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut table, mut other) = (local(folder.path()).await, local(folder.path()).await);
+    for version in 1..100 {
+        table.append(&[], &[step((version > 1).then_some(version - 1), version)]).await.unwrap();
+    }
+    assert!(table.upkeep().is_none());
+    other.append(&[], &[TxnStep { app_id: "other".into(), expect: None, set: 1 }]).await.unwrap();
+    table.append(&[], &[step(Some(99), 100)]).await.unwrap();
+    assert_eq!(table.version(), 101);
+    assert!(table.upkeep().is_some());
+    assert!(table.upkeep().is_none());
+    assert!(local(folder.path()).await.upkeep().is_none(), "opening a table makes nothing due");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rows_come_back_as_they_went_in_and_positions_survive_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut table = local(folder.path()).await;

@@ -193,7 +193,11 @@ class Checker:
         for app_id, (before, after) in moved.items():
             if not app_id.startswith(self.prefix):
                 continue
-            partition = int(app_id[len(self.prefix):])
+            rest = app_id[len(self.prefix):]
+            if not rest.isdigit():
+                # The number of a holding: that it never goes back is checked with all positions.
+                continue
+            partition = int(rest)
             for offset in range(before or 0, after):
                 self.complete(partition, offset)
             self.offsets[partition] = after
