@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Name of the variable that arms crash points.
 pub const CRASH_AT: &str = "TAOD_CRASH_AT";
 
-/// The points on the way of a record into its table, and in what keeps the tables fast and lawful.
+/// The points on the way of a record into its table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
     /// Records were handed over by the log; nothing was done with them.
@@ -29,15 +29,11 @@ pub enum Point {
     DuringCheckpoint,
     /// The dead letters of an epoch are committed; its rows and offsets are not.
     BetweenLettersAndRows,
-    /// Files are being merged.
-    DuringCompaction,
-    /// Rows are being erased.
-    DuringErasure,
 }
 
 impl Point {
     /// All points.
-    pub const ALL: [Point; 9] = [
+    pub const ALL: [Point; 7] = [
         Point::AfterPoll,
         Point::AfterSeal,
         Point::DuringUpload,
@@ -45,8 +41,6 @@ impl Point {
         Point::AfterPut,
         Point::DuringCheckpoint,
         Point::BetweenLettersAndRows,
-        Point::DuringCompaction,
-        Point::DuringErasure,
     ];
 
     /// Returns the name by which the variable arms it.
@@ -59,8 +53,6 @@ impl Point {
             Point::AfterPut => "after_put",
             Point::DuringCheckpoint => "during_checkpoint",
             Point::BetweenLettersAndRows => "between_letters_and_rows",
-            Point::DuringCompaction => "during_compaction",
-            Point::DuringErasure => "during_erasure",
         }
     }
 }

@@ -29,6 +29,8 @@ struct Epoch {
     skipped: BTreeMap<&'static str, u64>,
     records: u64,
     bytes: u64,
+    /// Those of them that are dead letters.
+    dead_bytes: u64,
 }
 
 /// What one commit stored.
@@ -98,6 +100,7 @@ impl Ledger {
         let (file, parsed) = work.await.map_err(|e| IngestError::Task(e.to_string()))??;
         let Parsed { letters, skipped, bytes, .. } = parsed;
         self.epoch.file = Some(file);
+        self.epoch.dead_bytes += letters.iter().map(|letter| letter.payload.len() as u64 / 2).sum::<u64>();
         self.epoch.letters.extend(letters);
         for (reason, n) in skipped {
             *self.epoch.skipped.entry(reason).or_default() += n;
@@ -163,9 +166,10 @@ impl Ledger {
         self.epoch.records
     }
 
-    /// Returns the payload bytes of the open epoch.
-    pub(super) fn bytes(&self) -> u64 {
-        self.epoch.bytes
+    /// Returns the bytes that the open epoch may take by its commit. Rows are held encoded, once; a dead letter as text in
+    /// hex, as a column and as a file, four times.
+    pub(super) fn held(&self) -> u64 {
+        self.epoch.bytes + 3 * self.epoch.dead_bytes
     }
 
     /// Returns how many partitions are held.

@@ -50,7 +50,7 @@ pub(super) struct Letter {
     headers: Option<String>,
     kafka_time: Option<i64>,
     ingest_date: String,
-    payload: String,
+    pub(super) payload: String,
     pub(super) reason: &'static str,
     message: String,
     taod_version: &'static str,

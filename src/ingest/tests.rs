@@ -170,6 +170,36 @@ async fn at_the_end_of_the_log_a_row_does_not_wait_for_the_long_interval() {
     assert_eq!(task.await.unwrap().unwrap().commits, 1);
 }
 
+#[tokio::test]
+async fn a_dead_letter_counts_as_often_as_it_is_held() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tables, settings) = (Tables::open(folder.path()).unwrap(), kafka::Settings::default());
+    let reader = Reader {
+        topic: settings.topic.clone(),
+        user_key: None,
+        config_hash: "c".into(),
+        detect_language: false,
+        mappings: Vec::new(),
+    };
+    let mut ledger = Ledger::open(&tables, &settings, Arc::new(reader)).await.unwrap();
+    ledger.assign(&[0]).await.unwrap();
+    let record = |offset, payload: String| crate::query_log::Record {
+        partition: 0,
+        offset,
+        time_ms: None,
+        key: None,
+        headers: Vec::new(),
+        payload: Some(payload.into_bytes()),
+    };
+    let good = call("a");
+    ledger.read(vec![record(0, good.clone())]).await.unwrap();
+    assert_eq!(ledger.held(), good.len() as u64);
+    ledger.read(vec![record(1, "x".repeat(1000))]).await.unwrap();
+    assert_eq!(ledger.held(), good.len() as u64 + 4000);
+    ledger.seal().await.unwrap();
+    assert_eq!(ledger.held(), 0);
+}
+
 #[test]
 fn parts_that_do_not_fit_into_the_memory_are_refused() {
     Settings::default().validate().unwrap();

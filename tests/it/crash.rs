@@ -99,16 +99,7 @@ async fn check(point: Point) {
 // A thread for each point: they mostly wait for a broker that believes the killed member to be alive.
 #[tokio::test(flavor = "multi_thread", worker_threads = 7)]
 async fn a_kill_at_any_point_of_ingestion_loses_and_doubles_nothing() {
-    let points = [
-        Point::AfterPoll,
-        Point::AfterSeal,
-        Point::DuringUpload,
-        Point::AfterUpload,
-        Point::AfterPut,
-        Point::DuringCheckpoint,
-        Point::BetweenLettersAndRows,
-    ];
-    for checked in points.map(|point| tokio::spawn(check(point))) {
+    for checked in Point::ALL.map(|point| tokio::spawn(check(point))) {
         checked.await.unwrap();
     }
 }
