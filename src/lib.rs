@@ -8,39 +8,65 @@
 //!
 //! Reading order: [`record`] is what flows; the stages follow in the order of the loop; [`round`] names them all;
 //! [`daemon`] wires everything. The shape and its reasons stand in `ARCHITECTURE.md`.
+//!
+//! Without the feature `daemon` only [`record`] and [`query_log::format`] are built.
 
 // Leaves: used by every stage, use nothing of ours.
+#[cfg(feature = "daemon")]
 pub mod crash;
+#[cfg(feature = "daemon")]
 pub mod durable;
+#[cfg(feature = "daemon")]
 pub mod health;
+#[cfg(feature = "daemon")]
 pub mod metrics;
+#[cfg(feature = "daemon")]
 pub mod progress;
 pub mod record;
+#[cfg(feature = "daemon")]
 pub mod secret;
 
 // Stages, in the order of the flow.
+#[cfg(feature = "daemon")]
 pub mod adapter;
+#[cfg(feature = "daemon")]
 pub mod candidates;
+#[cfg(feature = "daemon")]
 pub mod dataset;
+#[cfg(feature = "daemon")]
 pub mod endpoint;
+#[cfg(feature = "daemon")]
 pub mod engine;
+#[cfg(feature = "daemon")]
 pub mod gate;
 pub mod query_log;
+#[cfg(feature = "daemon")]
 pub mod registry;
+#[cfg(feature = "daemon")]
 pub mod rewards;
+#[cfg(feature = "daemon")]
 pub mod serve;
+#[cfg(feature = "daemon")]
 pub mod table;
 
 // What an operator sets, made of the stages' own settings.
+#[cfg(feature = "daemon")]
 pub mod config;
 
 // Drivers: the only code that knows several stages at once.
+#[cfg(feature = "daemon")]
 pub mod ingest;
+#[cfg(feature = "daemon")]
 pub mod round;
+#[cfg(feature = "daemon")]
 pub mod schedule;
 
 // Shell.
+#[cfg(feature = "daemon")]
 pub mod admin;
+#[cfg(feature = "daemon")]
 pub mod cli;
+#[cfg(feature = "daemon")]
 pub mod daemon;
+#[cfg(feature = "daemon")]
 pub mod demo;

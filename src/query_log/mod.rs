@@ -5,9 +5,12 @@
 //! reads a partition. Sources: [`kafka`] in production, [`embedded`] for the demo (a broker in this process, read
 //! through [`kafka`]), [`mod@file`] for trying a format out.
 
+#[cfg(feature = "daemon")]
 pub mod embedded;
+#[cfg(feature = "daemon")]
 pub mod file;
 pub mod format;
+#[cfg(feature = "daemon")]
 pub mod kafka;
 
 use std::collections::BTreeMap;
