@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::record::{Coordinates, Kind, Message, derive_seed};
 
 use super::cluster::{Candidate, Decision, Placement, place};
+use super::feedback::{self, Feedback, Joined};
 use super::text::{Boilerplate, Variable};
 use super::{AuditSplit, GateSplit, Prompt, Settings, Split, SplitOf, SplitRow, TrainSplit};
 
@@ -18,9 +19,13 @@ pub struct QueryRow {
     /// Day of ingestion, counted from the epoch.
     pub ingest_day: i32,
     pub event_time_us: i64,
+    pub request_id: Option<String>,
+    pub trace_id: Option<String>,
     pub conversation_id: Option<String>,
     pub workload: Option<String>,
     pub tenant: Option<String>,
+    /// JSON of what was said of an answer: in a row of feedback, or beside a call.
+    pub feedback: Option<String>,
     pub prompt_hash: String,
     /// Canonical JSON of the messages.
     pub messages: String,
@@ -113,6 +118,8 @@ struct Group {
     /// Its first row that may be used, or else its first row.
     row: QueryRow,
     usable: u64,
+    /// Feedback on the rows that may be used.
+    feedback: Vec<Feedback>,
 }
 
 /// Counts out rows that may not be used and gathers the others by prompt, in the order of the log. Prompts that have
@@ -124,10 +131,15 @@ fn group(
     excluded: &mut Counts,
 ) -> Vec<Group> {
     let newest = rows.iter().map(|row| row.ingest_day).max().unwrap_or(0);
+    let mut joined = Joined::of(&rows);
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut groups: Vec<Group> = Vec::new();
     for row in rows {
-        let reason = reason_of_row(&row, newest, settings);
+        let reason = match row.kind {
+            Kind::Feedback if joined.is_matched(&row) => Some("feedback"),
+            Kind::Feedback => Some("feedback_unmatched"),
+            Kind::Call => reason_of_row(&row, newest, settings),
+        };
         if let Some(reason) = reason {
             excluded.add(reason, 1);
             if row.kind != Kind::Call || !known.contains_key(&row.prompt_hash) {
@@ -135,8 +147,10 @@ fn group(
             }
         }
         let usable = u64::from(reason.is_none());
+        let feedback = if usable > 0 { joined.take(&row) } else { Vec::new() };
         match places.get(&row.prompt_hash) {
             Some(&at) => {
+                groups[at].feedback.extend(feedback);
                 if groups[at].usable == 0 && usable > 0 {
                     groups[at].row = row;
                 }
@@ -144,7 +158,7 @@ fn group(
             }
             None => {
                 places.insert(row.prompt_hash.clone(), groups.len());
-                groups.push(Group { row, usable });
+                groups.push(Group { row, usable, feedback });
             }
         }
     }
@@ -152,11 +166,9 @@ fn group(
     groups
 }
 
-/// Returns why a row may not be used, whatever its text.
+/// Returns why a call may not be used, whatever its text.
 fn reason_of_row<'a>(row: &'a QueryRow, newest: i32, settings: &Settings) -> Option<&'a str> {
-    if row.kind == Kind::Feedback {
-        Some("feedback")
-    } else if !row.train_ok {
+    if !row.train_ok {
         Some(row.reason.as_deref().unwrap_or("not_train_ok"))
     } else if row.redacted {
         Some("redacted")
@@ -178,10 +190,10 @@ fn candidates(
     excluded: &mut Counts,
 ) -> Vec<Candidate> {
     let mut read: Vec<(Prompt, Option<String>, bool)> = Vec::with_capacity(groups.len());
-    for Group { row, usable } in groups {
+    for Group { row, usable, feedback } in groups {
         let was_placed = known.contains_key(&row.prompt_hash);
         let conversation = row.conversation_id.clone();
-        let Some(prompt) = prompt_of(row, usable) else {
+        let Some(prompt) = prompt_of(row, usable, feedback) else {
             excluded.add("bad_messages", usable);
             continue;
         };
@@ -204,7 +216,7 @@ fn candidates(
     read.into_iter().filter_map(candidate).collect()
 }
 
-fn prompt_of(row: QueryRow, count: u64) -> Option<Prompt> {
+fn prompt_of(row: QueryRow, count: u64, feedback: Vec<Feedback>) -> Option<Prompt> {
     let messages: Vec<Message> = serde_json::from_str(&row.messages).ok()?;
     let tools = row.tools.map(|tools| serde_json::from_str(&tools)).transpose().ok()?;
     Some(Prompt {
@@ -217,6 +229,7 @@ fn prompt_of(row: QueryRow, count: u64) -> Option<Prompt> {
         first_seen: row.coordinates,
         event_time_us: row.event_time_us,
         count,
+        feedback: feedback::newest(feedback),
     })
 }
 

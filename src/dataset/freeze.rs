@@ -23,8 +23,9 @@ const POSITION: &str = "taod/splits";
 const ATTEMPTS: usize = 5;
 
 /// What is read of `queries`.
-const QUERY: &str = r#"select topic, partition, "offset", record_index, kind, ingest_date, event_time, conversation_id,
-    workload, tenant, prompt_hash, messages, tools, train_ok, reason, redacted, truncated from t"#;
+const QUERY: &str = r#"select topic, partition, "offset", record_index, kind, ingest_date, event_time, request_id,
+    trace_id, conversation_id, workload, tenant, feedback, prompt_hash, messages, tools, train_ok, reason, redacted,
+    truncated from t"#;
 
 /// Freezes a round's dataset into `out`. Where one is there already, a resumed round gets that one.
 pub async fn freeze(
@@ -84,8 +85,8 @@ impl Columns {
         let all = |names: &[&'static str], types: &[DataType]| -> Result<BTreeMap<_, _>, DatasetError> {
             names.iter().map(|&name| Ok((name, column(batch, name, types)?))).collect()
         };
-        let text =
-            ["topic", "kind", "conversation_id", "workload", "tenant", "prompt_hash", "messages", "tools", "reason"];
+        let ids = ["topic", "kind", "request_id", "trace_id", "conversation_id", "workload", "tenant", "prompt_hash"];
+        let text = [&ids[..], &["feedback", "messages", "tools", "reason"]].concat();
         let micros = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
         let mut numbers = all(&["partition", "offset", "record_index"], &[DataType::Int64])?;
         numbers.extend(all(&["ingest_date"], &[DataType::Date32, DataType::Int32])?);
@@ -108,9 +109,12 @@ impl Columns {
             kind: if self.required("kind", i)? == Kind::Feedback.as_str() { Kind::Feedback } else { Kind::Call },
             ingest_day: self.number("ingest_date", i)? as i32,
             event_time_us: self.number("event_time", i)?,
+            request_id: self.optional("request_id", i),
+            trace_id: self.optional("trace_id", i),
             conversation_id: self.optional("conversation_id", i),
             workload: self.optional("workload", i),
             tenant: self.optional("tenant", i),
+            feedback: self.optional("feedback", i),
             prompt_hash: self.required("prompt_hash", i)?,
             messages: self.required("messages", i)?,
             tools: self.optional("tools", i),
@@ -184,7 +188,10 @@ mod tests {
             ("kind", Arc::new(StringViewArray::from(vec!["call"]))),
             ("ingest_date", Arc::new(Date32Array::from(vec![20_000]))),
             ("event_time", Arc::new(TimestampMicrosecondArray::from(vec![1_772_366_400_250_000]).with_timezone("UTC"))),
+            ("request_id", Arc::new(StringArray::from(vec!["r"]))),
+            ("trace_id", Arc::new(StringArray::from(vec![None::<&str>]))),
             ("conversation_id", Arc::new(StringArray::from(vec![None::<&str>]))),
+            ("feedback", Arc::new(StringArray::from(vec![r#"{"thumb":"up"}"#]))),
             ("workload", Arc::new(LargeStringArray::from(vec!["w"]))),
             ("tenant", Arc::new(StringArray::from(vec![None::<&str>]))),
             ("prompt_hash", Arc::new(StringArray::from(vec!["h"]))),
@@ -200,6 +207,7 @@ mod tests {
         let place = Coordinates { topic: "calls".into(), partition: 3, offset: 1 << 40, record_index: 1 };
         assert_eq!((row.coordinates, row.ingest_day, row.event_time_us), (place, 20_000, 1_772_366_400_250_000));
         assert_eq!((row.workload.as_deref(), row.tenant, row.reason.as_deref()), (Some("w"), None, Some("self")));
+        assert_eq!((row.request_id.as_deref(), row.feedback.as_deref()), (Some("r"), Some(r#"{"thumb":"up"}"#)));
         assert!(!row.train_ok && row.truncated);
         let fewer = batch.project(&[0, 1]).unwrap();
         let error = Columns::of(&fewer).err().unwrap().to_string();

@@ -14,10 +14,11 @@
 //! ```
 //!
 //! Reading order: [`Settings`], `text` (what of a prompt is compared), `near` (near duplicates), `cluster` (who belongs
-//! to whom), `assemble` (all filters in order), `manifest` (files), `freeze` (tables).
+//! to whom), `feedback` (what was said of an answer, beside its prompt), `assemble` (all filters in order), `manifest` (files), `freeze` (tables).
 
 mod assemble;
 mod cluster;
+mod feedback;
 mod freeze;
 mod manifest;
 mod near;
@@ -38,6 +39,7 @@ use crate::record::{Coordinates, Message};
 use crate::table::TableError;
 
 pub use assemble::{Assembled, QueryRow, WorkloadView, assemble};
+pub use feedback::Feedback;
 pub use freeze::freeze;
 pub use manifest::{Inputs, Manifest, OffsetRange, Part, load, store};
 pub use settings::Settings;
@@ -57,6 +59,9 @@ pub struct Prompt {
     pub event_time_us: i64,
     /// Rows of the log that it stands for: its own, its exact duplicates and the near duplicates left out for it.
     pub count: u64,
+    /// What was said of the answers to it, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub feedback: Vec<Feedback>,
 }
 
 /// A frozen dataset.

@@ -17,9 +17,12 @@ fn row(offset: i64, messages: &[Message]) -> QueryRow {
         kind: Kind::Call,
         ingest_day: 100,
         event_time_us: 1_772_366_400_000_000 + offset,
+        request_id: Some(format!("r-{offset}")),
+        trace_id: None,
         conversation_id: None,
         workload: Some("w".into()),
         tenant: None,
+        feedback: None,
         prompt_hash: prompt_hash(messages, None),
         messages: serde_json::to_string(messages).unwrap(),
         tools: None,
@@ -124,7 +127,7 @@ fn every_excluded_row_has_its_reason() {
         ("opt_out", 1),
         ("failed", 1),
         ("cached", 1),
-        ("feedback", 1),
+        ("feedback_unmatched", 1),
         ("truncated", 1),
         ("too_long", 1),
         ("empty", 2),
@@ -304,6 +307,48 @@ fn old_rows_are_left_out_but_still_guard_their_split() {
     let found = assemble(rows, first.new_splits, &workloads(), &settings, "r", 1);
     assert_eq!(found.excluded.get("old"), Some(&1));
     assert_eq!((found.train.len(), found.gate.len()), (0, 1));
+}
+
+#[test]
+fn late_feedback_joins_the_call_that_it_means() {
+    let said = |offset: i64, value: &str, names: &dyn Fn(&mut QueryRow)| {
+        let mut row = row(offset, &[]);
+        (row.kind, row.request_id, row.feedback) = (Kind::Feedback, None, Some(json!(value).to_string()));
+        names(&mut row);
+        row
+    };
+    let numbers = in_split(Split::Train);
+    let mut rows: Vec<QueryRow> = (0..6).map(|i| row(i as i64, &ask(&question(numbers[i])))).collect();
+    for row in &mut rows[3..] {
+        (row.trace_id, row.conversation_id) = (Some("trace".into()), Some("talk".into()));
+    }
+    rows[1].tenant = Some("acme".into());
+    rows[2].feedback = Some("{\"thumb\": \"up\"}".into());
+    rows.push(said(10, "late", &|row| row.request_id = Some("r-0".into())));
+    rows.push(said(11, "again", &|row| row.request_id = Some("r-0".into())));
+    rows.push(said(12, "of another tenant", &|row| {
+        (row.request_id, row.tenant) = (Some("r-1".into()), Some("other".into()));
+    }));
+    rows.push(said(13, "by trace", &|row| row.trace_id = Some("trace".into())));
+    rows.push(said(14, "in the middle", &|row| {
+        row.conversation_id = Some("talk".into());
+        row.event_time_us = 1_772_366_400_000_000 + 4;
+    }));
+    rows.push(said(15, "of no call", &|row| row.request_id = Some("r-99".into())));
+    let found = run(rows, vec![]);
+    let of = |i: usize| {
+        let hash = prompt_hash(&ask(&question(numbers[i])), None);
+        let prompts = all(&found);
+        let prompt = prompts.into_iter().find(|prompt| prompt.prompt_hash == hash).unwrap();
+        prompt.feedback.iter().map(|feedback| feedback.value.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(of(0), [json!("late"), json!("again")]);
+    assert_eq!((of(1), of(3)), (vec![], vec![]));
+    assert_eq!(of(2), [json!({"thumb": "up"})], "beside the call");
+    assert_eq!(of(5), [json!("by trace")], "the last call before it");
+    assert_eq!(of(4), [json!("in the middle")]);
+    assert_eq!((found.excluded["feedback"], found.excluded["feedback_unmatched"]), (4, 2));
+    assert_all_rows_accounted(&found);
 }
 
 #[test]
