@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::counters::{Counters, Reasons, Summary};
 use self::ledger::Ledger;
 use self::reader::Reader;
-use crate::query_log::format::Mapping;
+use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
 use crate::secret::{self, SecretError};
@@ -57,8 +57,13 @@ pub struct Settings {
     /// Fill the column `language` while ingesting. No stage reads it, it can be told from `messages` at any time, and it
     /// costs four times as much CPU as everything else that is done for a row.
     pub detect_language: bool,
+    /// Most text that a row keeps, in bytes; past it the row is cut, marked as truncated and never trains, and `extra`
+    /// holds its full size. Of a record that cannot be read at most as many bytes are kept. Range 4096 to 67108864.
+    pub max_text_bytes: u64,
     /// Log formats of your own, tried in their order before the known ones.
     pub mapping: Vec<Mapping>,
+    /// Signs of your own that a caller forbids training, beside the known ones.
+    pub opt_out: Vec<OptOut>,
 }
 
 impl Default for Settings {
@@ -73,7 +78,9 @@ impl Default for Settings {
             stall_s: 60,
             user_key_file: PathBuf::new(),
             detect_language: false,
+            max_text_bytes: format::DEFAULT_TEXT_BYTES as u64,
             mapping: Vec::new(),
+            opt_out: Vec::new(),
         }
     }
 }
@@ -85,7 +92,11 @@ impl Settings {
         for (index, mapping) in self.mapping.iter().enumerate() {
             mapping.validate().map_err(|e| format!("mapping[{index}].{e}"))?;
         }
+        for (index, opt_out) in self.opt_out.iter().enumerate() {
+            opt_out.validate().map_err(|e| format!("opt_out[{index}].{e}"))?;
+        }
         let ranges = [
+            ("max_text_bytes", self.max_text_bytes, 4096, 67_108_864),
             ("batch_bytes", self.batch_bytes, 65_536, 268_435_456),
             ("commit_interval_s", self.commit_interval_s, 1, 3600),
             ("end_interval_s", self.end_interval_s, 1, 3600),
@@ -114,6 +125,15 @@ impl Settings {
         // Rows leave encoded; text that no compression makes smaller keeps its size.
         let file = self.batch_bytes.div_ceil(1 << 20) + DataFile::MOST_BUFFERED.div_ceil(1 << 20) as u64;
         PROGRAM_MIB + fetched + reading + file
+    }
+
+    /// Returns how records are read.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            mappings: self.mapping.clone(),
+            opt_outs: self.opt_out.clone(),
+            max_text_bytes: self.max_text_bytes as usize,
+        }
     }
 
     /// Returns what says, in each row, under which settings it was read.
@@ -199,7 +219,7 @@ pub async fn run(
         user_key: settings.user_key()?,
         config_hash: settings.hash(),
         detect_language: settings.detect_language,
-        mappings: settings.mapping.clone(),
+        rules: settings.rules(),
     });
     let (mut restarts, mut backoff) = (0, BACKOFF);
     loop {

@@ -30,13 +30,13 @@ fn header(text: &str) -> Result<(String, String), String> {
 }
 
 pub(super) fn run(global: &Global, args: &Records) -> anyhow::Result<Exit> {
-    let mappings = global.load()?.config.ingest.mapping;
+    let rules = global.load()?.config.ingest.rules();
     let headers: BTreeMap<String, String> = args.headers.iter().cloned().collect();
     let mut out = Output::stdout();
     // Split at line breaks only: what is between them need not even be text.
     for (index, record) in args.input.open()?.split(b'\n').enumerate() {
         let record = record.with_context(|| format!("cannot read {}, line {}", args.input.name(), index + 1))?;
-        for outcome in read(&record, &headers, &mappings) {
+        for outcome in read(&record, &headers, &rules) {
             out.line(&canonical_json(index, &outcome))?;
         }
     }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::query_log::Record;
-use crate::query_log::format::{self, Mapping, Outcome};
+use crate::query_log::format::{self, Outcome, Rules};
 use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
 use crate::table::{Columns, TableError, schema};
 
@@ -27,8 +27,8 @@ pub(super) struct Reader {
     pub(super) config_hash: String,
     /// True where the language of each prompt is told: slower than all the rest of reading a row.
     pub(super) detect_language: bool,
-    /// The user's own log formats.
-    pub(super) mappings: Vec<Mapping>,
+    /// The user's own log formats and signs, and how much of a record is kept.
+    pub(super) rules: Rules,
 }
 
 /// What became of some records.
@@ -111,6 +111,35 @@ impl Serialize for Raw<'_> {
     }
 }
 
+/// The bytes of a record that its dead letters may keep. One record may hold thousands of items that cannot be read, and
+/// each letter holds the whole record, so that it can be replayed: the bound is on all of them together.
+struct Kept<'a> {
+    payload: &'a [u8],
+    left: usize,
+    /// The item whose letter has the record's bytes.
+    first: Option<i32>,
+}
+
+impl<'a> Kept<'a> {
+    /// Returns the bytes for the letter of an item, and its message with what was left out.
+    fn take(&mut self, index: i32, message: String) -> (&'a [u8], String) {
+        let all = self.payload.len();
+        let part = match self.first {
+            _ if all <= self.left => self.payload,
+            None => &self.payload[..self.left],
+            Some(first) => {
+                return (&[], format!("{message} (the record's {all} bytes stand with record_index {first})"));
+            }
+        };
+        self.left -= part.len();
+        self.first.get_or_insert(index);
+        if part.len() < all {
+            return (part, format!("{message} (of the record's {all} bytes the first {} are kept)", part.len()));
+        }
+        (part, message)
+    }
+}
+
 impl Reader {
     /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again.
     pub(super) fn read(&self, records: &[Record], known: &Known) -> Result<Parsed, TableError> {
@@ -121,7 +150,8 @@ impl Reader {
             // A tombstone is an empty record: the formats say what that is.
             let payload = record.payload.as_deref().unwrap_or_default();
             let dead = known.get(&record.partition);
-            for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.mappings)) {
+            let mut kept = Kept { payload, left: self.rules.max_text_bytes, first: None };
+            for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.rules)) {
                 if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
                     continue;
                 }
@@ -130,6 +160,7 @@ impl Reader {
                         rows.push(&self.row(record, index, *query, &today, now.timestamp_micros()))?
                     }
                     Outcome::DeadLetter { reason, message } => {
+                        let (payload, message) = kept.take(index, message);
                         letters.push(self.letter(record, index, payload, reason.as_str(), message, &today));
                     }
                     Outcome::Skip { reason } => *skipped.entry(reason.as_str()).or_default() += 1,
@@ -273,7 +304,7 @@ mod tests {
             user_key: user_key.map(<[u8]>::to_vec),
             config_hash: "c".into(),
             detect_language: true,
-            mappings: Vec::new(),
+            rules: Rules::default(),
         }
     }
 
@@ -296,5 +327,45 @@ mod tests {
         assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
         let known = Known::from([(1, HashSet::from([(5, 0)]))]);
         assert!(reader(None).read(&records, &known).unwrap().letters.is_empty());
+    }
+
+    #[test]
+    fn of_a_large_record_as_much_is_kept_as_the_bound_allows() {
+        let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
+        let letters = |payload: &[u8]| small.read(&[record(5, Some(payload))], &Known::new()).unwrap().letters;
+        let large = letters(&vec![b'x'; 5000]);
+        assert_eq!((large.len(), large[0].payload.len()), (1, 2 * 4096));
+        assert!(
+            large[0].message.ends_with("(of the record's 5000 bytes the first 4096 are kept)"),
+            "{}",
+            large[0].message
+        );
+        // Many bad items: the bytes once for each while there is room, then a word on where they are.
+        let many = letters(format!("[{}]", vec!["{\"a\":1}"; 100].join(",")).as_bytes());
+        let sizes: Vec<usize> = many.iter().map(|letter| letter.payload.len() / 2).collect();
+        assert_eq!((many.len(), sizes.iter().sum::<usize>()), (100, 5 * 801));
+        assert_eq!((sizes[4], sizes[5]), (801, 0));
+        assert!(
+            many[99].message.ends_with("(the record's 801 bytes stand with record_index 0)"),
+            "{}",
+            many[99].message
+        );
+    }
+
+    #[test]
+    fn an_oversize_call_is_a_row_that_says_its_size() {
+        let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
+        let messages = json!([{"role": "user", "content": "x".repeat(10_000_000)}]);
+        let call = json!({"request": {"messages": messages}, "response": "Yes."}).to_string();
+        let parsed = small.read(&[record(5, Some(call.as_bytes()))], &Known::new()).unwrap();
+        let column = |name: &str| parsed.batch.column_by_name(name).unwrap();
+        use arrow::array::AsArray;
+        assert_eq!(
+            column("messages").as_string::<i32>().value(0).len(),
+            4092 + r#"[{"content":"","role":"user"}]"#.len()
+        );
+        assert_eq!(column("extra").as_string::<i32>().value(0), r#"{"full_bytes":10000008}"#);
+        assert_eq!(column("reason").as_string::<i32>().value(0), "truncated");
+        assert!(column("truncated").as_boolean().value(0) && !column("train_ok").as_boolean().value(0));
     }
 }

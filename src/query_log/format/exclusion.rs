@@ -46,6 +46,17 @@ pub(super) enum Exclusion {
 }
 
 impl Exclusion {
+    const ALL: [Exclusion; 8] = [
+        Exclusion::Own,
+        Exclusion::OptOut,
+        Exclusion::Redacted,
+        Exclusion::Failed,
+        Exclusion::Cached,
+        Exclusion::Truncated,
+        Exclusion::Incomplete,
+        Exclusion::RawPrompt,
+    ];
+
     fn as_str(self) -> &'static str {
         match self {
             Exclusion::Own => "self",
@@ -78,6 +89,18 @@ pub(super) fn mark(query: &mut Query, headers: &Headers<'_>, mut found: Vec<Excl
     if let Some(strongest) = found.into_iter().min() {
         query.train_ok = false;
         query.reason = Some(strongest.as_str().to_owned());
+    }
+}
+
+/// Adds a reason to a row that may have one already; the stronger stays. Feedback keeps its own.
+pub(super) fn add(query: &mut Query, exclusion: Exclusion) {
+    query.train_ok = false;
+    let stronger = match query.reason.as_deref() {
+        None => true,
+        Some(reason) => Exclusion::ALL.iter().any(|known| known.as_str() == reason && exclusion < *known),
+    };
+    if stronger {
+        query.reason = Some(exclusion.as_str().to_owned());
     }
 }
 

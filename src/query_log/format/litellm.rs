@@ -13,7 +13,10 @@ use crate::record::{Kind, Message, Query};
 use super::chat::{self, Answer};
 use super::exclusion::{self, Exclusion, INTERNAL_USER};
 use super::fields::{Fields, Headers};
-use super::{Reason, Refusal, feedback, openai};
+use super::{Reason, Refusal, feedback, openai, responses};
+
+/// Call types of the Responses API, whose input items the payload calls messages.
+const RESPONSES: [&str; 2] = ["responses", "aresponses"];
 
 /// Call types without a chat in them; an `a` in front is the asynchronous form.
 const NOT_CHAT: [&str; 14] = [
@@ -58,8 +61,7 @@ pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>)
     let mut query = feedback::blank(Kind::Call, "litellm");
     let mut found = Vec::new();
 
-    query.messages = messages(fields.take("messages"))?;
-    read_parameters(&mut query, &mut fields);
+    read_prompt(&mut query, &mut fields, &mut found)?;
     read_times(&mut query, &mut fields);
     read_identity(&mut query, &mut fields, &mut found);
     query.workload = workload(&mut query, &mut fields, &headers, &mut found);
@@ -88,14 +90,50 @@ pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>)
     Ok(query)
 }
 
+/// Takes messages, tools and decoding parameters of either interface.
+fn read_prompt(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusion>) -> Result<(), Refusal> {
+    let call_type = fields.get("call_type").and_then(Value::as_str).unwrap_or_default();
+    let is_responses = RESPONSES.contains(&call_type);
+    let input = fields.take("messages").ok_or_else(missing)?;
+    let mut parameters = fields.object("model_parameters");
+    if is_responses {
+        parameters.put_rest("input", items(input)?);
+        responses::read_prompt(query, &mut parameters, found)?;
+        fields.put_rest("messages", parameters.take("input").unwrap_or_default());
+    } else {
+        query.messages = messages(input)?;
+        query.tools = parameters.take("tools");
+        query.params = chat::params(&mut parameters);
+    }
+    query.user = parameters.text(&["user"]);
+    fields.put_rest("model_parameters", parameters.rest());
+    Ok(())
+}
+
+/// Returns the input of a call of the Responses API: a text, or a list of items, which may have been written as text.
+fn items(input: Value) -> Result<Value, Refusal> {
+    match input {
+        Value::String(text) if text.trim().is_empty() => Err(missing()),
+        Value::String(text) => match super::parse(text.trim().as_bytes()) {
+            Ok(list @ Value::Array(_)) => Ok(list),
+            _ => Ok(Value::String(text)),
+        },
+        item @ Value::Object(_) => Ok(Value::Array(vec![item])),
+        other => Ok(other),
+    }
+}
+
+fn missing() -> Refusal {
+    Refusal::dead(Reason::MissingMessages, "the payload has no messages: is message logging off?")
+}
+
 fn is_other_call(call_type: &str) -> bool {
     NOT_CHAT.iter().any(|other| call_type == *other || call_type.strip_prefix('a') == Some(other))
 }
 
 /// Reads messages of any of their shapes. A plain string, masked or not, is one user turn.
-fn messages(value: Option<Value>) -> Result<Vec<Message>, Refusal> {
-    let missing = || Refusal::dead(Reason::MissingMessages, "the payload has no messages: is message logging off?");
-    match value.ok_or_else(missing)? {
+fn messages(value: Value) -> Result<Vec<Message>, Refusal> {
+    match value {
         Value::String(text) => match super::parse(text.trim().as_bytes()) {
             Ok(inner @ (Value::Array(_) | Value::Object(_))) => listed(inner),
             _ if text.trim().is_empty() => Err(missing()),
@@ -117,17 +155,6 @@ fn listed(value: Value) -> Result<Vec<Message>, Refusal> {
     }
 }
 
-/// Takes decoding parameters and tools.
-fn read_parameters(query: &mut Query, fields: &mut Fields) {
-    let mut parameters = fields.object("model_parameters");
-    query.tools = parameters.take("tools");
-    query.params = chat::params(&mut parameters);
-    if let Some(user) = parameters.text(&["user"]) {
-        query.user = Some(user);
-    }
-    fields.put_rest("model_parameters", parameters.rest());
-}
-
 /// Takes start and end; the end is the start plus the duration, so no column of its own is needed.
 fn read_times(query: &mut Query, fields: &mut Fields) {
     query.event_time_us = fields.time(&["startTime"]);
@@ -143,7 +170,8 @@ fn read_times(query: &mut Query, fields: &mut Fields) {
 fn read_identity(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusion>) {
     let end_user = fields.text(&["end_user"]);
     query.trace_id = fields.text(&["trace_id"]);
-    query.conversation_id = fields.text(&["litellm_session_id", "session_id"]);
+    let session = || fields.text(&["litellm_session_id", "session_id"]);
+    query.conversation_id = query.conversation_id.take().or_else(session);
     let mut metadata = fields.object("metadata");
     let session = metadata.text(&["litellm_session_id", "session_id", "conversation_id"]);
     query.conversation_id = query.conversation_id.take().or(session);

@@ -151,7 +151,7 @@ fn take(document: &mut Value, pointer: &str) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::query_log::format::{Outcome, read};
+    use crate::query_log::format::{Outcome, Rules, read};
 
     fn mapping() -> Mapping {
         let parts = [
@@ -167,8 +167,12 @@ mod tests {
         Mapping { name: "ours".into(), when: "/kind".into(), equals: "ask".into(), parts }
     }
 
+    fn rules() -> Rules {
+        Rules { mappings: vec![mapping()], ..Rules::default() }
+    }
+
     fn row(record: Value) -> Query {
-        match read(record.to_string().as_bytes(), &BTreeMap::new(), &[mapping()]).as_slice() {
+        match read(record.to_string().as_bytes(), &BTreeMap::new(), &rules()).as_slice() {
             [Outcome::Row(query)] => query.as_ref().clone(),
             other => panic!("expected one row: {other:?}"),
         }
@@ -197,7 +201,7 @@ mod tests {
     fn other_records_are_read_as_ever() {
         let other = json!({"kind": "tell", "q": {"text": "Why?"}});
         assert!(matches!(
-            read(other.to_string().as_bytes(), &BTreeMap::new(), &[mapping()]).as_slice(),
+            read(other.to_string().as_bytes(), &BTreeMap::new(), &rules()).as_slice(),
             [Outcome::DeadLetter { .. }]
         ));
     }

@@ -16,16 +16,24 @@ mod apisix;
 mod chat;
 mod databricks;
 pub mod envelope;
+mod envoy;
 pub mod exclusion;
 mod feedback;
 mod fields;
+mod flywheel;
+#[cfg(any(test, fuzzing))]
+pub mod invariants;
 mod kong;
 mod litellm;
 mod mapping;
 mod openai;
 mod otlp;
+pub mod oversize;
 mod responses;
+mod rules;
+pub mod shape;
 mod stream;
+mod vllm;
 
 #[cfg(test)]
 mod fuzz;
@@ -41,6 +49,7 @@ use serde_json::{Map, Value, json};
 use crate::record::{Kind, Query, prompt_hash};
 use fields::Fields;
 pub use mapping::Mapping;
+pub use rules::{DEFAULT_TEXT_BYTES, OptOut, Rules};
 
 /// Deepest nesting that is read. A little under the JSON parser's own 128, so that what is read here can be put into
 /// a document of ours and still be read back.
@@ -161,12 +170,25 @@ impl From<Refusal> for Outcome {
 
 /// Reads one Kafka record; an outcome's position is its `record_index`. Header names are compared without case. The
 /// user's own formats come before the known ones, in their order.
-pub fn read(payload: &[u8], headers: &BTreeMap<String, String>, mappings: &[Mapping]) -> Vec<Outcome> {
+pub fn read(payload: &[u8], headers: &BTreeMap<String, String>, rules: &Rules) -> Vec<Outcome> {
+    let mut outcomes = decode(payload, headers, &rules.mappings);
+    for outcome in &mut outcomes {
+        if let Outcome::Row(query) = outcome {
+            rules.apply(query, headers);
+        }
+    }
+    outcomes
+}
+
+fn decode(payload: &[u8], headers: &BTreeMap<String, String>, mappings: &[Mapping]) -> Vec<Outcome> {
     let payload = match envelope::open(payload) {
         Ok(payload) => payload,
         Err(refusal) => return vec![refusal.into()],
     };
     if let Some(outcomes) = otlp::read_protobuf(&payload, headers) {
+        return few(outcomes);
+    }
+    if let Some(outcomes) = vllm::read_lines(&payload) {
         return few(outcomes);
     }
     let items = items(&payload);
@@ -185,6 +207,11 @@ fn few(outcomes: Vec<Outcome>) -> Vec<Outcome> {
 fn too_many(items: usize) -> Outcome {
     let message = format!("the record holds {items} items, more than {MAX_ITEMS}: send fewer in one record");
     Refusal::dead(Reason::TooManyItems, message).into()
+}
+
+fn too_many_values() -> Refusal {
+    let message = format!("the record holds more than {} values: send fewer in one record", shape::MAX_VALUES);
+    Refusal::dead(Reason::TooManyItems, message)
 }
 
 /// Returns the line that `taod records` prints for one outcome of the input line `index`.
@@ -250,6 +277,9 @@ fn parse(bytes: &[u8]) -> Result<Value, Refusal> {
     let text = std::str::from_utf8(bytes).map_err(|e| Refusal::dead(Reason::InvalidUtf8, e.to_string()))?;
     if depth(bytes) > MAX_DEPTH {
         return Err(Refusal::dead(Reason::TooDeep, format!("the JSON is nested deeper than {MAX_DEPTH}")));
+    }
+    if shape::is_bomb(bytes) {
+        return Err(too_many_values());
     }
     serde_json::from_str(text).map_err(|error| {
         let message = error.to_string();
@@ -317,21 +347,26 @@ fn call(fields: Fields, headers: &BTreeMap<String, String>) -> Result<Query, Ref
         apisix::read(fields, headers)
     } else if databricks::is_databricks(&fields) {
         databricks::read(fields, headers)
+    } else if flywheel::is_flywheel(&fields) {
+        flywheel::read(fields, headers)
     } else if openai::is_pair(&fields) {
         openai::read(fields, headers, "openai")
-    } else if fields.has("gen_ai.request.model") {
-        // Envoy's AI gateway: an access log, which holds no bodies. Its spans do.
-        Err(Refusal::skip(Reason::NoContent))
+    } else if envoy::is_envoy(&fields) {
+        envoy::read(fields, headers)
+    } else if vllm::is_vllm(&fields) {
+        vllm::read(fields, headers)
     } else {
         Err(unknown(&fields))
     }
 }
 
 fn unknown(fields: &Fields) -> Refusal {
-    let names: Vec<&str> = fields.names().take(8).collect();
+    // A name may be as long as the record.
+    let short = |name: &str| name.chars().take(64).collect::<String>();
+    let names: Vec<String> = fields.names().take(8).map(short).collect();
     let message = format!(
         "no known log format has the fields {names:?}: expected `request` and `response` in OpenAI's shape, or one of \
-         LiteLLM, Databricks, OpenTelemetry, Kong or APISIX"
+         LiteLLM, Databricks, OpenTelemetry, Kong, APISIX, Envoy or vLLM"
     );
     Refusal::dead(Reason::UnknownFormat, message)
 }

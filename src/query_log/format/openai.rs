@@ -1,4 +1,4 @@
-//! Raw request/response pairs: what a proxy or a server logs around OpenAI's interface, NVIDIA's flywheel among them.
+//! Raw request/response pairs: what a proxy or a server logs around OpenAI's interface.
 //!
 //! `{timestamp?, request, response?, status?, duration_ms?, workload_id?, client_id?, served_version?, …}`, where the
 //! bodies are objects or strings of JSON, and the response may be a stream of server-sent events. The request is one of
@@ -63,7 +63,8 @@ fn request_of(fields: &mut Fields) -> Result<Fields, Refusal> {
         }
         Some(Err(refusal)) => {
             let why = refusal.message.unwrap_or_else(|| "it is empty".to_owned());
-            let reason = if refusal.reason == Reason::TooDeep { Reason::TooDeep } else { Reason::BadRequest };
+            let is_limit = matches!(refusal.reason, Reason::TooDeep | Reason::TooManyItems);
+            let reason = if is_limit { refusal.reason } else { Reason::BadRequest };
             Err(Refusal::dead(reason, format!("request is a string that holds no JSON: {why}")))
         }
         None => Err(Refusal::dead(Reason::BadRequest, "the record has no request")),
@@ -78,13 +79,7 @@ fn read_prompt(
     found: &mut Vec<Exclusion>,
 ) -> Result<(), Refusal> {
     if responses::is_request(request, response) {
-        let prompt = responses::prompt(request)?;
-        if !prompt.whole {
-            found.push(Exclusion::Incomplete);
-        }
-        query.conversation_id = prompt.conversation_id;
-        (query.messages, query.tools, query.params) = (prompt.messages, prompt.tools, prompt.params);
-        return Ok(());
+        return responses::read_prompt(query, request, found);
     }
     query.messages = match request.take("messages") {
         Some(messages) => chat::messages(messages)?,

@@ -12,7 +12,7 @@ macro_rules! logs {
 }
 
 /// Records that are one call each.
-pub(super) const CALLS: [(&str, &str); 15] = logs![
+pub(super) const CALLS: [(&str, &str); 18] = logs![
     "responses.json",
     "responses_stream.json",
     "responses_stream_tool.json",
@@ -28,6 +28,9 @@ pub(super) const CALLS: [(&str, &str); 15] = logs![
     "kong_3.6.json",
     "apisix_bodies.json",
     "apisix_payloads.json",
+    "envoy_tap.json",
+    "envoy_tap_text.json",
+    "litellm_responses.json",
 ];
 
 /// OpenTelemetry's batches.
@@ -46,7 +49,7 @@ const ANSWER: &str = "The Marigold is assigned to berth 7 on Thursday.";
 
 fn read_all(name: &str) -> Vec<Outcome> {
     let known = CALLS.iter().chain(&BATCHES).find(|(known, _)| *known == name);
-    read(known.unwrap().1.as_bytes(), &BTreeMap::new(), &[])
+    read(known.unwrap().1.as_bytes(), &BTreeMap::new(), &Rules::default())
 }
 
 fn rows(name: &str) -> Vec<Query> {
@@ -115,12 +118,12 @@ fn databricks_rows_of_all_three_schemas_are_read() {
 #[test]
 fn a_databricks_row_without_its_request_says_why() {
     let over = include_str!("../../../tests/fixtures/logs/databricks_oversize.json");
-    match read(over.as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(over.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::DeadLetter { reason: Reason::MissingMessages, message }] => assert!(message.contains("size limit")),
         other => panic!("{other:?}"),
     }
     let frame = json!({"databricks_request_id": "x", "request": "{\"dataframe_split\": {\"data\": [[1]]}}"});
-    let outcomes = read(frame.to_string().as_bytes(), &BTreeMap::new(), &[]);
+    let outcomes = read(frame.to_string().as_bytes(), &BTreeMap::new(), &Rules::default());
     assert_eq!(outcomes, [Outcome::Skip { reason: Reason::NotChat }]);
 }
 
@@ -143,12 +146,12 @@ fn kong_entries_of_every_version_are_read() {
         }
     }
     let hit = CALLS[9].1.replace("\"Miss\"", "\"Hit\"");
-    match read(hit.as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(hit.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::Row(query)] => assert_eq!(query.reason.as_deref(), Some("cached")),
         other => panic!("{other:?}"),
     }
     let bare = json!({"ai": {"proxy": {"meta": {}}}, "request": {"id": "1"}, "started_at": 1});
-    match read(bare.to_string().as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(bare.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::DeadLetter { reason: Reason::MissingMessages, message }] => assert!(message.contains("log_payloads")),
         other => panic!("{other:?}"),
     }
@@ -168,10 +171,81 @@ fn apisix_entries_are_read_with_bodies_and_with_payloads() {
     assert_eq!(bodies.tools.unwrap()[0]["function"]["name"], "lookup_berth");
     // Loggers send batches by default.
     let batch = format!("[{},{}]", CALLS[13].1, CALLS[14].1);
-    assert_eq!(read(batch.as_bytes(), &BTreeMap::new(), &[]).len(), 2);
+    assert_eq!(read(batch.as_bytes(), &BTreeMap::new(), &Rules::default()).len(), 2);
     let none = json!({"request": {"uri": "/", "headers": {}}, "route_id": "1", "start_time": 1});
-    match read(none.to_string().as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(none.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::DeadLetter { message, .. }] => assert!(message.contains("include_req_body")),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn envoy_tapped_calls_are_read_with_bodies_in_base64_and_as_text() {
+    for name in ["envoy_tap.json", "envoy_tap_text.json"] {
+        let query = row(name);
+        let request = "0e8b1c52-6b2d-4a0e-8df4-6f8b2e7a1c10";
+        assert_eq!(identity(&query), ["envoy", request, "-", "-", "harbour", "-"], "{name}");
+        let served = "gpt-4o-mini-2024-07-18";
+        assert_eq!(outcome(&query), ("gpt-4o-mini", served, 200, None, "stop", 41, 18), "{name}");
+        assert_eq!((query.messages.len(), query.response.as_deref()), (2, Some(ANSWER)), "{name}");
+        assert!(query.train_ok && query.event_time_us.is_some(), "{name}");
+        let extra = Value::Object(query.extra).to_string();
+        assert!(!extra.contains("sk-secret") && !extra.contains("192.0.2.17"), "{extra}");
+        assert!(extra.contains("x-envoy-upstream-service-time"), "{extra}");
+    }
+    let cut = CALLS[16].1.replacen("\"truncated\":false", "\"truncated\":true", 2);
+    match read(cut.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+        [Outcome::Row(query)] => assert_eq!(query.reason.as_deref(), Some("truncated")),
+        other => panic!("{other:?}"),
+    }
+    let bare = json!({"http_buffered_trace": {"request": {"headers": []}}}).to_string();
+    match read(bare.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+        [Outcome::DeadLetter { reason: Reason::MissingMessages, message }] => assert!(message.contains("max_buffered")),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn litellm_records_of_the_responses_interface_become_chats() {
+    let query = row("litellm_responses.json");
+    assert_eq!(identity(&query), ["litellm", "resp_68a6f1", "tr-9", "conv_1", "harbour", "-"]);
+    let roles: Vec<&str> = query.messages.iter().map(|message| message.role.as_str()).collect();
+    assert_eq!(roles, ["system", "user", "assistant", "tool"]);
+    assert_eq!(query.messages[1], Message::text("user", QUESTION));
+    assert_eq!(query.messages[2].rest["tool_calls"][0]["function"]["name"], "lookup_berth");
+    assert_eq!(query.tools.as_ref().unwrap()[0]["function"]["name"], "lookup_berth");
+    assert_eq!((query.response.as_deref(), query.finish_reason.as_deref()), (Some(ANSWER), Some("stop")));
+    assert_eq!(query.reason.as_deref(), Some("incomplete"), "the server holds the conversation");
+    let mut record: Value = serde_json::from_str(CALLS[17].1).unwrap();
+    record["model_parameters"].as_object_mut().unwrap().remove("conversation");
+    for (input, expected) in [
+        (json!("Hi"), ""),
+        (json!("[{\"role\": \"user\", \"content\": \"Hi\"}]"), ""),
+        (json!("redacted-by-litellm"), "redacted"),
+        (json!([]), ""),
+        (Value::Null, "missing_messages"),
+        (json!(7), "bad_messages"),
+        (json!(" "), "missing_messages"),
+    ] {
+        record["messages"] = input.clone();
+        let found = match read(record.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+            [Outcome::Row(query)] => query.reason.clone().unwrap_or_default(),
+            [Outcome::DeadLetter { reason, .. }] => reason.as_str().to_owned(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(found, expected, "{input}");
+    }
+}
+
+#[test]
+fn a_flywheel_record_has_five_fields() {
+    let query = row("flywheel.json");
+    assert_eq!(identity(&query), ["flywheel", "chatcmpl-9fX1", "-", "-", "harbour.berth_router", "harbour-prod"]);
+    assert_eq!(query.event_time_us, Some(1_787_307_000_000_000));
+    assert_eq!((query.finish_reason.as_deref(), query.response.as_deref()), (Some("tool_calls"), Some("")));
+    let more = CALLS[5].1.replacen("{", "{\"region\":\"eu\",", 1);
+    match read(more.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+        [Outcome::Row(query)] => assert_eq!((query.format, &query.extra["region"]), ("openai", &json!("eu"))),
         other => panic!("{other:?}"),
     }
 }
@@ -206,7 +280,7 @@ fn a_response_stream_that_breaks_off_keeps_its_text() {
     let stream = record["response"].as_str().unwrap();
     let whole = stream.find("event: response.output_text.done").unwrap();
     record["response"] = stream[..whole].into();
-    match read(record.to_string().as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(record.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::Row(query)] => {
             assert_eq!((query.response.as_deref(), query.reason.as_deref()), (Some(ANSWER), Some("truncated")));
             assert_eq!(query.request_id.as_deref(), Some("resp_68a6f1"));
@@ -217,14 +291,17 @@ fn a_response_stream_that_breaks_off_keeps_its_text() {
 
 #[test]
 fn a_prompt_that_the_server_keeps_is_incomplete_and_an_embedding_is_no_chat() {
-    let reason =
-        |request: Value| match read(json!({ "request": request }).to_string().as_bytes(), &BTreeMap::new(), &[])
-            .as_slice()
-        {
-            [Outcome::Row(query)] => query.reason.clone().unwrap_or_default(),
-            [Outcome::DeadLetter { reason, .. }] => reason.as_str().to_owned(),
-            other => panic!("{other:?}"),
-        };
+    let reason = |request: Value| match read(
+        json!({ "request": request }).to_string().as_bytes(),
+        &BTreeMap::new(),
+        &Rules::default(),
+    )
+    .as_slice()
+    {
+        [Outcome::Row(query)] => query.reason.clone().unwrap_or_default(),
+        [Outcome::DeadLetter { reason, .. }] => reason.as_str().to_owned(),
+        other => panic!("{other:?}"),
+    };
     assert_eq!(reason(json!({"input": "And then?", "previous_response_id": "resp_1"})), "incomplete");
     assert_eq!(reason(json!({"input": "Hi", "instructions": "Be kind."})), "");
     assert_eq!(reason(json!({"input": [{"role": "user", "content": "Hi"}]})), "");
@@ -256,7 +333,7 @@ fn spans_and_events_of_the_conventions_are_read_in_json_and_protobuf() {
         ("otlp_logs.json", include_bytes!("../../../tests/fixtures/logs/otlp_logs.pb")),
     ];
     for (name, bytes) in protobuf {
-        assert_eq!(read(bytes, &BTreeMap::new(), &[]), read_all(name), "{name}");
+        assert_eq!(read(bytes, &BTreeMap::new(), &Rules::default()), read_all(name), "{name}");
         let query = row(name);
         let trace = "4f1e2d3c4b5a69788796a5b4c3d2e1f0";
         assert_eq!(identity(&query), ["otlp", "chatcmpl-9eT4", trace, "s-2291", "harbour-bot", "-"]);
@@ -281,7 +358,7 @@ fn spans_and_events_of_the_conventions_are_read_in_json_and_protobuf() {
 fn messages_that_an_sdk_cut_are_truncated() {
     let cut = BATCHES[0].1.replace(r#"Thursday?\",\"type\""#, r#"Thursday?\""#);
     assert_ne!(cut, BATCHES[0].1);
-    match read(cut.as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(cut.as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
         [Outcome::Row(query), ..] => assert_eq!((query.truncated, query.reason.as_deref()), (true, Some("truncated"))),
         other => panic!("{other:?}"),
     }
@@ -336,14 +413,16 @@ fn an_evaluation_is_feedback_and_a_call_without_content_is_counted() {
         json!({"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}).to_string()
     };
     let verdict = [attribute("gen_ai.evaluation.name", "thumb"), attribute("gen_ai.response.id", "chatcmpl-9eT4")];
-    match read(logs("gen_ai.evaluation.result", json!(verdict)).as_bytes(), &BTreeMap::new(), &[]).as_slice() {
+    match read(logs("gen_ai.evaluation.result", json!(verdict)).as_bytes(), &BTreeMap::new(), &Rules::default())
+        .as_slice()
+    {
         [Outcome::Row(query)] => {
             assert_eq!((query.kind, query.request_id.as_deref()), (Kind::Feedback, Some("chatcmpl-9eT4")));
             assert_eq!(query.feedback, Some(json!({"gen_ai.evaluation.name": "thumb"})));
         }
         other => panic!("{other:?}"),
     }
-    let one = |text: &str| read(text.as_bytes(), &BTreeMap::new(), &[]);
+    let one = |text: &str| read(text.as_bytes(), &BTreeMap::new(), &Rules::default());
     let bare = logs("gen_ai.client.inference.operation.details", json!([attribute("gen_ai.operation.name", "chat")]));
     assert_eq!(one(&bare), [Outcome::Skip { reason: Reason::NoContent }]);
     assert_eq!(one(&logs("exception", json!([]))), [Outcome::Skip { reason: Reason::NotChat }]);
@@ -356,12 +435,12 @@ fn an_evaluation_is_feedback_and_a_call_without_content_is_counted() {
 fn bytes_that_are_no_batch_are_dead_letters() {
     let spans: &[u8] = include_bytes!("../../../tests/fixtures/logs/otlp_spans.pb");
     for cut in [1, 7, spans.len() / 2, spans.len() - 1] {
-        let outcomes = read(&spans[..cut], &BTreeMap::new(), &[]);
+        let outcomes = read(&spans[..cut], &BTreeMap::new(), &Rules::default());
         assert!(matches!(outcomes.as_slice(), [Outcome::DeadLetter { .. } | Outcome::Skip { .. }]), "{outcomes:?}");
     }
     // A metric: its name lies where a span has its trace id.
     let metric = b"\x0a\x0c\x12\x0a\x12\x08\x0a\x04name\x12\x00";
-    assert!(matches!(read(metric, &BTreeMap::new(), &[]).as_slice(), [Outcome::DeadLetter { .. }]));
+    assert!(matches!(read(metric, &BTreeMap::new(), &Rules::default()).as_slice(), [Outcome::DeadLetter { .. }]));
 }
 
 /// Collects every leaf of a document, those of JSON texts in it too.
@@ -383,11 +462,14 @@ fn nothing_that_a_producer_wrote_is_lost() {
     // Said by the columns in other words, or about people.
     let implied =
         ["chat.completion", "text_completion", "response", "assistant", "message", "completed", "output_text"];
-    let implied = implied.into_iter().chain(["input_text", "function_call", "function_call_output", "stop", "Miss"]);
+    let implied =
+        implied.into_iter().chain(["input_text", "function_call", "function_call_output", "stop", "Miss", "success"]);
     let implied: BTreeSet<&str> = implied.collect();
     let mut losses = Vec::new();
-    for (name, text) in CALLS.into_iter().filter(|(name, _)| !name.contains("stream") && *name != "apisix_bodies.json")
-    {
+    // Streams are joined, and Envoy's headers become fields.
+    let is_told_otherwise =
+        |name: &str| name.contains("stream") || name.contains("envoy") || name == "apisix_bodies.json";
+    for (name, text) in CALLS.into_iter().filter(|(name, _)| !is_told_otherwise(name)) {
         let record: Value = serde_json::from_str(text).unwrap();
         let query = row(name);
         let (mut before, mut after) = (BTreeSet::new(), BTreeSet::new());
@@ -402,7 +484,7 @@ fn nothing_that_a_producer_wrote_is_lost() {
         for key in ["consumer", "authenticated_entity", "client_ip", "started_at", "start_time", "timestamp_ms"] {
             after.extend(personal(&record, key));
         }
-        for key in ["request_time", "event_time", "timestamp"] {
+        for key in ["request_time", "event_time", "timestamp", "startTime", "endTime", "metadata"] {
             after.extend(personal(&record, key));
         }
         let lost: Vec<&String> = before.difference(&after).filter(|leaf| !implied.contains(leaf.as_str())).collect();

@@ -6,9 +6,10 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::record::Message;
+use crate::record::{Message, Query};
 
 use super::chat::{Answer, error_status};
+use super::exclusion::Exclusion;
 use super::fields::{Fields, kind_of};
 use super::{Reason, Refusal};
 
@@ -45,13 +46,8 @@ const TELLING: [&str; 10] = [
 
 /// The prompt of one request.
 #[derive(Debug, Default)]
-pub(super) struct Prompt {
-    pub(super) messages: Vec<Message>,
-    pub(super) tools: Option<Value>,
-    pub(super) params: Map<String, Value>,
-    pub(super) conversation_id: Option<String>,
-    /// False where earlier turns or a stored template are known to the server only.
-    pub(super) whole: bool,
+struct Prompt {
+    messages: Vec<Message>,
     /// What is left of the input items.
     left: Vec<Value>,
 }
@@ -77,15 +73,18 @@ fn is_body(body: &Value) -> bool {
     body.get("object").is_some_and(|object| object == "response") || body.get("output").is_some_and(Value::is_array)
 }
 
-/// Takes the prompt out of a request.
-pub(super) fn prompt(request: &mut Fields) -> Result<Prompt, Refusal> {
+/// Takes the prompt out of a request and fills the columns that it is.
+pub(super) fn read_prompt(query: &mut Query, request: &mut Fields, found: &mut Vec<Exclusion>) -> Result<(), Refusal> {
     let elsewhere = ["previous_response_id", "conversation", "prompt"];
-    let mut prompt = Prompt { whole: !elsewhere.iter().any(|name| request.has(name)), ..Prompt::default() };
-    prompt.conversation_id = match request.get("conversation") {
+    if elsewhere.iter().any(|name| request.has(name)) {
+        found.push(Exclusion::Incomplete);
+    }
+    query.conversation_id = match request.get("conversation") {
         Some(Value::String(id)) => Some(id.clone()),
         Some(conversation) => conversation.get("id").and_then(Value::as_str).map(str::to_owned),
         None => None,
     };
+    let mut prompt = Prompt::default();
     if let Some(text) = request.text(&["instructions"]) {
         prompt.messages.push(Message::text("system", text));
     }
@@ -105,10 +104,11 @@ pub(super) fn prompt(request: &mut Fields) -> Result<Prompt, Refusal> {
     if prompt.messages.is_empty() {
         return Err(Refusal::dead(Reason::MissingMessages, "the request has no input that could be a message"));
     }
-    prompt.tools = request.take("tools").map(tools);
-    prompt.params = request.subset(&PARAMS);
-    request.put_rest("input", std::mem::take(&mut prompt.left));
-    Ok(prompt)
+    query.messages = prompt.messages;
+    query.tools = request.take("tools").map(tools);
+    query.params = request.subset(&PARAMS);
+    request.put_rest("input", prompt.left);
+    Ok(())
 }
 
 impl Prompt {

@@ -20,12 +20,12 @@ pub(super) const FIXTURES: [&str; 10] = [
 ];
 
 fn read_text(text: &str) -> Vec<Outcome> {
-    read(text.as_bytes(), &BTreeMap::new(), &[])
+    read(text.as_bytes(), &BTreeMap::new(), &Rules::default())
 }
 
 fn row_with(text: &str, headers: &[(&str, &str)]) -> Query {
     let headers = headers.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    match read(text.as_bytes(), &headers, &[]).as_slice() {
+    match read(text.as_bytes(), &headers, &Rules::default()).as_slice() {
         [Outcome::Row(query)] => query.as_ref().clone(),
         other => panic!("expected one row: {other:?}"),
     }
@@ -316,8 +316,55 @@ fn whatever_is_no_call_says_why() {
     for (text, expected) in cases {
         assert_eq!(reasons(&text), [expected], "{}", &text[..text.len().min(80)]);
     }
-    let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new(), &[]);
+    let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new(), &Rules::default());
     assert!(matches!(bad.as_slice(), [Outcome::DeadLetter { reason: Reason::InvalidUtf8, .. }]), "{bad:?}");
+}
+
+#[test]
+fn a_poison_item_at_any_position_spoils_no_other() {
+    let call = pair(json!({}));
+    let deep = format!("{{\"request\": {}}}", "[".repeat(10_000) + &"]".repeat(10_000));
+    let poisons = [
+        ("{\"request\": ", "not_json"),
+        ("null", "skip empty"),
+        ("{\"request\": {\"messages\": null}}", "missing_messages"),
+        ("{\"request\": {\"messages\": {}}}", "bad_messages"),
+        ("{\"request\": 1e999}", "bad_number"),
+        ("[]", "skip empty"),
+        ("7", "unknown_format"),
+        (deep.as_str(), "too_deep"),
+    ];
+    for (poison, expected) in poisons {
+        for at in 0..4 {
+            let mut lines = vec![call.as_str(); 3];
+            lines.insert(at, poison);
+            let mut all = ["openai"; 4];
+            all[at] = expected;
+            assert_eq!(reasons(&lines.join("\n")), all, "{expected} at line {at}");
+            if !matches!(expected, "not_json" | "too_deep" | "bad_number" | "skip empty") {
+                assert_eq!(reasons(&format!("[{}]", lines.join(","))), all, "{expected} at item {at}");
+            }
+        }
+    }
+    let mut bytes = format!("{call}\n").into_bytes();
+    bytes.extend(b"{\"request\": \"\xff\"}\n");
+    bytes.extend(call.as_bytes());
+    let outcomes = read(&bytes, &BTreeMap::new(), &Rules::default());
+    assert!(matches!(&outcomes[1], Outcome::DeadLetter { reason: Reason::InvalidUtf8, .. }), "{outcomes:?}");
+    assert!(matches!((&outcomes[0], &outcomes[2]), (Outcome::Row(_), Outcome::Row(_))));
+}
+
+#[test]
+fn numbers_may_be_texts_and_ten_megabytes_are_read() {
+    let numbers = json!({"timestamp": "1772366400.25", "status": "429", "duration_ms": " 12.5 ", "sample_weight": "2",
+        "response": {"usage": {"prompt_tokens": "21", "completion_tokens": "3"}}});
+    let query = row(&pair(numbers));
+    assert_eq!((query.event_time_us, query.status, query.duration_ms), (Some(1_772_366_400_250_000), 429, Some(12.5)));
+    assert_eq!((query.sample_weight, query.prompt_tokens, query.completion_tokens), (2.0, Some(21), Some(3)));
+    let large = pair(json!({"request": {"messages": [{"role": "user", "content": "x".repeat(10_000_000)}]}}));
+    let query = row(&large);
+    assert!(query.truncated && query.extra["full_bytes"].as_u64().is_some_and(|bytes| bytes > 10_000_000));
+    assert_eq!(query.messages[0].plain_text().len(), DEFAULT_TEXT_BYTES - "user".len());
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::record::{Kind, Message, Query};
 use super::chat::http_status;
 use super::exclusion::{self, Exclusion};
 use super::fields::{Fields, Headers, time};
-use super::{Outcome, Reason, Refusal, feedback};
+use super::{Outcome, Reason, Refusal, feedback, shape, too_many_values};
 use content::Content;
 use wire::Entry;
 
@@ -76,7 +76,13 @@ pub(super) fn read(batch: &Value, headers: &BTreeMap<String, String>) -> Vec<Out
 /// Reads a protobuf batch; `None` where the bytes are none.
 pub(super) fn read_protobuf(bytes: &[u8], headers: &BTreeMap<String, String>) -> Option<Vec<Outcome>> {
     // Field 1, a message: how every batch begins. JSON after a line break begins so too, and is no such message.
-    (bytes.first() == Some(&0x0A)).then(|| wire::from_protobuf(bytes)).flatten().map(|e| outcomes(e, headers))
+    if bytes.first() != Some(&0x0A) {
+        return None;
+    }
+    if shape::is_protobuf_bomb(bytes) {
+        return Some(vec![too_many_values().into()]);
+    }
+    wire::from_protobuf(bytes).map(|entries| outcomes(entries, headers))
 }
 
 fn outcomes(entries: Vec<Entry>, headers: &BTreeMap<String, String>) -> Vec<Outcome> {
@@ -129,7 +135,7 @@ fn is_call(entry: &Entry, attributes: &Fields) -> bool {
 
 fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Headers<'_>) -> Query {
     let mut query = feedback::blank(Kind::Call, "otlp");
-    let mut resource = Fields::new(entry.resource.clone());
+    let mut resource = Fields::new(entry.resource.for_row());
     let mut found = Vec::new();
     query.event_time_us = entry.start_ns.and_then(|ns| time(&ns.into()));
     let duration = entry.start_ns.zip(entry.end_ns).map(|(start, end)| (end as f64 - start as f64) / 1e6);
@@ -308,4 +314,38 @@ fn old_event(name: &str, entry: &Entry) -> Option<(&'static str, Value)> {
         body.insert("tool_call_id".into(), id);
     }
     Some(("gen_ai.input.messages", Value::Object(body)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Rules, read};
+    use super::*;
+
+    #[test]
+    fn what_a_process_says_of_itself_at_length_is_kept_once_a_batch() {
+        let attribute = |key: &str, value: &str| json!({"key": key, "value": {"stringValue": value}});
+        let messages = json!([{"role": "user", "parts": [{"type": "text", "content": "Hi"}]}]).to_string();
+        let attributes =
+            json!([attribute("gen_ai.operation.name", "chat"), attribute("gen_ai.input.messages", &messages)]);
+        let batch = |length: usize| {
+            let spans = vec![json!({"traceId": "0", "spanId": "0", "attributes": attributes}); 50];
+            let sender =
+                json!([attribute("service.name", "bot"), attribute("process.command_line", &"x".repeat(length))]);
+            let batch = json!({"resource": {"attributes": sender}, "scopeSpans": [{"spans": spans}]});
+            let batch = json!({"resourceSpans": [batch]}).to_string();
+            let rows =
+                read(batch.as_bytes(), &BTreeMap::new(), &Rules::default()).into_iter().map(|outcome| match outcome {
+                    Outcome::Row(query) => *query,
+                    other => panic!("{other:?}"),
+                });
+            rows.collect::<Vec<Query>>()
+        };
+        let holds = |query: &Query| query.extra.contains_key("resource");
+        let small = batch(1000);
+        assert!(small.len() == 50 && small.iter().all(holds));
+        let large = batch(100_000);
+        assert!(large.iter().all(|query| query.workload.as_deref() == Some("bot")));
+        assert_eq!(large.iter().position(holds), Some(0));
+        assert_eq!(large.iter().filter(|query| holds(query)).count(), 1);
+    }
 }

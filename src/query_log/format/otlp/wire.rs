@@ -3,10 +3,16 @@
 //! The protobuf messages name only the fields that are read (opentelemetry-proto 1.x, `trace.proto`, `logs.proto`,
 //! `common.proto`, `resource.proto`); `prost` skips the others and limits the depth.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use prost::Message as _;
 use serde_json::{Map, Value};
 
 use crate::query_log::format::fields::integer;
+
+/// Largest attributes of a process, in bytes of JSON, that every row of it keeps.
+const LARGE: usize = 4096;
 
 /// One span or one log record.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -22,12 +28,40 @@ pub(super) struct Entry {
     /// True where the span says that it failed.
     pub(super) failed: bool,
     pub(super) attributes: Map<String, Value>,
-    /// Of the process that sent it.
-    pub(super) resource: Map<String, Value>,
+    /// The process that sent it.
+    pub(super) resource: Rc<Resource>,
     /// Of a span: its events by name.
     pub(super) events: Vec<(String, Map<String, Value>)>,
     /// Of a log record.
     pub(super) body: Value,
+}
+
+/// What a process says of itself, shared by all that it sent in one batch.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Resource {
+    attributes: Map<String, Value>,
+    is_large: bool,
+    /// True once a row has the attributes.
+    told: Cell<bool>,
+}
+
+impl Resource {
+    fn new(attributes: Map<String, Value>) -> Rc<Self> {
+        let is_large = serde_json::to_string(&attributes).is_ok_and(|text| text.len() > LARGE);
+        Rc::new(Resource { attributes, is_large, told: Cell::new(false) })
+    }
+
+    /// Returns the attributes for a row. Large ones go to one row of the batch, the others keep names alone: a batch of
+    /// thousands of spans must not become thousands of times as large.
+    pub(super) fn for_row(&self) -> Map<String, Value> {
+        if !self.is_large || !self.told.replace(true) {
+            return self.attributes.clone();
+        }
+        let is_name = |value: &Value| value.as_str().is_some_and(|text| text.len() <= 128);
+        let names = ["workload", "service.name", "tenant.id", "tenant"].into_iter();
+        let found = names.filter_map(|name| Some((name, self.attributes.get(name).filter(|value| is_name(value))?)));
+        found.map(|(name, value)| (name.to_owned(), value.clone())).collect()
+    }
 }
 
 /// Returns true where a JSON object is an OTLP batch of spans or logs.
@@ -42,9 +76,9 @@ pub(super) fn from_json(batch: &Value) -> Vec<Entry> {
         [("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs", "logRecords")]
     {
         for resource in items(batch, resources) {
-            let attributes = attributes_of(resource.get("resource").unwrap_or(&Value::Null));
+            let sender = Resource::new(attributes_of(resource.get("resource").unwrap_or(&Value::Null)));
             for scope in items(resource, scopes) {
-                let read = |entry| Entry { resource: attributes.clone(), ..entry_of(entry, list == "logRecords") };
+                let read = |entry| Entry { resource: Rc::clone(&sender), ..entry_of(entry, list == "logRecords") };
                 entries.extend(items(scope, list).iter().map(read));
             }
         }
@@ -76,7 +110,7 @@ fn entry_of(entry: &Value, is_log: bool) -> Entry {
         end_ns: time("endTimeUnixNano"),
         failed: code.is_some_and(|code| *code == 2 || *code == "STATUS_CODE_ERROR"),
         attributes,
-        resource: Map::new(),
+        resource: Rc::default(),
         events: items(entry, "events").iter().map(event).collect(),
         body: entry.get("body").map(plain).unwrap_or_default(),
     }
@@ -127,7 +161,7 @@ fn holds<R, S>(resources: &[R], scopes: impl Fn(&R) -> &Vec<S>) -> bool {
 }
 
 mod proto {
-    use super::{Entry, Map, Value};
+    use super::{Entry, Map, Rc, Resource as Sender, Value};
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Traces {
@@ -273,9 +307,9 @@ mod proto {
 
     impl ResourceSpans {
         pub(super) fn entries(self) -> impl Iterator<Item = Entry> {
-            let resource = object(self.resource.unwrap_or_default().attributes);
+            let sender = Sender::new(object(self.resource.unwrap_or_default().attributes));
             let spans = self.scopes.into_iter().flat_map(|scope| scope.spans);
-            spans.map(move |span| Entry { resource: resource.clone(), ..span.entry() })
+            spans.map(move |span| Entry { resource: Rc::clone(&sender), ..span.entry() })
         }
     }
 
@@ -290,7 +324,7 @@ mod proto {
                 end_ns: time(self.end_time_unix_nano),
                 failed: self.status.is_some_and(|status| status.code == 2),
                 attributes: object(self.attributes),
-                resource: Map::new(),
+                resource: Rc::default(),
                 events: self.events.into_iter().map(|event| (event.name, object(event.attributes))).collect(),
                 body: Value::Null,
             }
@@ -299,9 +333,9 @@ mod proto {
 
     impl ResourceLogs {
         pub(super) fn entries(self) -> impl Iterator<Item = Entry> {
-            let resource = object(self.resource.unwrap_or_default().attributes);
+            let sender = Sender::new(object(self.resource.unwrap_or_default().attributes));
             let logs = self.scopes.into_iter().flat_map(|scope| scope.logs);
-            logs.map(move |log| Entry { resource: resource.clone(), ..log.entry() })
+            logs.map(move |log| Entry { resource: Rc::clone(&sender), ..log.entry() })
         }
     }
 
