@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench bench-ingest bench-scale chaos models setup setup-test
+.PHONY: help demo test test-full check build bench bench-ingest bench-scale chaos fuzz models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
 	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
+	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -34,6 +35,8 @@ test-full: models
 
 check: setup
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path tests/fuzz/Cargo.toml
+	$(CARGO) clippy $(FLAGS) --no-default-features --features decode --lib -- -D warnings
 	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc $(FLAGS) --no-deps --document-private-items
 	tools/check-licences
@@ -57,6 +60,9 @@ bench-ingest: models
 	$(CARGO) build $(FLAGS) --bin taod --example consume
 	$(CACHE)/bench-python/bin/python tools/bench/ingest.py --taod $(BIN) --consume $(dir $(BIN))examples/consume \
 		--models $(CACHE)/models --out $(dir $(BIN))bench-ingest.md $(ARGS)
+
+fuzz: setup
+	tools/fuzz $(or $(SECONDS),60)
 
 models: setup
 	tools/fetch-models.sh

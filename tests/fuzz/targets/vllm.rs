@@ -1,0 +1,3 @@
+#![no_main]
+
+taod_fuzz::target!(Vllm);
