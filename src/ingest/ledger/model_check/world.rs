@@ -21,7 +21,7 @@ use crate::ingest::IngestError;
 use crate::ingest::ledger::Ledger;
 use crate::ingest::reader::Reader;
 use crate::query_log::Record;
-use crate::query_log::format::Mapping;
+use crate::query_log::format::{Mapping, Rules};
 use crate::query_log::kafka::{self, Extent};
 use crate::table::{TableLocation, Tables};
 
@@ -406,8 +406,8 @@ fn settings() -> kafka::Settings {
 fn reader(member: usize) -> Arc<Reader> {
     let own = json!({ "name": "own", "when": "/question", "parts": { "messages": "/question" } });
     let own: Mapping = serde_json::from_value(own).unwrap();
-    let mappings = if member == 0 { Vec::new() } else { vec![own] };
-    Arc::new(Reader { topic: TOPIC.into(), user_key: None, config_hash: "c".into(), mappings, detect_language: false })
+    let rules = Rules { mappings: if member == 0 { Vec::new() } else { vec![own] }, ..Rules::default() };
+    Arc::new(Reader { topic: TOPIC.into(), user_key: None, config_hash: "c".into(), rules, detect_language: false })
 }
 
 /// Returns the coordinates of the rows in a data file.
