@@ -107,13 +107,16 @@ fn written(text: String) -> Answer {
     if let Some(chunks) = stream::events(&text) {
         return streamed(chunks);
     }
-    let looks_like_body = matches!(text.trim_start().as_bytes().first(), Some(b'{' | b'['));
+    let is_body = |text: &str| matches!(text.trim_start().as_bytes().first(), Some(b'{' | b'['));
+    let looks_like_body = is_body(&text) && ["\"choices\"", "\"output\""].iter().any(|name| text.contains(name));
+    // A stream that breaks off in its first event.
+    let looks_like_event = text.trim_start().strip_prefix("data:").is_some_and(is_body);
     match super::parse(text.trim().as_bytes()) {
         Ok(Value::Object(map)) if ["choices", "error", "output"].iter().any(|name| map.contains_key(*name)) => {
             body_of(Fields::new(map))
         }
         Ok(Value::Array(chunks)) if stream::are_chunks(&chunks) => streamed(stream::join(chunks)),
-        Err(_) if looks_like_body && ["\"choices\"", "\"output\""].iter().any(|name| text.contains(name)) => {
+        Err(_) if looks_like_body || looks_like_event => {
             Answer { truncated: true, rest: text.into(), ..Answer::default() }
         }
         _ => Answer { text: Some(text), ..Answer::default() },

@@ -18,7 +18,7 @@ pub const INTERNAL_HEADER: &str = "x-taod-internal";
 /// What loggers leave in place of masked text. A mask anywhere excludes the row: half-masked rows are common, and a
 /// model must not learn to write masks. Closing brackets are left out on purpose (`[REDACTED_EMAIL]`).
 static SENTINELS: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"(?i)redacted-by-litellm|__redacted__|\[redacted\b|\[redacted_").expect("a constant pattern")
+    Regex::new(r"(?i)redacted-by-litellm|__redacted__|[\[<*]redacted(?:\b|_)").expect("a constant pattern")
 });
 
 /// What every mask holds. Nearly no text does, and this search is the faster one by far.
@@ -104,10 +104,15 @@ pub(super) fn add(query: &mut Query, exclusion: Exclusion) {
     }
 }
 
+/// The fields by which a caller forbids training.
+pub(super) const OPT_OUTS: [&str; 3] = ["do_not_train", "no_train", "allow_training"];
+
 /// Takes the fields by which a caller forbids training; true where one does.
 pub(super) fn takes_opt_out(fields: &mut Fields) -> bool {
-    let forbids = fields.truth(&["do_not_train", "no_train"]) == Some(true);
-    fields.truth(&["allow_training"]) == Some(false) || forbids
+    let [refuse, refuse_too, allow] = OPT_OUTS;
+    // Each is taken, whatever the others say.
+    let said = [fields.truth(&[refuse]), fields.truth(&[refuse_too]), fields.truth(&[allow]).map(|allowed| !allowed)];
+    said.contains(&Some(true))
 }
 
 /// Returns true where a mask stands in the prompt, the tools or the answer, tool calls included.
