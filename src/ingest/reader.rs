@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use arrow::array::RecordBatch;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Serialize, Serializer};
-use serde_json::{Value, json};
 use sha2::Sha256;
 
+use crate::json::{Value, json};
 use crate::query_log::Record;
 use crate::query_log::format::{self, Outcome, Rules};
-use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
+use crate::record::{Message, Query, canonical_messages, hex_of, last_user_text, prompt_hash_of};
 use crate::table::{Columns, TableError, schema};
 
 /// Characters of a prompt that are enough to tell its language.
@@ -248,7 +248,7 @@ impl Reader {
         // HMAC takes a key of any length.
         let mut mac = Hmac::<Sha256>::new_from_slice(self.user_key.as_ref()?).ok()?;
         mac.update(user.as_bytes());
-        Some(hex::encode(mac.finalize().into_bytes()))
+        Some(hex_of(mac.finalize().into_bytes().into()))
     }
 }
 
