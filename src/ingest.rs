@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::counters::{Counters, Reasons, Summary};
 use self::ledger::Ledger;
 use self::reader::Reader;
+pub use self::reader::keyed_hash;
 use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
@@ -142,7 +143,8 @@ impl Settings {
         hex::encode(&Sha256::digest(&text)[..8])
     }
 
-    fn user_key(&self) -> Result<Option<Vec<u8>>, IngestError> {
+    /// Reads the key under which end users are hashed.
+    pub fn user_key(&self) -> Result<Option<Vec<u8>>, IngestError> {
         let Some(key) = secret::read("ingest.user_key", Some(&self.user_key_file))? else { return Ok(None) };
         match key.expose().len() {
             16.. => Ok(Some(key.expose().as_bytes().to_vec())),

@@ -12,6 +12,7 @@ mod config;
 mod daemon;
 mod dataset;
 mod engine;
+mod erase;
 mod eval;
 mod gate;
 mod ingest;
@@ -101,6 +102,9 @@ pub enum Command {
     #[command(subcommand)]
     Config(config::Command),
     Status(status::Status),
+    /// Look after the tables.
+    #[command(subcommand)]
+    Table(erase::Command),
 }
 
 /// How a command ended, other than by an error.
@@ -142,6 +146,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Adapters(command) => adapters::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
+        Command::Table(command) => erase::run(global, command),
     }
 }
 

@@ -18,7 +18,7 @@ use super::reader::{Known, Letter, Parsed, Reader};
 use crate::crash::{self, Point};
 use crate::query_log::Record;
 use crate::query_log::kafka::{self, Extent};
-use crate::table::{DataFile, Name, Table, TableError, Tables, Upkeep, batch_of, schema};
+use crate::table::{DataFile, ERASURES, Name, Suppressions, Table, TableError, Tables, Upkeep, batch_of, schema};
 
 /// What was read and is not stored yet.
 #[derive(Default)]
@@ -53,6 +53,8 @@ pub(super) struct Ledger {
     letters: Table,
     positions: Positions,
     known: Arc<Known>,
+    /// What was erased when this ledger was opened. An erasure that comes later fences both tables.
+    erased: Arc<Suppressions>,
     epoch: Epoch,
 }
 
@@ -63,12 +65,18 @@ impl Ledger {
         settings: &kafka::Settings,
         reader: Arc<Reader>,
     ) -> Result<Self, IngestError> {
+        let mut queries = tables.open_one(Name::Queries).await?;
+        let mut letters = tables.open_one(Name::DeadLetters).await?;
+        // Held before the list is read: whatever is added after that moves what is held.
+        queries.hold(ERASURES).await?;
+        letters.hold(ERASURES).await?;
         Ok(Ledger {
             reader,
-            queries: tables.open_one(Name::Queries).await?,
-            letters: tables.open_one(Name::DeadLetters).await?,
+            queries,
+            letters,
             positions: Positions::new(settings),
             known: Arc::default(),
+            erased: Arc::new(Suppressions::load(tables).await?),
             epoch: Epoch::default(),
         })
     }
@@ -90,10 +98,11 @@ impl Ledger {
         crash::point(Point::AfterPoll);
         records.retain(|record| self.positions.take(record.partition, record.offset));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
+        let erased = Arc::clone(&self.erased);
         let file = self.epoch.file.take();
         let work = tokio::task::spawn_blocking(move || {
             let mut file = file.map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
-            let parsed = reader.read(&records, &known)?;
+            let parsed = reader.read(&records, &known, &erased)?;
             file.write(&parsed.batch)?;
             Ok::<_, TableError>((file, parsed))
         });

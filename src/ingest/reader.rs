@@ -11,10 +11,13 @@ use sha2::Sha256;
 use crate::query_log::Record;
 use crate::query_log::format::{self, Outcome, Rules};
 use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
-use crate::table::{Columns, TableError, schema};
+use crate::table::{Columns, Key, Suppressions, TableError, schema};
 
 /// Characters of a prompt that are enough to tell its language.
 const LANGUAGE_CHARS: usize = 256;
+
+/// Under which reason what was erased is counted when it is read again.
+const ERASED: &str = "erased";
 
 /// Dead letters that already stand in the table: offset and record index, by partition.
 pub(super) type Known = HashMap<i32, HashSet<(i64, i32)>>;
@@ -141,8 +144,9 @@ impl<'a> Kept<'a> {
 }
 
 impl Reader {
-    /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again.
-    pub(super) fn read(&self, records: &[Record], known: &Known) -> Result<Parsed, TableError> {
+    /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again, and what was erased
+    /// is skipped.
+    pub(super) fn read(&self, records: &[Record], known: &Known, erased: &Suppressions) -> Result<Parsed, TableError> {
         let now = chrono::Utc::now();
         let today = now.format("%Y-%m-%d").to_string();
         let (mut rows, mut letters, mut skipped) = (Columns::new(&schema::QUERIES), Vec::new(), BTreeMap::new());
@@ -153,6 +157,13 @@ impl Reader {
             let mut kept = Kept { payload, left: self.rules.max_text_bytes, first: None };
             for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.rules)) {
                 if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
+                    continue;
+                }
+                let is_erased = !erased.is_empty()
+                    && (erased.hides(&Key::record(&self.topic, record.partition, record.offset, index))
+                        || matches!(&outcome, Outcome::Row(query) if self.is_erased(query, erased)));
+                if is_erased {
+                    *skipped.entry(ERASED).or_default() += 1;
                     continue;
                 }
                 match outcome {
@@ -243,13 +254,23 @@ impl Reader {
         }
     }
 
+    fn is_erased(&self, query: &Query, erased: &Suppressions) -> bool {
+        let user = query.user.as_deref().and_then(|user| self.user_hash(user));
+        erased.hides_call(user.as_deref(), query.request_id.as_deref())
+    }
+
     /// Returns the keyed hash under which an end user is stored.
     fn user_hash(&self, user: &str) -> Option<String> {
-        // HMAC takes a key of any length.
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.user_key.as_ref()?).ok()?;
-        mac.update(user.as_bytes());
-        Some(hex::encode(mac.finalize().into_bytes()))
+        keyed_hash(self.user_key.as_ref()?, user)
     }
+}
+
+/// Returns HMAC-SHA-256 of a text in lower-case hex: what stands for an end user in the tables.
+pub fn keyed_hash(key: &[u8], text: &str) -> Option<String> {
+    // HMAC takes a key of any length.
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
+    mac.update(text.as_bytes());
+    Some(hex::encode(mac.finalize().into_bytes()))
 }
 
 /// Returns the headers as formats see them: the last value of each name, as text.
@@ -320,13 +341,13 @@ mod tests {
     #[test]
     fn what_cannot_be_read_keeps_its_bytes_and_what_is_known_dead_stays_out() {
         let records = [record(5, Some(b"not json")), record(6, None)];
-        let parsed = reader(None).read(&records, &Known::new()).unwrap();
+        let parsed = reader(None).read(&records, &Known::new(), &Suppressions::default()).unwrap();
         assert_eq!((parsed.batch.num_rows(), parsed.letters.len()), (0, 1));
         assert_eq!(parsed.letters[0].payload, hex::encode(b"not json"));
         assert_eq!(parsed.letters[0].headers.as_deref(), Some(r#"[["a","x"],["b",{"hex":"ff"}]]"#));
         assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
         let known = Known::from([(1, HashSet::from([(5, 0)]))]);
-        assert!(reader(None).read(&records, &known).unwrap().letters.is_empty());
+        assert!(reader(None).read(&records, &known, &Suppressions::default()).unwrap().letters.is_empty());
     }
 
     #[test]

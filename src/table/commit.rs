@@ -16,7 +16,7 @@ use deltalake::logstore::{CommitOrBytes, LogStoreRef};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::log::{self, Add, Line, Txn};
+use super::log::{self, Add, Line, Remove, Txn};
 use super::schema::TableSpec;
 use super::write::{self, DataFile};
 use super::{TableError, TableLocation, rows};
@@ -37,6 +37,8 @@ pub struct Table {
     pub(super) version: u64,
     name: String,
     positions: HashMap<String, Option<i64>>,
+    /// Positions that this table's commits do not move, but only hold while they stand where they stood.
+    held: Vec<(String, Option<i64>)>,
     seen: SystemTime,
     /// The version at which upkeep was last looked for.
     pub(super) upkept: u64,
@@ -69,7 +71,7 @@ impl Table {
             create(&log, &name, spec).await?;
         }
         let (positions, seen) = (HashMap::new(), SystemTime::UNIX_EPOCH);
-        let mut table = Table { spec, log, version: 0, name, positions, seen, upkept: 0 };
+        let mut table = Table { spec, log, version: 0, name, positions, held: Vec::new(), seen, upkept: 0 };
         table.reopen().await?;
         table.upkept = table.version;
         Ok(table)
@@ -90,11 +92,7 @@ impl Table {
         if self.is_stale() {
             return self.reopen().await;
         }
-        while let Some(bytes) = self.read_entry(self.version + 1).await? {
-            self.apply(self.version + 1, &bytes)?;
-        }
-        self.seen = SystemTime::now();
-        Ok(())
+        self.read_on(&[]).await
     }
 
     /// Returns the position of `app_id` at this version.
@@ -114,6 +112,16 @@ impl Table {
             }
         }
         Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
+    }
+
+    /// Makes every later commit of this table fail as fenced once `app_id` has moved from where it stands now.
+    ///
+    /// This is how a list that rows are checked against (what was erased) is bound to them: whoever changes the list
+    /// moves the position after it, and from then on no row that was checked against the old list can land.
+    pub async fn hold(&mut self, app_id: &str) -> Result<(), TableError> {
+        let position = self.txn(app_id).await?;
+        self.held.push((app_id.to_owned(), position));
+        Ok(())
     }
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
@@ -150,15 +158,38 @@ impl Table {
         self.append(&[batch], txns).await
     }
 
-    /// Writes the log entry, past the commits of other writers and past lost replies.
+    /// Commits an append.
     async fn commit(&mut self, adds: &[Add], steps: &[TxnStep]) -> Result<u64, TableError> {
+        let id = Uuid::new_v4();
+        let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
+        let bytes = log::append(id, self.version, adds, &txns, now_ms());
+        self.write(id, bytes, steps, &[]).await
+    }
+
+    /// Commits what takes rows out of the table. It fails as [`TableError::Conflict`] where another writer took out one of
+    /// the same files first (a compaction did); appends that land in between are no conflict.
+    pub(super) async fn commit_rewrite(&mut self, removes: &[Remove], adds: &[Add]) -> Result<u64, TableError> {
+        if self.is_stale() {
+            // Opening the table anew would pass over commits that may have taken the same files.
+            return Err(TableError::Conflict { table: self.name.clone() });
+        }
+        let id = Uuid::new_v4();
+        let bytes = log::rewrite(id, self.version, removes, adds, now_ms());
+        self.write(id, bytes, &[], removes).await
+    }
+
+    /// Writes the log entry, past the commits of other writers and past lost replies.
+    async fn write(
+        &mut self,
+        id: Uuid,
+        bytes: Bytes,
+        steps: &[TxnStep],
+        removes: &[Remove],
+    ) -> Result<u64, TableError> {
         if self.is_stale() {
             self.reopen().await?;
         }
-        let id = Uuid::new_v4();
-        let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
         let mut trouble = 0;
-        let bytes = log::append(id, self.version, adds, &txns, now_ms());
         loop {
             self.check(steps).await?;
             let version = self.version + 1;
@@ -174,10 +205,13 @@ impl Table {
             match self.read_entry(version).await {
                 Ok(Some(found)) if found == bytes => return self.landed(version, &bytes),
                 Ok(Some(found)) => {
-                    self.apply(version, &found)?;
+                    self.take_in(version, &found, removes)?;
                     // Others are at work: to read past all of them costs less than to lose a write to each. Our own
                     // entry is not among them: it was never written above one that another writer took.
-                    if let Err(error) = self.refresh().await {
+                    if let Err(error) = self.read_on(removes).await {
+                        if matches!(error, TableError::Conflict { .. }) {
+                            return Err(error);
+                        }
                         tracing::warn!(table = self.name, %error, "cannot read on in the log; the next write tells more");
                     }
                     continue;
@@ -193,6 +227,28 @@ impl Table {
         }
     }
 
+    /// Takes in the commits of others up to the newest, as [`Table::take_in`] does.
+    async fn read_on(&mut self, removes: &[Remove]) -> Result<(), TableError> {
+        while let Some(found) = self.read_entry(self.version + 1).await? {
+            self.take_in(self.version + 1, &found, removes)?;
+        }
+        self.seen = SystemTime::now();
+        Ok(())
+    }
+
+    /// Takes in another's commit; a conflict where it took out one of the files that ours would take out.
+    fn take_in(&mut self, version: u64, found: &[u8], removes: &[Remove]) -> Result<(), TableError> {
+        self.apply(version, found)?;
+        if removes.is_empty() {
+            return Ok(());
+        }
+        let gone = log::parse(&self.name, version, found)?.into_iter().filter_map(|line| line.remove);
+        match gone.into_iter().any(|gone| removes.iter().any(|ours| ours.path == gone.path)) {
+            true => Err(TableError::Conflict { table: self.name.clone() }),
+            false => Ok(()),
+        }
+    }
+
     fn landed(&mut self, version: u64, bytes: &Bytes) -> Result<u64, TableError> {
         self.apply(version, bytes)?;
         self.seen = SystemTime::now();
@@ -201,22 +257,29 @@ impl Table {
 
     /// Refuses the steps unless every position stands where it is expected, at this version.
     async fn check(&mut self, steps: &[TxnStep]) -> Result<(), TableError> {
+        let table = self.name.clone();
+        let fenced = |app_id: &str, expected, found| TableError::Fenced {
+            table: table.clone(),
+            app_id: app_id.to_owned(),
+            expected,
+            found,
+        };
+        let held: Vec<String> = self.held.iter().map(|(id, _)| id.clone()).collect();
+        let found = self.txns(&held).await?;
+        if let Some(((id, expected), found)) = self.held.iter().zip(found).find(|((_, was), is)| was != is) {
+            return Err(fenced(id, *expected, found));
+        }
         let ids: Vec<String> = steps.iter().map(|step| step.app_id.clone()).collect();
         let found = self.txns(&ids).await?;
         match steps.iter().zip(found).find(|(step, found)| step.expect != *found) {
             None => Ok(()),
-            Some((step, found)) => Err(TableError::Fenced {
-                table: self.name.clone(),
-                app_id: step.app_id.clone(),
-                expected: step.expect,
-                found,
-            }),
+            Some((step, found)) => Err(fenced(&step.app_id, step.expect, found)),
         }
     }
 
     /// Takes in a commit that stands in the log, ours or another's.
     fn apply(&mut self, version: u64, bytes: &[u8]) -> Result<(), TableError> {
-        for Line { txn, protocol, meta_data } in log::parse(&self.name, version, bytes)? {
+        for Line { txn, protocol, meta_data, .. } in log::parse(&self.name, version, bytes)? {
             if let Some(protocol) = protocol {
                 protocol.check(&self.name)?;
             }
@@ -246,7 +309,7 @@ impl Table {
         Ok(())
     }
 
-    async fn read_entry(&self, version: u64) -> Result<Option<Bytes>, TableError> {
+    pub(super) async fn read_entry(&self, version: u64) -> Result<Option<Bytes>, TableError> {
         let entry = self.log.read_commit_entry(version).await;
         entry.map_err(|e| TableError::store("cannot read the log of", &self.name, e))
     }

@@ -24,6 +24,26 @@ pub(super) struct Line {
     pub(super) txn: Option<Txn>,
     pub(super) protocol: Option<Protocol>,
     pub(super) meta_data: Option<Metadata>,
+    pub(super) add: Option<Added>,
+    pub(super) remove: Option<Removed>,
+}
+
+/// A data file that someone's commit adds.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Added {
+    pub(super) path: String,
+    pub(super) size: u64,
+    #[serde(default)]
+    pub(super) stats: Option<String>,
+    #[serde(default)]
+    pub(super) deletion_vector: Option<Value>,
+}
+
+/// A data file that someone's commit takes out of the table.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Removed {
+    pub(super) path: String,
 }
 
 /// How far an application got; stored in the commit that took it there.
@@ -87,6 +107,42 @@ pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], no
         "txnId": id,
     }})];
     lines.extend(txns.iter().map(|txn| json!({ "txn": txn })));
+    lines.extend(adds.iter().map(|add| json!({ "add": add })));
+    join(&lines)
+}
+
+/// A data file that one of our commits takes out of the table.
+#[derive(Debug, Clone)]
+pub(super) struct Remove {
+    pub(super) path: String,
+    pub(super) size: u64,
+}
+
+/// Returns the bytes of a commit that takes rows out: `removes` go, `adds` hold what is left of them.
+///
+/// The operation is told without its predicate, which would name whom the rows were about.
+pub(super) fn rewrite(id: Uuid, read_version: u64, removes: &[Remove], adds: &[Add], now_ms: i64) -> Bytes {
+    let mut lines = vec![json!({ "commitInfo": {
+        "timestamp": now_ms,
+        "operation": "DELETE",
+        "operationParameters": {},
+        "operationMetrics": { "num_removed_files": removes.len(), "num_added_files": adds.len() },
+        "readVersion": read_version,
+        "isolationLevel": "Serializable",
+        "isBlindAppend": false,
+        "engineInfo": engine(),
+        "txnId": id,
+    }})];
+    lines.extend(removes.iter().map(|remove| {
+        json!({ "remove": {
+            "path": remove.path,
+            "deletionTimestamp": now_ms,
+            "dataChange": true,
+            "extendedFileMetadata": true,
+            "partitionValues": {},
+            "size": remove.size,
+        }})
+    }));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
 }

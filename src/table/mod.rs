@@ -15,11 +15,18 @@ mod location;
 mod log;
 mod maintain;
 mod read;
+mod retain;
+mod rewrite;
 mod rows;
 pub mod schema;
+mod selection;
+mod stored;
+mod suppressions;
 mod tables;
 mod write;
 
+#[cfg(test)]
+mod rewrite_tests;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +34,11 @@ pub use columns::{Columns, batch_of};
 pub use commit::{Appended, Table, TxnStep};
 pub use location::TableLocation;
 pub use maintain::Upkeep;
+pub use retain::{Retained, Retention, retain};
+pub use rewrite::{Found, Hunt, Taken};
 pub use schema::TableSpec;
+pub use selection::Selection;
+pub use suppressions::{ERASURES, Key, Suppressions};
 pub use tables::{Name, Tables};
 pub use write::DataFile;
 
@@ -52,6 +63,12 @@ pub enum TableError {
         "another writer moved {app_id} in table {table} to {found:?} while {expected:?} was expected: nothing was written"
     )]
     Fenced { table: String, app_id: String, expected: Option<i64>, found: Option<i64> },
+    #[error("another writer changed the same files of table {table} first: nothing was changed")]
+    Conflict { table: String },
+    #[error("table {table}: {why}")]
+    Refused { table: String, why: String },
+    #[error("the condition {condition:?} cannot be used on table {table}: {why}")]
+    Condition { table: &'static str, condition: String, why: String },
     #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
     Unsettled { table: String, version: u64, why: String },
 }

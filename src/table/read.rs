@@ -17,6 +17,11 @@ impl Table {
         context.sql(sql).await.map_err(fail)?.collect().await.map_err(fail)
     }
 
+    /// Returns what a query over this version yields, as plain structs.
+    pub async fn select<T: DeserializeOwned>(&self, sql: &str) -> Result<Vec<T>, TableError> {
+        rows::from_batches(self.name(), self.spec, &self.query(sql).await?)
+    }
+
     /// Returns the rows of this version, or those for which `sql_where` holds, in no particular order.
     pub async fn rows<T: DeserializeOwned>(&self, sql_where: Option<&str>) -> Result<Vec<T>, TableError> {
         let filter = sql_where.map(|condition| format!(" where {condition}")).unwrap_or_default();

@@ -18,11 +18,12 @@ pub enum Name {
     Trials,
     GateSteps,
     Promotions,
+    Suppressions,
 }
 
 impl Name {
     /// All names, in the order of the flow.
-    pub const ALL: [Name; 9] = [
+    pub const ALL: [Name; 10] = [
         Name::Queries,
         Name::DeadLetters,
         Name::Splits,
@@ -32,6 +33,7 @@ impl Name {
         Name::Trials,
         Name::GateSteps,
         Name::Promotions,
+        Name::Suppressions,
     ];
 
     /// Returns what the table holds.
@@ -46,6 +48,7 @@ impl Name {
             Name::Trials => &schema::TRIALS,
             Name::GateSteps => &schema::GATE_STEPS,
             Name::Promotions => &schema::PROMOTIONS,
+            Name::Suppressions => &schema::SUPPRESSIONS,
         }
     }
 }
@@ -70,6 +73,13 @@ impl Tables {
     /// Returns where the tables lie.
     pub fn root(&self) -> &TableLocation {
         &self.root
+    }
+
+    /// Returns true where the table is there.
+    pub async fn exists(&self, name: Name) -> Result<bool, TableError> {
+        let location = self.root.join(name.spec().name);
+        let found = location.log_store()?.is_delta_table_location().await;
+        found.map_err(|e| TableError::store("cannot look for", &location, e))
     }
 
     /// Opens one table at its newest version, creating it where there is none.

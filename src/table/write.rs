@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute;
-use arrow::datatypes::{Date32Type, Int32Type, Int64Type, TimestampMicrosecondType};
+use arrow::datatypes::{Date32Type, Int32Type, Int64Type, SchemaRef, TimestampMicrosecondType};
 use arrow::json::ReaderBuilder;
 use deltalake::Path;
 use deltalake::logstore::LogStoreRef;
@@ -48,7 +48,9 @@ pub(super) fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result
 pub struct DataFile {
     spec: &'static TableSpec,
     writer: ArrowWriter<Vec<u8>>,
-    /// The columns with bounds in the log, of all batches; they are few and narrow.
+    /// Where the columns with bounds in the log stand.
+    bounded: Vec<usize>,
+    /// Those columns of all batches; they are few and narrow.
     bounds: Vec<RecordBatch>,
 }
 
@@ -58,16 +60,21 @@ impl DataFile {
 
     /// Returns a file without a row.
     pub fn new(spec: &'static TableSpec) -> Result<Self, TableError> {
-        let writer = properties(spec).and_then(|p| ArrowWriter::try_new(Vec::new(), spec.arrow_schema(), Some(p)));
-        Ok(DataFile { spec, writer: writer.map_err(|e| misfit(spec, e))?, bounds: Vec::new() })
+        DataFile::of(spec, spec.arrow_schema())
+    }
+
+    /// Returns a file without a row that holds the columns of `schema`: the table's, or those and another writer's.
+    pub(super) fn of(spec: &'static TableSpec, schema: SchemaRef) -> Result<Self, TableError> {
+        let with_bounds = spec.columns.iter().filter(|column| column.stats);
+        let bounded = with_bounds.filter_map(|column| schema.index_of(column.name).ok()).collect();
+        let writer = properties(spec).and_then(|p| ArrowWriter::try_new(Vec::new(), schema, Some(p)));
+        Ok(DataFile { spec, writer: writer.map_err(|e| misfit(spec, e))?, bounded, bounds: Vec::new() })
     }
 
     /// Encodes rows: heavy, not for an async thread.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<(), TableError> {
         self.writer.write(batch).map_err(|e| misfit(self.spec, e))?;
-        let chosen = self.spec.columns.iter().enumerate().filter(|(_, column)| column.stats).map(|(index, _)| index);
-        let bounds = batch.project(&chosen.collect::<Vec<_>>()).map_err(|e| misfit(self.spec, e))?;
-        self.bounds.push(bounds);
+        self.bounds.push(batch.project(&self.bounded).map_err(|e| misfit(self.spec, e))?);
         Ok(())
     }
 
@@ -137,7 +144,7 @@ fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
 }
 
 /// Returns the statistics of a file as the log stores them: row count, bounds and null counts of the chosen columns.
-pub(super) fn stats(spec: &TableSpec, batches: &[RecordBatch]) -> String {
+fn stats(spec: &TableSpec, batches: &[RecordBatch]) -> String {
     let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
     let (mut min, mut max, mut nulls) = (Map::new(), Map::new(), Map::new());
     for column in spec.columns.iter().filter(|c| c.stats) {

@@ -18,6 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["endpoint", "serve"],
     &["config"],
     &["ingest", "schedule", "round"],
+    &["erasure"],
     &["admin"],
     &["daemon"],
     &["demo"],

@@ -15,6 +15,7 @@ mod config;
 mod crash;
 mod dashboards;
 mod docs;
+mod erase;
 mod ingest;
 mod layers;
 mod metrics;
