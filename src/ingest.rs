@@ -8,6 +8,7 @@ mod counters;
 mod ledger;
 mod positions;
 mod reader;
+pub mod replay;
 #[cfg(test)]
 mod tests;
 
@@ -175,6 +176,8 @@ pub enum IngestError {
     Secret(#[from] SecretError),
     #[error("the partitions were taken away before what was read of them was stored")]
     Lost,
+    #[error("the dead letter at partition {partition}, offset {offset} cannot be replayed: {why}")]
+    Letter { partition: i32, offset: i64, why: String },
     #[error("a task of ingestion failed: {0}")]
     Task(String),
 }
@@ -195,7 +198,7 @@ impl IngestError {
             IngestError::ShortUserKey { .. } | IngestError::Secret(_) => true,
             IngestError::Source(error) => error.is_settings(),
             IngestError::Table(error) => error.is_foreign(),
-            IngestError::Lost | IngestError::Task(_) => false,
+            IngestError::Lost | IngestError::Letter { .. } | IngestError::Task(_) => false,
         }
     }
 }

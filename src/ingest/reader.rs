@@ -48,7 +48,7 @@ pub(super) struct Letter {
     topic: String,
     pub(super) partition: i32,
     pub(super) offset: i64,
-    record_index: i32,
+    pub(super) record_index: i32,
     key: Option<String>,
     headers: Option<String>,
     kafka_time: Option<i64>,

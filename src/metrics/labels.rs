@@ -144,5 +144,30 @@ label! {
         Round = "round",
         Promotion = "promotion",
         Admin = "admin",
+        Lease = "lease",
+        Maintenance = "maintenance",
+    }
+}
+
+label! {
+    /// What maintenance does to a table.
+    MaintenanceTask as "task" {
+        Retain = "retain",
+        Compact = "compact",
+        Vacuum = "vacuum",
+        Sweep = "sweep",
+        Checkpoint = "checkpoint",
+        Clean = "clean",
+    }
+}
+
+label! {
+    /// How a task of maintenance ended.
+    MaintenanceOutcome as "outcome" {
+        Done = "done",
+        Idle = "idle",
+        Refused = "refused",
+        Conflict = "conflict",
+        Failed = "failed",
     }
 }

@@ -52,6 +52,22 @@ group! {
 }
 
 group! {
+    /// The maintenance of the tables.
+    Maintenance {
+        files: IntGauge = "taod_maintenance_table_files", "Data files of all tables after the latest maintenance.";
+        log_entries: IntGauge = "taod_maintenance_log_entries",
+            "Log entries since the checkpoint, of the table that has most, after the latest maintenance.";
+        seconds: By<MaintenanceTask, Gauge> = "taod_maintenance_task_seconds",
+            "Time each task of the latest maintenance took, over all tables.";
+        tasks: By<MaintenanceOutcome, IntCounter> = "taod_maintenance_tasks_total",
+            "Tasks of maintenance, one for each table, by how they ended.";
+        rewritten: IntCounter = "taod_maintenance_rewritten_bytes_total", "Bytes that compaction wrote.";
+        removed: IntCounter = "taod_maintenance_removed_files_total",
+            "Files removed: replaced long enough ago, or never committed.";
+    }
+}
+
+group! {
     /// What the rounds do.
     Rounds {
         ended: By<RoundOutcome, IntCounter> = "taod_round_ends_total", "Rounds that ended, by outcome.";
@@ -131,6 +147,7 @@ group! {
 #[derive(Debug)]
 pub struct Metrics {
     pub ingest: Ingest,
+    pub maintenance: Maintenance,
     pub rounds: Rounds,
     pub rewards: Rewards,
     pub training: Training,
@@ -148,6 +165,7 @@ impl Metrics {
         registry.register(Box::new(ProcessCollector::new(process, "taod")))?;
         let metrics = Metrics {
             ingest: Ingest::declare(&registry)?,
+            maintenance: Maintenance::declare(&registry)?,
             rounds: Rounds::declare(&registry)?,
             rewards: Rewards::declare(&registry)?,
             training: Training::declare(&registry)?,

@@ -69,7 +69,8 @@ pub enum SourceError {
     NoTopic { topic: String, brokers: String },
     #[error(
         "kafka no longer holds the next offset of topic {topic} ({cause}): records were lost to retention or the \
-             topic was made anew; to go on without them, raise ingest.kafka.generation and choose ingest.kafka.start"
+             topic was made anew; see `taod table offsets show`, then go on without them by `taod table offsets set` or \
+             read the topic anew by `taod table offsets new-generation`"
     )]
     OutOfRange { topic: String, cause: String },
     #[error("reading topic {topic} failed: {cause}")]

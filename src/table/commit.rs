@@ -10,16 +10,17 @@ use std::time::{Duration, SystemTime};
 
 use arrow::array::RecordBatch;
 use bytes::Bytes;
+use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
-use deltalake::kernel::{EagerSnapshot, Snapshot};
 use deltalake::logstore::{CommitOrBytes, LogStoreRef};
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
-use super::log::{self, Add, Line, Remove, Txn};
+use super::log::{self, Add, Line, Remove, Rewrite, Txn};
 use super::schema::TableSpec;
 use super::write::{self, DataFile};
-use super::{TableError, TableLocation, rows};
+use super::{TableError, TableLocation, evolve, location, rows};
 use crate::crash::{self, Point};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
@@ -29,6 +30,9 @@ const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 0 } else { 50 });
 /// After this long without contact the table is opened anew: log entries may have been cleaned up meanwhile, and a
 /// version number that looks free because its entry is gone must never be written.
 const STALE: Duration = Duration::from_secs(3600);
+
+/// An upload this old is no longer committed; the sweep of orphans leaves twice as long.
+const UPLOAD_HOURS: i64 = 12;
 
 /// One Delta table at one version.
 pub struct Table {
@@ -70,11 +74,38 @@ impl Table {
         if !exists {
             create(&log, &name, spec).await?;
         }
-        let (positions, seen) = (HashMap::new(), SystemTime::UNIX_EPOCH);
-        let mut table = Table { spec, log, version: 0, name, positions, held: Vec::new(), seen, upkept: 0 };
+        match Table::attach(log.clone(), spec).await {
+            // Perhaps it is only older than this taod.
+            Err(TableError::Schema { .. }) => {
+                evolve::add_columns(&log, &name, spec).await?;
+                Table::attach(log, spec).await
+            }
+            other => other,
+        }
+    }
+
+    /// Opens the table of a log at its newest version, as it is.
+    pub(super) async fn attach(log: LogStoreRef, spec: &'static TableSpec) -> Result<Table, TableError> {
+        let (name, seen) = (location::display(log.root_url()), SystemTime::UNIX_EPOCH);
+        let (positions, held) = (HashMap::new(), Vec::new());
+        let mut table = Table { spec, log, version: 0, name, positions, held, seen, upkept: 0 };
         table.reopen().await?;
         table.upkept = table.version;
         Ok(table)
+    }
+
+    /// Opens the table at `location`, or returns nothing where there is none.
+    pub async fn open_existing(
+        location: &TableLocation,
+        spec: &'static TableSpec,
+    ) -> Result<Option<Table>, TableError> {
+        let log = location.log_store()?;
+        let name = location.to_string();
+        let exists = log.is_delta_table_location().await.map_err(|e| TableError::store("cannot look for", &name, e))?;
+        match exists {
+            true => Table::open_or_create(location, spec).await.map(Some),
+            false => Ok(None),
+        }
     }
 
     /// Returns the version that reads see and the next append builds on.
@@ -104,12 +135,8 @@ impl Table {
     pub async fn txns(&mut self, app_ids: &[String]) -> Result<Vec<Option<i64>>, TableError> {
         let unknown: Vec<&String> = app_ids.iter().filter(|id| !self.positions.contains_key(*id)).collect();
         if !unknown.is_empty() {
-            let fail = |e| TableError::store("cannot read the positions of", &self.name, e);
-            let snapshot = EagerSnapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
-            for id in unknown {
-                let position = snapshot.transaction_version(self.log.as_ref(), id).await.map_err(fail)?;
-                self.positions.insert(id.clone(), position);
-            }
+            let found = self.replay(unknown.into_iter().cloned().collect()).await?;
+            self.positions.extend(found);
         }
         Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
     }
@@ -122,6 +149,21 @@ impl Table {
         let position = self.txn(app_id).await?;
         self.held.push((app_id.to_owned(), position));
         Ok(())
+    }
+
+    /// Looks positions up in the log: a replay from the newest checkpoint that makes no list of the files.
+    async fn replay(&self, ids: Vec<String>) -> Result<Vec<(String, Option<i64>)>, TableError> {
+        let (root, engine, version) = (self.log.root_url().clone(), self.log.engine(None), self.version);
+        let found = tokio::task::spawn_blocking(move || {
+            let snapshot = delta_kernel::Snapshot::builder_for(root).at_version(version).build(engine.as_ref())?;
+            let position = |id: String| Ok((snapshot.get_app_id_version(&id, engine.as_ref())?, id));
+            let found: delta_kernel::DeltaResult<Vec<_>> = ids.into_iter().map(position).collect();
+            found
+        });
+        let fail = "cannot read the positions of";
+        let found = found.await.map_err(|e| TableError::store(fail, &self.name, e))?;
+        let found = found.map_err(|e| TableError::store(fail, &self.name, e))?;
+        Ok(found.into_iter().map(|(position, id)| (id, position)).collect())
     }
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
@@ -141,7 +183,7 @@ impl Table {
             _ => vec![file.store(&self.name, &self.log).await?],
         };
         let bytes = adds.iter().map(|add| add.size).sum();
-        match self.commit(&adds, txns).await {
+        match self.commit(&adds, txns, None).await {
             Ok(version) => Ok(Appended { version, bytes }),
             Err(error) => {
                 if matches!(error, TableError::Fenced { .. }) {
@@ -158,23 +200,37 @@ impl Table {
         self.append(&[batch], txns).await
     }
 
+    /// Moves positions without rows, and says in the commit's info why.
+    pub async fn move_positions(&mut self, txns: &[TxnStep], note: &Value) -> Result<u64, TableError> {
+        self.commit(&[], txns, Some(note)).await
+    }
+
     /// Commits an append.
-    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep]) -> Result<u64, TableError> {
+    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep], note: Option<&Value>) -> Result<u64, TableError> {
         let id = Uuid::new_v4();
         let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
-        let bytes = log::append(id, self.version, adds, &txns, now_ms());
+        self.refuse_overdue(adds)?;
+        let bytes = log::append(id, self.version, adds, &txns, note, now_ms());
         self.write(id, bytes, steps, &[]).await
     }
 
-    /// Commits what takes rows out of the table. It fails as [`TableError::Conflict`] where another writer took out one of
-    /// the same files first (a compaction did); appends that land in between are no conflict.
-    pub(super) async fn commit_rewrite(&mut self, removes: &[Remove], adds: &[Add]) -> Result<u64, TableError> {
-        if self.is_stale() {
-            // Opening the table anew would pass over commits that may have taken the same files.
-            return Err(TableError::Conflict { table: self.name.clone() });
+    /// Commits files in the place of others. It fails as [`TableError::Conflict`] where another writer took out one of
+    /// those first; appends that land in between are no conflict.
+    pub(super) async fn commit_rewrite(
+        &mut self,
+        rewrite: Rewrite,
+        removes: &[Remove],
+        adds: &[Add],
+    ) -> Result<u64, TableError> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=".contains(c);
+        if let Some(odd) = removes.iter().find(|remove| !remove.path.chars().all(is_plain)) {
+            // Its name in the log is another than in the store: a `Remove` of ours would not meet its `Add`.
+            let why = format!("the file {:?} has a name that is escaped in the log; rewrite it elsewhere", odd.path);
+            return Err(TableError::Refused { table: self.name.clone(), why });
         }
         let id = Uuid::new_v4();
-        let bytes = log::rewrite(id, self.version, removes, adds, now_ms());
+        self.refuse_overdue(adds)?;
+        let bytes = log::rewrite(id, self.version, rewrite, removes, adds, now_ms());
         self.write(id, bytes, &[], removes).await
     }
 
@@ -187,6 +243,10 @@ impl Table {
         removes: &[Remove],
     ) -> Result<u64, TableError> {
         if self.is_stale() {
+            // An opening passes over the commits in between, which may have taken out the same files.
+            if !removes.is_empty() {
+                return Err(TableError::Conflict { table: self.name.clone() });
+            }
             self.reopen().await?;
         }
         let mut trouble = 0;
@@ -246,6 +306,15 @@ impl Table {
         match gone.into_iter().any(|gone| removes.iter().any(|ours| ours.path == gone.path)) {
             true => Err(TableError::Conflict { table: self.name.clone() }),
             false => Ok(()),
+        }
+    }
+
+    /// Refuses files so old that the sweep of orphans may be about to take them (the process slept, or the clock jumped).
+    fn refuse_overdue(&self, adds: &[Add]) -> Result<(), TableError> {
+        let oldest = adds.iter().map(|add| (now_ms() - add.modification_time) / 3_600_000).max();
+        match oldest.filter(|hours| *hours >= UPLOAD_HOURS) {
+            Some(hours) => Err(TableError::Overdue { table: self.name.clone(), hours }),
+            None => Ok(()),
         }
     }
 

@@ -94,8 +94,17 @@ pub(super) fn parse(table: &str, version: u64, bytes: &[u8]) -> Result<Vec<Line>
 }
 
 /// Returns the bytes of an append. `id` makes them unlike any other writer's, so that a commit can be recognised.
-pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], now_ms: i64) -> Bytes {
-    let mut lines = vec![json!({ "commitInfo": {
+///
+/// `note` says why in the commit's info, where the reason is more than new rows.
+pub(super) fn append(
+    id: Uuid,
+    read_version: u64,
+    adds: &[Add],
+    txns: &[Txn],
+    note: Option<&Value>,
+    now_ms: i64,
+) -> Bytes {
+    let mut info = json!({ "commitInfo": {
         "timestamp": now_ms,
         "operation": "WRITE",
         "operationParameters": { "mode": "Append", "partitionBy": "[]" },
@@ -105,7 +114,11 @@ pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], no
         "isBlindAppend": true,
         "engineInfo": engine(),
         "txnId": id,
-    }})];
+    }});
+    if let Some(note) = note {
+        info["commitInfo"]["taod"] = note.clone();
+    }
+    let mut lines = vec![info];
     lines.extend(txns.iter().map(|txn| json!({ "txn": txn })));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
@@ -118,17 +131,35 @@ pub(super) struct Remove {
     pub(super) size: u64,
 }
 
-/// Returns the bytes of a commit that takes rows out: `removes` go, `adds` hold what is left of them.
-///
-/// The operation is told without its predicate, which would name whom the rows were about.
-pub(super) fn rewrite(id: Uuid, read_version: u64, removes: &[Remove], adds: &[Add], now_ms: i64) -> Bytes {
+/// Why files stand in the place of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rewrite {
+    /// They hold the same rows.
+    Compaction,
+    /// They hold what is left of the rows. The commit tells no predicate: that would name whom the others were about.
+    Erasure,
+}
+
+/// Returns the bytes of a commit that puts `adds` in the place of `removes`.
+pub(super) fn rewrite(
+    id: Uuid,
+    read_version: u64,
+    rewrite: Rewrite,
+    removes: &[Remove],
+    adds: &[Add],
+    now_ms: i64,
+) -> Bytes {
+    let (operation, parameters, isolation) = match rewrite {
+        Rewrite::Compaction => ("OPTIMIZE", json!({ "predicate": "[]" }), "SnapshotIsolation"),
+        Rewrite::Erasure => ("DELETE", json!({}), "Serializable"),
+    };
     let mut lines = vec![json!({ "commitInfo": {
         "timestamp": now_ms,
-        "operation": "DELETE",
-        "operationParameters": {},
+        "operation": operation,
+        "operationParameters": parameters,
         "operationMetrics": { "num_removed_files": removes.len(), "num_added_files": adds.len() },
         "readVersion": read_version,
-        "isolationLevel": "Serializable",
+        "isolationLevel": isolation,
         "isBlindAppend": false,
         "engineInfo": engine(),
         "txnId": id,
@@ -137,7 +168,7 @@ pub(super) fn rewrite(id: Uuid, read_version: u64, removes: &[Remove], adds: &[A
         json!({ "remove": {
             "path": remove.path,
             "deletionTimestamp": now_ms,
-            "dataChange": true,
+            "dataChange": rewrite == Rewrite::Erasure,
             "extendedFileMetadata": true,
             "partitionValues": {},
             "size": remove.size,
@@ -145,6 +176,22 @@ pub(super) fn rewrite(id: Uuid, read_version: u64, removes: &[Remove], adds: &[A
     }));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
+}
+
+/// Returns the bytes of a commit that adds columns by new metadata.
+pub(super) fn new_metadata(id: Uuid, read_version: u64, metadata: &Value, added: &[String], now_ms: i64) -> Bytes {
+    join(&[
+        json!({ "commitInfo": {
+            "timestamp": now_ms,
+            "operation": "ADD COLUMNS",
+            "operationParameters": { "columns": json!(added).to_string() },
+            "readVersion": read_version,
+            "isBlindAppend": false,
+            "engineInfo": engine(),
+            "txnId": id,
+        }}),
+        json!({ "metaData": metadata }),
+    ])
 }
 
 /// Returns the bytes of the commit that creates a table.
@@ -189,6 +236,11 @@ fn join(lines: &[Value]) -> Bytes {
 }
 
 impl Protocol {
+    /// Returns true where the table asks for this feature.
+    pub(super) fn has(&self, feature: &str) -> bool {
+        self.reader_features.iter().chain(&self.writer_features).flatten().any(|asked| asked == feature)
+    }
+
     /// Refuses a table that asks of its writers what taod's commits do not do.
     pub(super) fn check(&self, table: &str) -> Result<(), TableError> {
         let refuse = |feature: String| TableError::Feature { table: table.to_owned(), feature };

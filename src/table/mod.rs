@@ -1,19 +1,23 @@
 //! The Delta tables: appends that land exactly once, and reads of one version.
 //!
-//! Appends and erasure run on a commit path of our own, whose cost does not grow with the number of files (one
-//! conditional write of a log entry); scans, joins and compaction are deltalake's DataFusion. Kafka offsets and other
+//! Appends, compaction and erasure run on a commit path of our own, whose cost does not grow with the number of files (one
+//! conditional write of a log entry); scans and joins are deltalake's DataFusion. Kafka offsets and other
 //! positions live in the log as `txn` actions beside the rows they stand for, so a position and its rows land together.
 //!
 //! Reading order: [`schema`] (what the tables hold), [`commit`] (how rows get in, once), [`mod@write`] (their bytes),
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
+pub mod check;
 mod cloud;
 mod columns;
 mod commit;
 mod disk;
+mod evolve;
+pub mod lease;
 mod location;
 mod log;
-mod maintain;
+mod log_files;
+pub mod maintain;
 mod read;
 mod retain;
 mod rewrite;
@@ -69,6 +73,8 @@ pub enum TableError {
     Refused { table: String, why: String },
     #[error("the condition {condition:?} cannot be used on table {table}: {why}")]
     Condition { table: &'static str, condition: String, why: String },
+    #[error("the files for table {table} were uploaded {hours} h ago: they may be swept, so they are not committed")]
+    Overdue { table: String, hours: i64 },
     #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
     Unsettled { table: String, version: u64, why: String },
 }
@@ -85,7 +91,7 @@ impl TableError {
 
     /// Returns true where reading the positions again and starting from them is the cure.
     pub fn is_restart(&self) -> bool {
-        matches!(self, TableError::Fenced { .. } | TableError::Unsettled { .. })
+        matches!(self, TableError::Fenced { .. } | TableError::Unsettled { .. } | TableError::Overdue { .. })
     }
 
     /// Returns true where no retry helps: the table is not one that taod may write.

@@ -7,7 +7,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Hunt, Name, Selection, TableError, Tables};
+use super::{Hunt, Name, Selection, Table, TableError};
 
 const DAY_US: i64 = 86_400_000_000;
 
@@ -50,36 +50,29 @@ struct Rule {
     days: u32,
 }
 
-/// What retention took out of one table.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+/// What retention took out of a table.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retained {
-    pub table: &'static str,
     pub rows: u64,
     pub files: u64,
     /// Files that were rewritten without some of their rows; the others went whole.
     pub rewritten: u64,
 }
 
-/// Removes rows past their retention from every table that has one; `now_us` is told by the caller.
-pub async fn retain(tables: &Tables, retention: &Retention, now_us: i64) -> Result<Vec<Retained>, TableError> {
-    let mut done = Vec::new();
-    for Rule { name, column, days } in retention.rules() {
-        if days == 0 || !tables.exists(name).await? {
-            continue;
-        }
-        // A date holds the whole day: the bound is a midnight.
-        let bound = now_us.div_euclid(DAY_US) - i64::from(days);
-        let selection = Selection::Before { column, micros: bound * DAY_US };
-        let mut table = tables.open_one(name).await?;
-        let mut hunt = Hunt::begin(&mut table, &selection, &[]).await?;
-        let mut retained = Retained { table: name.spec().name, ..Retained::default() };
-        while let Some(found) = hunt.next().await? {
-            let taken = hunt.take(found).await?;
-            retained.rows += taken.rows;
-            retained.files += taken.gone.len() as u64;
-            retained.rewritten += taken.rewritten;
-        }
-        done.push(retained);
+/// Removes rows past their retention from a table that has one; `now_us` is told by the caller.
+pub async fn retain(table: &mut Table, retention: &Retention, now_us: i64) -> Result<Option<Retained>, TableError> {
+    let rule = retention.rules().into_iter().find(|rule| rule.name.spec().name == table.spec.name && rule.days > 0);
+    let Some(Rule { column, days, .. }) = rule else { return Ok(None) };
+    // A date holds the whole day: the bound is a midnight.
+    let bound = now_us.div_euclid(DAY_US) - i64::from(days);
+    let selection = Selection::Before { column, micros: bound * DAY_US };
+    let mut hunt = Hunt::begin(table, &selection, &[]).await?;
+    let mut retained = Retained::default();
+    while let Some(found) = hunt.next().await? {
+        let taken = hunt.take(found).await?;
+        retained.rows += taken.rows;
+        retained.files += taken.gone.len() as u64;
+        retained.rewritten += taken.rewritten;
     }
-    Ok(done)
+    Ok((retained.files > 0).then_some(retained))
 }

@@ -11,37 +11,26 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, BooleanArray, RecordBatch, new_null_array};
-use arrow::compute::{cast, filter_record_batch, not};
+use arrow::array::{Array, BooleanArray, RecordBatch};
+use arrow::compute::{filter_record_batch, not};
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use deltalake::Path;
-use deltalake::kernel::EagerSnapshot;
 use deltalake::logstore::object_store::ObjectStoreExt;
 use futures::{StreamExt, TryStreamExt};
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::async_reader::ParquetRecordBatchStream;
-use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
 
-use super::log::{self, Add, Remove};
+use super::log::{self, Add, Remove, Rewrite};
+use super::read::ListedFile;
 use super::selection::{ByBounds, Selection};
-use super::stored::StoredFile;
+use super::stored::{StoredFile, fitted};
 use super::write::{self, DataFile};
 use super::{Table, TableError};
 use crate::crash::{self, Point};
 
-/// Rows of a batch: a row of the log may be large.
-const BATCH_ROWS: usize = 256;
 /// Files that one commit replaces at most, which is what a conflict can cost.
 const FILES_PER_COMMIT: usize = 32;
-
-/// A data file of the table.
-#[derive(Debug, Clone)]
-struct File {
-    size: u64,
-    stats: Option<String>,
-    /// True where some of its rows are deleted by a vector beside it.
-    vector: bool,
-}
 
 /// Files that hold selected rows, and those rows.
 #[derive(Debug)]
@@ -70,7 +59,7 @@ pub struct Hunt<'a> {
     table: &'a mut Table,
     selection: &'a Selection,
     told: Vec<&'static str>,
-    files: BTreeMap<String, File>,
+    files: BTreeMap<String, ListedFile>,
     /// Files not looked at yet.
     open: BTreeSet<String>,
     followed: u64,
@@ -126,7 +115,7 @@ impl<'a> Hunt<'a> {
         for path in &found.paths {
             let Some(file) = self.files.get(path).cloned() else { continue };
             removes.push(Remove { path: path.clone(), size: file.size });
-            match self.rewritten(path, &file).await {
+            match self.rewritten(&file).await {
                 Ok(add) => adds.extend(add),
                 Err(error) => {
                     write::remove_files(&self.table.log, &adds).await;
@@ -135,7 +124,7 @@ impl<'a> Hunt<'a> {
             }
         }
         crash::point(Point::DuringErasure);
-        match self.table.commit_rewrite(&removes, &adds).await {
+        match self.table.commit_rewrite(Rewrite::Erasure, &removes, &adds).await {
             Ok(version) => {
                 crash::point(Point::DuringErasure);
                 self.follow().await?;
@@ -166,7 +155,7 @@ impl<'a> Hunt<'a> {
             }
             _ => {}
         }
-        let (count, rows) = self.table.selected(path, self.selection, &self.told).await?;
+        let (count, rows) = self.table.selected(path, file.size, self.selection, &self.told).await?;
         if count == 0 {
             return Ok(());
         }
@@ -185,12 +174,12 @@ impl<'a> Hunt<'a> {
     }
 
     /// Writes what stays of a file; nothing where nothing does.
-    async fn rewritten(&self, path: &str, file: &File) -> Result<Option<Add>, TableError> {
+    async fn rewritten(&self, file: &ListedFile) -> Result<Option<Add>, TableError> {
         let table = &*self.table;
         if self.selection.by_bounds(table.spec, file.stats.as_deref()) == ByBounds::All {
             return Ok(None);
         }
-        let mut stream = table.stream(path, None).await?;
+        let mut stream = table.stream(&file.path, file.size, None).await?;
         let fail = |e: ArrowError| TableError::store("cannot rewrite a file of", table.name(), e);
         let schema = table.schema_of(stream.schema());
         let mut left = DataFile::of(table.spec, Arc::clone(&schema))?;
@@ -234,9 +223,10 @@ impl<'a> Hunt<'a> {
                 self.open.remove(&gone.path);
             }
             for add in added {
-                let file = File { size: add.size, stats: add.stats, vector: add.deletion_vector.is_some() };
-                self.files.insert(add.path.clone(), file);
-                self.open.insert(add.path);
+                let vector = add.deletion_vector.is_some();
+                self.open.insert(add.path.clone());
+                let file = ListedFile { path: add.path, size: add.size, stats: add.stats, vector };
+                self.files.insert(file.path.clone(), file);
             }
             self.followed = version;
         }
@@ -268,13 +258,13 @@ impl Table {
         self.refresh().await?;
         let files = self.data_files().await?;
         let mut deleted = 0;
-        for path in listed.into_iter().map(|meta| meta.location.to_string()) {
+        for (path, size) in listed.into_iter().map(|meta| (meta.location.to_string(), meta.size)) {
             let is_data = path.ends_with(".parquet") && !path.starts_with("_");
             if !is_data || files.contains_key(&path) {
                 continue;
             }
             // What cannot be read any more is being swept by someone else, or was never complete.
-            let Ok((count, _)) = self.selected(&path, selection, &[]).await else { continue };
+            let Ok((count, _)) = self.selected(&path, size, selection, &[]).await else { continue };
             if count > 0 {
                 self.delete_files(&[path]).await?;
                 deleted += 1;
@@ -283,22 +273,16 @@ impl Table {
         Ok(deleted)
     }
 
-    /// Returns the data files of this version.
-    async fn data_files(&self) -> Result<BTreeMap<String, File>, TableError> {
-        let fail = |e| TableError::store("cannot list the files of", self.name(), e);
-        let snapshot = EagerSnapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
-        let file = |view: deltalake::kernel::LogicalFileView| {
-            let size = u64::try_from(view.size()).unwrap_or_default();
-            let vector = view.deletion_vector_descriptor().is_some();
-            (view.path().into_owned(), File { size, stats: view.stats(), vector })
-        };
-        Ok(snapshot.log_data().iter().map(file).collect())
+    /// Returns the data files of this version by their paths.
+    async fn data_files(&self) -> Result<BTreeMap<String, ListedFile>, TableError> {
+        Ok(self.files().await?.into_iter().map(|file| (file.path.clone(), file)).collect())
     }
 
     /// Counts the selected rows of a file and returns some of their columns.
     async fn selected(
         &self,
         path: &str,
+        size: u64,
         selection: &Selection,
         told: &[&'static str],
     ) -> Result<(u64, Vec<RecordBatch>), TableError> {
@@ -307,7 +291,7 @@ impl Table {
         columns.extend(told);
         let schema = self.schema_named(&columns);
         let told: Vec<usize> = told.iter().filter_map(|name| schema.index_of(name).ok()).collect();
-        let mut stream = self.stream(path, Some(&columns)).await?;
+        let mut stream = self.stream(path, size, Some(&columns)).await?;
         let (mut count, mut rows) = (0, Vec::new());
         while let Some(batch) = stream.next().await {
             let batch = batch.map_err(|e| TableError::store("cannot search a file of", self.name(), e))?;
@@ -326,11 +310,11 @@ impl Table {
     async fn stream(
         &self,
         path: &str,
+        size: u64,
         columns: Option<&[&'static str]>,
     ) -> Result<ParquetRecordBatchStream<StoredFile>, TableError> {
         let fail = |e| TableError::store("cannot read a file of", self.name(), e);
-        let reader = StoredFile::new(self.log.object_store(None), Path::from(path));
-        let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(fail)?;
+        let builder = StoredFile::open(&self.log, path, size).await.map_err(fail)?;
         let mask = match columns {
             None => ProjectionMask::all(),
             Some(columns) => {
@@ -339,7 +323,7 @@ impl Table {
                 ProjectionMask::roots(builder.parquet_schema(), wanted)
             }
         };
-        builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(fail)
+        builder.with_projection(mask).build().map_err(fail)
     }
 
     /// Returns the schema of the table's columns with these names, in the table's order.
@@ -359,21 +343,7 @@ impl Table {
 }
 
 /// Returns the rows of a file from the log's word for it.
-fn rows_of(file: &File) -> u64 {
+fn rows_of(file: &ListedFile) -> u64 {
     let stats: Option<serde_json::Value> = file.stats.as_deref().and_then(|text| serde_json::from_str(text).ok());
     stats.and_then(|stats| stats["numRecords"].as_u64()).unwrap_or_default()
-}
-
-/// Returns the columns of a batch in the order and types of `schema`; one that is missing is null.
-fn fitted(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, ArrowError> {
-    let column = |field: &Arc<Field>| -> Result<ArrayRef, ArrowError> {
-        match batch.column_by_name(field.name()) {
-            Some(column) if column.data_type() == field.data_type() => Ok(Arc::clone(column)),
-            Some(column) => cast(column, field.data_type()),
-            None => Ok(new_null_array(field.data_type(), batch.num_rows())),
-        }
-    };
-    let columns: Vec<ArrayRef> = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
-    let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)
 }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use deltalake::logstore::LogStoreRef;
+
 use super::schema::{self, TableSpec};
 use super::{Table, TableError, TableLocation};
 
@@ -86,5 +88,19 @@ impl Tables {
     pub async fn open_one(&self, name: Name) -> Result<Table, TableError> {
         let spec = name.spec();
         Table::open_or_create(&self.root.join(spec.name), spec).await
+    }
+
+    /// Opens one table at its newest version, or returns nothing where there is none.
+    pub async fn open_existing(&self, name: Name) -> Result<Option<Table>, TableError> {
+        let spec = name.spec();
+        Table::open_existing(&self.root.join(spec.name), spec).await
+    }
+
+    /// Returns the log of a table, or nothing where there is none.
+    pub(super) async fn log_of(&self, name: Name) -> Result<Option<LogStoreRef>, TableError> {
+        let location = self.root.join(name.spec().name);
+        let log = location.log_store()?;
+        let exists = log.is_delta_table_location().await;
+        Ok(exists.map_err(|e| TableError::store("cannot look for", &location, e))?.then_some(log))
     }
 }

@@ -8,6 +8,7 @@
 mod harness;
 
 mod bad_input;
+mod bench_commit;
 mod bench_train;
 mod chaos;
 mod cli;
@@ -23,4 +24,5 @@ mod power_loss;
 mod readers;
 mod round;
 mod spark;
+mod tables;
 mod training;

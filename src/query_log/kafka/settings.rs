@@ -107,6 +107,11 @@ impl Settings {
         format!("taod/{}/{}/{}/{partition}", self.name, self.generation, self.topic)
     }
 
+    /// Returns the app id that counts the replays of the topic's dead letters.
+    pub fn replay_id(&self) -> String {
+        format!("taod/{}/{}/replay/{}", self.name, self.generation, self.topic)
+    }
+
     /// Returns the client's properties: taod's defaults, then the operator's, then what the protocol needs.
     pub(super) fn client(&self) -> Result<ClientConfig, SourceError> {
         let mut config = ClientConfig::new();

@@ -2,19 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use clap::{ArgGroup, Args, Subcommand};
+use clap::{ArgGroup, Args};
 
-use super::lines::Output;
-use super::{Exit, Global, runtime};
+use super::{Exit, Global};
+use crate::cli::lines::Output;
+use crate::cli::runtime;
 use crate::erasure::{Erasure, Receipt, Subject};
 use crate::round::Paths;
-use crate::table::Tables;
-
-/// What is done to the tables.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    Erase(Erase),
-}
 
 /// Remove a subject's rows from every table and every round, for good; a receipt stays in the state folder.
 ///
@@ -53,8 +47,7 @@ impl Erase {
     /// Runs it.
     pub(super) fn run(&self, global: &Global) -> anyhow::Result<Exit> {
         let config = global.load()?.config;
-        let paths = Paths::new(&config.state.dir);
-        let tables = Tables::open(&paths.tables())?;
+        let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
         let erasure = Erasure { tables, paths, user_key: config.ingest.user_key()? };
         let receipts = runtime()?.block_on(async {
             match self.subject() {
@@ -72,12 +65,6 @@ impl Erase {
         }
         out.flush()?;
         Ok(Exit::Done)
-    }
-}
-
-pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
-    match command {
-        Command::Erase(args) => args.run(global),
     }
 }
 
