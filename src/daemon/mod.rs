@@ -260,6 +260,27 @@ fn page_state(daemon: &Arc<Daemon>, paths: &Paths) -> admin::State {
     }
 }
 
+/// Ingests until `stop` turns true, with metrics and health on the page: one instance of several that only ingest.
+pub async fn ingest_only(config: Config, stop: channel::Receiver<bool>) -> Result<ingest::Summary> {
+    let (metrics, health) = (Arc::new(Metrics::new()?), Arc::new(Health::default()));
+    let (tables, counters) = (config.state.open_tables()?, Arc::new(ingest::Counters::default()));
+    let state = admin::State {
+        metrics: metrics.clone(),
+        health: health.clone(),
+        status: Arc::new(|| json!({ "only": "ingest" })),
+        current: Arc::new(|| serde_json::Value::Null),
+    };
+    let listener = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
+    let page = admin::spawn(listener, state, stopped(stop.clone()))?;
+    let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
+    let summary = ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await?;
+    observed.await.context("a loop of the page ended unexpectedly")?;
+    match page.join() {
+        Ok(result) => result.map(|()| summary).map_err(Into::into),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
 async fn stopped(mut stop: channel::Receiver<bool>) {
     // An error means that the sender is gone, which is a stop as well.
     let _stopped = stop.wait_for(|stop| *stop).await;

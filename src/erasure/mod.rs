@@ -20,6 +20,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 pub use self::receipt::{InTable, Plan, Receipt, Subject};
+use crate::crash::{self, Point};
 use crate::durable::FileError;
 use crate::ingest::keyed_hash;
 use crate::registry::{Registry, RegistryError};
@@ -93,6 +94,7 @@ impl Erasure {
         let mut plan = Plan::begin(&self.paths.erasures(), subject, self.user_key.as_deref())?;
         plan.receipt.users_unknown = self.users_unknown(&plan.subject).await?;
         self.suppress(self.keys(&plan.subject)?, &mut plan).await?;
+        crash::point(Point::DuringErasure);
         self.take_from(Name::Queries, &mut plan).await?;
         self.take_from(Name::DeadLetters, &mut plan).await?;
         let rounds = round::erase::erase(&self.paths, &self.tables, &plan.prompts, &plan.receipt.id).await?;

@@ -16,8 +16,8 @@ use super::IngestError;
 use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
 use crate::crash::{self, Point};
-use crate::query_log::Record;
-use crate::query_log::kafka::{self, Extent};
+use crate::query_log::kafka::{self, Topic};
+use crate::query_log::{Record, TopicPartition};
 use crate::table::{DataFile, ERASURES, Name, Suppressions, Table, TableError, Tables, Upkeep, batch_of, schema};
 
 /// What was read and is not stored yet.
@@ -43,7 +43,7 @@ pub(super) struct Sealed {
     pub(super) letters: BTreeMap<&'static str, u64>,
     pub(super) skipped: BTreeMap<&'static str, u64>,
     /// The next offset of every assigned partition.
-    pub(super) offsets: BTreeMap<i32, i64>,
+    pub(super) offsets: BTreeMap<TopicPartition, i64>,
 }
 
 /// The open epoch, and how far the tables are.
@@ -82,12 +82,15 @@ impl Ledger {
     }
 
     /// Gives partitions that no one has read yet their first offset.
-    pub(super) async fn first_sight(&mut self, extents: &[Extent]) -> Result<(), IngestError> {
-        Ok(self.positions.first_sight(&mut self.queries, extents).await?)
+    pub(super) async fn first_sight(&mut self, topics: &[Topic]) -> Result<(), IngestError> {
+        self.positions.first_sight(&mut self.queries, topics).await
     }
 
     /// Takes on partitions and returns the offset at which each is to be read.
-    pub(super) async fn assign(&mut self, partitions: &[i32]) -> Result<BTreeMap<i32, i64>, IngestError> {
+    pub(super) async fn assign(
+        &mut self,
+        partitions: &[TopicPartition],
+    ) -> Result<BTreeMap<TopicPartition, i64>, IngestError> {
         let (starts, known) = self.positions.assign(partitions, &mut self.queries, &mut self.letters).await?;
         Arc::make_mut(&mut self.known).extend(known);
         Ok(starts)
@@ -96,7 +99,7 @@ impl Ledger {
     /// Adds records to the epoch. Those of partitions that are not held, and those read before, are passed over.
     pub(super) async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
         crash::point(Point::AfterPoll);
-        records.retain(|record| self.positions.take(record.partition, record.offset));
+        records.retain(|record| self.positions.take(record));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
         let erased = Arc::clone(&self.erased);
         let file = self.epoch.file.take();
@@ -121,12 +124,12 @@ impl Ledger {
 
     /// Takes in that everything of a partition was handed out. Past the last record there may be control records, which
     /// hold no row but move the offset.
-    pub(super) fn end(&mut self, partition: i32, next: Option<i64>) {
+    pub(super) fn end(&mut self, partition: &TopicPartition, next: Option<i64>) {
         self.positions.end(partition, next);
     }
 
     /// Gives partitions up. Their epoch must be sealed before.
-    pub(super) fn revoke(&mut self, partitions: &[i32]) {
+    pub(super) fn revoke(&mut self, partitions: &[TopicPartition]) {
         self.positions.revoke(partitions);
     }
 
@@ -187,8 +190,18 @@ impl Ledger {
     }
 
     /// Returns how many records Kafka holds beyond what is stored.
-    pub(super) fn lag(&self, ends: &BTreeMap<i32, i64>) -> i64 {
+    pub(super) fn lag(&self, ends: &BTreeMap<TopicPartition, i64>) -> i64 {
         self.positions.lag(ends)
+    }
+
+    /// Returns the time stamp after which records are not stored, in milliseconds; nothing where all are.
+    pub(super) fn behind_since(&self, ends: &BTreeMap<TopicPartition, i64>) -> Option<i64> {
+        self.positions.behind_since(ends)
+    }
+
+    /// Returns the time stamp of the newest record that is stored, in milliseconds.
+    pub(super) fn newest(&self) -> Option<i64> {
+        self.positions.newest()
     }
 }
 
@@ -202,7 +215,7 @@ impl Ledger {
             format!("{} {} {}", self.positions.fingerprint(), self.queries.fingerprint(), self.letters.fingerprint());
         let mut known: Vec<_> = self.known.iter().flat_map(|(p, at)| at.iter().map(move |at| (p, at))).collect();
         known.sort();
-        let letters: Vec<_> = self.epoch.letters.iter().map(|letter| (letter.partition, letter.offset)).collect();
+        let letters: Vec<_> = self.epoch.letters.iter().map(|letter| (letter.place(), letter.offset)).collect();
         // Rows are what was read and is no dead letter: positions and letters tell them.
         write!(text, "{known:?} {letters:?} {}", self.epoch.records).unwrap();
         text
@@ -210,7 +223,7 @@ impl Ledger {
 }
 
 impl Epoch {
-    fn sealed(self, rows: u64, version: u64, file_bytes: u64, offsets: BTreeMap<i32, i64>) -> Sealed {
+    fn sealed(self, rows: u64, version: u64, file_bytes: u64, offsets: BTreeMap<TopicPartition, i64>) -> Sealed {
         let mut letters: BTreeMap<&'static str, u64> = BTreeMap::new();
         for letter in &self.letters {
             *letters.entry(letter.reason).or_default() += 1;

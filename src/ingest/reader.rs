@@ -8,8 +8,9 @@ use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::query_log::Record;
+use super::filter::Choice;
 use crate::query_log::format::{self, Outcome, Rules};
+use crate::query_log::{Record, TopicPartition};
 use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
 use crate::table::{Columns, Key, Suppressions, TableError, schema};
 
@@ -18,13 +19,14 @@ const LANGUAGE_CHARS: usize = 256;
 
 /// Under which reason what was erased is counted when it is read again.
 const ERASED: &str = "erased";
+/// Under which reason calls are counted that [`super::Filter`] leaves to other endpoints.
+const OTHER_ENDPOINT: &str = "other_endpoint";
 
 /// Dead letters that already stand in the table: offset and record index, by partition.
-pub(super) type Known = HashMap<i32, HashSet<(i64, i32)>>;
+pub(super) type Known = HashMap<TopicPartition, HashSet<(i64, i32)>>;
 
 /// Turns records into rows. Holds what all rows of a run share.
 pub(super) struct Reader {
-    pub(super) topic: String,
     /// Keys the hash under which end users are stored; without one no user is.
     pub(super) user_key: Option<Vec<u8>>,
     pub(super) config_hash: String,
@@ -32,6 +34,8 @@ pub(super) struct Reader {
     pub(super) detect_language: bool,
     /// The user's own log formats and signs, and how much of a record is kept.
     pub(super) rules: Rules,
+    /// The calls that belong to this endpoint.
+    pub(super) choice: Choice,
 }
 
 /// What became of some records.
@@ -46,7 +50,7 @@ pub(super) struct Parsed {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Letter {
     topic: String,
-    pub(super) partition: i32,
+    partition: i32,
     pub(super) offset: i64,
     pub(super) record_index: i32,
     key: Option<String>,
@@ -58,6 +62,13 @@ pub(super) struct Letter {
     message: String,
     taod_version: &'static str,
     config_hash: String,
+}
+
+impl Letter {
+    /// Returns the partition that the record came from.
+    pub(super) fn place(&self) -> TopicPartition {
+        TopicPartition::new(&self.topic, self.partition)
+    }
 }
 
 /// One row of `queries`; JSON columns as text.
@@ -153,20 +164,24 @@ impl Reader {
         for record in records {
             // A tombstone is an empty record: the formats say what that is.
             let payload = record.payload.as_deref().unwrap_or_default();
-            let dead = known.get(&record.partition);
+            let place = &record.place;
+            let dead = known.get(&record.place);
             let mut kept = Kept { payload, left: self.rules.max_text_bytes, first: None };
             for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.rules)) {
                 if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
                     continue;
                 }
                 let is_erased = !erased.is_empty()
-                    && (erased.hides(&Key::record(&self.topic, record.partition, record.offset, index))
+                    && (erased.hides(&Key::record(&place.topic, place.partition, record.offset, index))
                         || matches!(&outcome, Outcome::Row(query) if self.is_erased(query, erased)));
                 if is_erased {
                     *skipped.entry(ERASED).or_default() += 1;
                     continue;
                 }
                 match outcome {
+                    Outcome::Row(query) if !self.choice.takes(&query) => {
+                        *skipped.entry(OTHER_ENDPOINT).or_default() += 1;
+                    }
                     Outcome::Row(query) => {
                         rows.push(&self.row(record, index, *query, &today, now.timestamp_micros()))?
                     }
@@ -186,8 +201,8 @@ impl Reader {
         let messages = canonical_messages(&query.messages);
         let kafka_time = record.time_ms.map(|ms| ms.saturating_mul(1000));
         Row {
-            topic: &self.topic,
-            partition: record.partition,
+            topic: &record.place.topic,
+            partition: record.place.partition,
             offset: record.offset,
             record_index: index,
             key: record.key.as_deref().map(Raw),
@@ -238,8 +253,8 @@ impl Reader {
         today: &str,
     ) -> Letter {
         Letter {
-            topic: self.topic.clone(),
-            partition: record.partition,
+            topic: record.place.topic.to_string(),
+            partition: record.place.partition,
             offset: record.offset,
             record_index: index,
             key: record.key.as_ref().map(hex::encode),
@@ -310,7 +325,7 @@ mod tests {
 
     fn record(offset: i64, payload: Option<&[u8]>) -> Record {
         Record {
-            partition: 1,
+            place: TopicPartition::new("t", 1),
             offset,
             time_ms: Some(1_700_000_000_123),
             key: Some(vec![0xff, 0x00]),
@@ -321,11 +336,11 @@ mod tests {
 
     fn reader(user_key: Option<&[u8]>) -> Reader {
         Reader {
-            topic: "t".into(),
             user_key: user_key.map(<[u8]>::to_vec),
             config_hash: "c".into(),
             detect_language: true,
             rules: Rules::default(),
+            choice: Choice::default(),
         }
     }
 
@@ -346,14 +361,16 @@ mod tests {
         assert_eq!(parsed.letters[0].payload, hex::encode(b"not json"));
         assert_eq!(parsed.letters[0].headers.as_deref(), Some(r#"[["a","x"],["b",{"hex":"ff"}]]"#));
         assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
-        let known = Known::from([(1, HashSet::from([(5, 0)]))]);
+        let known = Known::from([(TopicPartition::new("t", 1), HashSet::from([(5, 0)]))]);
         assert!(reader(None).read(&records, &known, &Suppressions::default()).unwrap().letters.is_empty());
     }
 
     #[test]
     fn of_a_large_record_as_much_is_kept_as_the_bound_allows() {
         let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
-        let letters = |payload: &[u8]| small.read(&[record(5, Some(payload))], &Known::new()).unwrap().letters;
+        let letters = |payload: &[u8]| {
+            small.read(&[record(5, Some(payload))], &Known::new(), &Suppressions::default()).unwrap().letters
+        };
         let large = letters(&vec![b'x'; 5000]);
         assert_eq!((large.len(), large[0].payload.len()), (1, 2 * 4096));
         assert!(
@@ -378,7 +395,7 @@ mod tests {
         let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
         let messages = json!([{"role": "user", "content": "x".repeat(10_000_000)}]);
         let call = json!({"request": {"messages": messages}, "response": "Yes."}).to_string();
-        let parsed = small.read(&[record(5, Some(call.as_bytes()))], &Known::new()).unwrap();
+        let parsed = small.read(&[record(5, Some(call.as_bytes()))], &Known::new(), &Suppressions::default()).unwrap();
         let column = |name: &str| parsed.batch.column_by_name(name).unwrap();
         use arrow::array::AsArray;
         assert_eq!(

@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::reader::{Known, Reader};
 use super::{IngestError, Settings};
-use crate::query_log::Record;
+use crate::query_log::{Record, TopicPartition};
 use crate::table::{ERASURES, Name, Suppressions, Table, TableError, Tables, TxnStep};
 
 /// How often a chunk is looked at again because another replay came first.
@@ -60,6 +60,7 @@ pub struct Replayed {
 /// Coordinates and size of a letter.
 #[derive(Debug, Clone, Deserialize)]
 struct Key {
+    topic: String,
     partition: i32,
     offset: i64,
     record_index: i32,
@@ -86,13 +87,7 @@ pub async fn run(settings: &Settings, tables: &Tables, choice: &Choice) -> Resul
     // Held before the list is read: an erasure that comes later fences this replay.
     queries.hold(ERASURES).await?;
     let mut replay = Replay {
-        reader: Reader {
-            topic: settings.kafka.topic.clone(),
-            user_key: settings.user_key()?,
-            config_hash: settings.hash(),
-            detect_language: settings.detect_language,
-            rules: settings.rules(),
-        },
+        reader: settings.reader()?,
         settings,
         letters: tables.open_one(Name::DeadLetters).await?,
         queries,
@@ -102,22 +97,24 @@ pub async fn run(settings: &Settings, tables: &Tables, choice: &Choice) -> Resul
     };
     let keys = replay.keys(choice).await?;
     replay.done.letters = keys.iter().filter(|key| key.chosen).count() as u64;
-    for (partition, chunk) in chunks(keys, settings.batch_bytes) {
-        replay.chunk(partition, &chunk).await?;
+    for (place, chunk) in chunks(keys, settings.batch_bytes) {
+        replay.chunk(&place, &chunk).await?;
     }
     Ok(replay.done)
 }
 
 /// Cuts letters in order into chunks of one partition and of about `limit` bytes, never through a record; those without a
 /// chosen letter are left out.
-fn chunks(keys: Vec<Key>, limit: u64) -> Vec<(i32, Chunk)> {
-    let (mut chunks, mut size): (Vec<(i32, Chunk)>, u64) = (Vec::new(), 0);
+fn chunks(keys: Vec<Key>, limit: u64) -> Vec<(TopicPartition, Chunk)> {
+    let (mut chunks, mut size): (Vec<(TopicPartition, Chunk)>, u64) = (Vec::new(), 0);
     for key in keys {
-        let goes_on = chunks.last().is_some_and(|(partition, chunk)| {
-            *partition == key.partition && (size < limit || chunk.contains_key(&key.offset))
+        let goes_on = chunks.last().is_some_and(|(place, chunk)| {
+            *place.topic == *key.topic
+                && place.partition == key.partition
+                && (size < limit || chunk.contains_key(&key.offset))
         });
         if !goes_on {
-            chunks.push((key.partition, Chunk::new()));
+            chunks.push((TopicPartition::new(&key.topic, key.partition), Chunk::new()));
             size = 0;
         }
         size += key.bytes;
@@ -144,7 +141,7 @@ struct Replay<'a> {
 }
 
 impl Replay<'_> {
-    /// Returns the coordinates of all letters of the topic, in order.
+    /// Returns the coordinates of all letters of the topics that are read, in order.
     async fn keys(&self, choice: &Choice) -> Result<Vec<Key>, TableError> {
         let mut chosen = vec!["true".to_owned()];
         chosen.extend(choice.reason.iter().map(|reason| format!("reason = {}", text(reason))));
@@ -153,26 +150,27 @@ impl Replay<'_> {
             .map(|since| format!("kafka_time >= timestamp '{}'", since.format("%Y-%m-%d %H:%M:%S%.6f+00:00")));
         chosen.extend(since);
         let sql = format!(
-            "select \"partition\", \"offset\", record_index, coalesce({}, false) as chosen, \
-             octet_length(encode(payload, 'hex')) / 2 as bytes from t where topic = {} \
-             order by \"partition\", \"offset\", record_index",
-            chosen.join(" and "),
-            text(&self.reader.topic)
+            "select topic, \"partition\", \"offset\", record_index, coalesce({}, false) as chosen, \
+             octet_length(encode(payload, 'hex')) / 2 as bytes from t \
+             order by topic, \"partition\", \"offset\", record_index",
+            chosen.join(" and ")
         );
-        self.letters.select(&sql).await
+        let mut keys: Vec<Key> = self.letters.select(&sql).await?;
+        keys.retain(|key| self.settings.kafka.reads(&key.topic));
+        Ok(keys)
     }
 
     /// Stores what one chunk reads as now, in one commit.
-    async fn chunk(&mut self, partition: i32, chunk: &Chunk) -> Result<(), IngestError> {
-        let counter = self.settings.kafka.replay_id();
+    async fn chunk(&mut self, place: &TopicPartition, chunk: &Chunk) -> Result<(), IngestError> {
+        let counter = self.settings.kafka.replay_id(&place.topic);
         for _ in 0..ATTEMPTS {
             self.queries.refresh().await?;
-            let offset = self.queries.txn(&self.settings.kafka.app_id(partition)).await?.unwrap_or(0);
+            let offset = self.queries.txn(&self.settings.kafka.app_id(place)).await?.unwrap_or(0);
             let count = self.queries.txn(&counter).await?;
             let settled: Chunk = chunk.range(..offset).map(|(offset, indices)| (*offset, indices.clone())).collect();
             let mut done = self.done.clone();
             done.unsettled += chosen(chunk) - chosen(&settled);
-            let batch = self.read(partition, &settled, &mut done).await?;
+            let batch = self.read(place, &settled, &mut done).await?;
             let rows = batch.as_ref().map_or(0, RecordBatch::num_rows) as u64;
             done.rows += rows;
             if let Some(batch) = batch.filter(|_| rows > 0 && !self.dry_run) {
@@ -192,11 +190,11 @@ impl Replay<'_> {
     /// Reads the records of settled letters and returns the rows that are not in the table yet.
     async fn read(
         &self,
-        partition: i32,
+        place: &TopicPartition,
         chunk: &Chunk,
         done: &mut Replayed,
     ) -> Result<Option<RecordBatch>, IngestError> {
-        let rows = self.coordinates(partition, chunk).await?;
+        let rows = self.coordinates(place, chunk).await?;
         let is_stored = |offset: i64, index: i32| rows.contains(&(offset, index));
         let mut wanted = Chunk::new();
         for (offset, indices) in chunk {
@@ -210,7 +208,7 @@ impl Replay<'_> {
         if wanted.is_empty() {
             return Ok(None);
         }
-        let records = self.records(partition, &wanted).await?;
+        let records = self.records(place, &wanted).await?;
         let parsed = self.reader.read(&records, &Known::new(), &self.erased)?;
         let failed_whole = |offset: i64| {
             chunk.get(&offset).is_some_and(|indices| indices.len() == 1 && indices.contains_key(&0))
@@ -236,48 +234,46 @@ impl Replay<'_> {
     }
 
     /// Returns which of the chunk's records have rows, and at which index.
-    async fn coordinates(&self, partition: i32, chunk: &Chunk) -> Result<BTreeSet<(i64, i32)>, TableError> {
+    async fn coordinates(&self, place: &TopicPartition, chunk: &Chunk) -> Result<BTreeSet<(i64, i32)>, TableError> {
         #[derive(Deserialize)]
         struct Place {
             offset: i64,
             record_index: i32,
         }
-        let Some(place) = self.place(partition, chunk) else { return Ok(BTreeSet::new()) };
-        let sql = format!("select \"offset\", record_index from t where {place}");
+        let Some(range) = range(place, chunk) else { return Ok(BTreeSet::new()) };
+        let sql = format!("select \"offset\", record_index from t where {range}");
         let places: Vec<Place> = self.queries.select(&sql).await?;
         Ok(places.into_iter().map(|place| (place.offset, place.record_index)).collect())
     }
 
     /// Returns the records of a chunk as they came from Kafka.
-    async fn records(&self, partition: i32, chunk: &Chunk) -> Result<Vec<Record>, IngestError> {
-        let Some(place) = self.place(partition, chunk) else { return Ok(Vec::new()) };
+    async fn records(&self, place: &TopicPartition, chunk: &Chunk) -> Result<Vec<Record>, IngestError> {
+        let Some(range) = range(place, chunk) else { return Ok(Vec::new()) };
         let sql = format!(
-            "select \"offset\", key, headers, kafka_time, payload from t where {place} \
+            "select \"offset\", key, headers, kafka_time, payload from t where {range} \
              order by \"offset\", record_index"
         );
         let mut stored: Vec<Stored> = self.letters.select(&sql).await?;
         // The first part that failed holds the whole record.
         stored.dedup_by_key(|letter| letter.offset);
         let wanted = stored.into_iter().filter(|letter| chunk.contains_key(&letter.offset));
-        wanted.map(|letter| letter.record(partition)).collect()
-    }
-
-    /// Returns the condition that holds for a chunk's records, and for some others between them.
-    fn place(&self, partition: i32, chunk: &Chunk) -> Option<String> {
-        let (first, last) = (chunk.keys().next()?, chunk.keys().next_back()?);
-        let topic = text(&self.reader.topic);
-        Some(format!(
-            "topic = {topic} and \"partition\" = {partition} and \"offset\" >= {first} and \"offset\" <= {last}"
-        ))
+        wanted.map(|letter| letter.record(place)).collect()
     }
 }
 
+/// Returns the condition that holds for a chunk's records, and for some others between them.
+fn range(place: &TopicPartition, chunk: &Chunk) -> Option<String> {
+    let (first, last) = (chunk.keys().next()?, chunk.keys().next_back()?);
+    let (topic, partition) = (text(&place.topic), place.partition);
+    Some(format!("topic = {topic} and \"partition\" = {partition} and \"offset\" >= {first} and \"offset\" <= {last}"))
+}
+
 impl Stored {
-    fn record(self, partition: i32) -> Result<Record, IngestError> {
-        let broken = |why: String| IngestError::Letter { offset: self.offset, partition, why };
+    fn record(self, place: &TopicPartition) -> Result<Record, IngestError> {
+        let broken = |why: String| IngestError::Letter { offset: self.offset, partition: place.partition, why };
         let bytes = |text: &str| hex::decode(text).map_err(|e| broken(e.to_string()));
         Ok(Record {
-            partition,
+            place: place.clone(),
             offset: self.offset,
             time_ms: self.kafka_time.map(|time| time.timestamp_millis()),
             key: self.key.as_deref().map(bytes).transpose()?,

@@ -45,7 +45,7 @@ async fn given(letters: &[Value], stored: i64) -> Tables {
     let mut table = tables.open_one(Name::DeadLetters).await.unwrap();
     table.append(&[batch_of(&schema::DEAD_LETTERS, letters).unwrap()], &[]).await.unwrap();
     let mut queries = tables.open_one(Name::Queries).await.unwrap();
-    let step = TxnStep { app_id: settings().kafka.app_id(0), expect: None, set: stored };
+    let step = TxnStep { app_id: settings().kafka.app_id(&TopicPartition::new(TOPIC, 0)), expect: None, set: stored };
     queries.append(&[], &[step]).await.unwrap();
     tables
 }

@@ -59,6 +59,8 @@ label! {
         NoContent = "no_content",
         BadCompression = "bad_compression",
         TooLarge = "too_large",
+        Erased = "erased",
+        OtherEndpoint = "other_endpoint",
         Other = "other",
     }
 }
@@ -67,7 +69,6 @@ label! {
     /// How a commit ended.
     Commit as "outcome" {
         Committed = "committed",
-        Conflict = "conflict",
         Fenced = "fenced",
         Failed = "failed",
     }

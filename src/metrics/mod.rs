@@ -41,8 +41,8 @@ group! {
         lag_offsets: IntGauge = "taod_ingest_lag_offsets",
             "Offsets between the ends of the assigned partitions and what the table holds.";
         lag_seconds: Gauge = "taod_ingest_lag_seconds",
-            "Age of the oldest record that is read but not committed; 0 when there is none.";
-        data_age_seconds: Gauge = "taod_ingest_data_age_seconds", "Age of the newest call in the table.";
+            "Age of the newest stored record of the partition that is furthest behind; 0 when nothing is left to store.";
+        data_age_seconds: Gauge = "taod_ingest_data_age_seconds", "Age of the newest record that this process stored, by its time stamp in Kafka.";
         partitions: IntGauge = "taod_ingest_assigned_partitions", "Partitions that this process reads.";
         commits: By<Commit, IntCounter> = "taod_ingest_commits_total", "Commits to the table, by how they ended.";
         commit_seconds: Histogram = "taod_ingest_commit_seconds",

@@ -6,6 +6,7 @@
 //! What is committed back to Kafka is advice for lag tools.
 
 mod settings;
+mod topic_ids;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
@@ -17,12 +18,13 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::metadata::MetadataTopic;
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, Statistics, TopicPartitionList};
 use tokio::sync::mpsc;
 
 pub use self::settings::{Settings, Start};
-use super::{Event, Record, SourceError};
+use super::{Event, Record, SourceError, TopicPartition};
 
 /// Bytes and records of one hand-over to the reader.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -34,10 +36,19 @@ const CHUNKS_WAITING: usize = 8;
 /// one being gathered and the one being read.
 pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
 
+/// A topic that is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topic {
+    pub name: String,
+    /// What tells it from another topic that had the same name; `None` where the broker does not say.
+    pub id: Option<i64>,
+    pub extents: Vec<Extent>,
+}
+
 /// What Kafka holds of one partition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Extent {
-    pub partition: i32,
+    pub place: TopicPartition,
     /// The oldest offset.
     pub low: i64,
     /// The offset that the next record will get.
@@ -49,7 +60,7 @@ pub struct Connection {
     settings: Settings,
     client: Arc<BaseConsumer<Context>>,
     events: mpsc::Receiver<Event>,
-    extents: Vec<Extent>,
+    topics: Vec<Topic>,
 }
 
 impl Connection {
@@ -64,13 +75,13 @@ impl Connection {
         };
         let client: BaseConsumer<Context> =
             settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
-        let extents = look(settings, &client)?;
-        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, extents })
+        let topics = look(settings, &client)?;
+        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, topics })
     }
 
-    /// Returns what Kafka held of each partition when the connection was made.
-    pub fn extents(&self) -> &[Extent] {
-        &self.extents
+    /// Returns the topics to be read, and what Kafka held of each partition when the connection was made.
+    pub fn topics(&self) -> &[Topic] {
+        &self.topics
     }
 
     /// Joins the group and begins to read.
@@ -81,12 +92,12 @@ impl Connection {
         let client = Arc::clone(&self.client);
         let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
         let thread = thread.map_err(|e| fail(e.to_string()))?;
-        Ok(Consumer { settings: self.settings, client: self.client, events: self.events, thread })
+        Ok(Consumer { client: self.client, events: self.events, thread })
     }
 }
 
-/// Asks for the topic and the extent of its partitions.
-fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Extent>, SourceError> {
+/// Asks for the topics, their ids and the extent of their partitions.
+fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Topic>, SourceError> {
     let patience = Duration::from_secs(settings.connect_timeout_s);
     let unreachable = |error: KafkaError| {
         // Why the broker cannot be reached stands only in the error callback, which runs inside poll.
@@ -95,26 +106,41 @@ fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Exten
         SourceError::Unreachable { brokers: settings.brokers.clone(), cause }
     };
     let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
-    let metadata = client.fetch_metadata(Some(&settings.topic), patience).map_err(unreachable)?;
-    let topic = metadata.topics().iter().find(|t| t.name() == settings.topic).ok_or_else(no_topic)?;
-    match topic.error() {
-        None if topic.partitions().is_empty() => return Err(no_topic()),
-        None => {}
-        Some(
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
-            | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
-            | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
-        ) => return Err(no_topic()),
-        Some(error) => {
-            let cause = RDKafkaErrorCode::from(error).to_string();
-            return Err(SourceError::Consume { topic: settings.topic.clone(), cause });
-        }
+    let one = (!settings.is_pattern()).then_some(settings.topic.as_str());
+    let metadata = client.fetch_metadata(one, patience).map_err(unreachable)?;
+    let found: Vec<&MetadataTopic> = metadata.topics().iter().filter(|t| settings.reads(t.name())).collect();
+    if found.is_empty() {
+        return Err(no_topic());
     }
-    let extent = |partition| {
-        let (low, high) = client.fetch_watermarks(&settings.topic, partition, patience).map_err(unreachable)?;
-        Ok(Extent { partition, low, high })
-    };
-    topic.partitions().iter().map(|partition| extent(partition.id())).collect()
+    let names: Vec<&str> = found.iter().map(|topic| topic.name()).collect();
+    let ids = topic_ids::ask(client.client().native_ptr(), &names, patience).unwrap_or_else(|why| {
+        tracing::warn!(why, "the ids of topics are unknown: a topic that is made anew is told by its offsets alone");
+        BTreeMap::new()
+    });
+    let mut topics = Vec::new();
+    for topic in found {
+        match topic.error() {
+            None if topic.partitions().is_empty() => return Err(no_topic()),
+            None => {}
+            Some(
+                RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
+                | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
+                | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
+            ) => return Err(no_topic()),
+            Some(error) => {
+                let cause = RDKafkaErrorCode::from(error).to_string();
+                return Err(SourceError::Consume { topic: topic.name().to_owned(), cause });
+            }
+        }
+        let extent = |partition| {
+            let (low, high) = client.fetch_watermarks(topic.name(), partition, patience).map_err(unreachable)?;
+            Ok(Extent { place: TopicPartition::new(topic.name(), partition), low, high })
+        };
+        let extents = topic.partitions().iter().map(|partition| extent(partition.id())).collect::<Result<_, _>>()?;
+        let name = topic.name().to_owned();
+        topics.push(Topic { id: ids.get(&name).copied(), name, extents });
+    }
+    Ok(topics)
 }
 
 fn refused(settings: &Settings, error: KafkaError) -> SourceError {
@@ -126,7 +152,6 @@ fn refused(settings: &Settings, error: KafkaError) -> SourceError {
 
 /// A member of the group, read through its events.
 pub struct Consumer {
-    settings: Settings,
     client: Arc<BaseConsumer<Context>>,
     events: mpsc::Receiver<Event>,
     thread: JoinHandle<()>,
@@ -139,11 +164,11 @@ impl Consumer {
     }
 
     /// Tells Kafka how far the tables are, for lag tools. Nothing depends on it.
-    pub fn advise(&self, offsets: &BTreeMap<i32, i64>) {
+    pub fn advise(&self, offsets: &BTreeMap<TopicPartition, i64>) {
         let mut list = TopicPartitionList::new();
-        for (partition, next) in offsets {
-            if let Err(error) = list.add_partition_offset(&self.settings.topic, *partition, Offset::Offset(*next)) {
-                tracing::debug!(%error, partition, "offset not told to kafka");
+        for (place, next) in offsets {
+            if let Err(error) = list.add_partition_offset(&place.topic, place.partition, Offset::Offset(*next)) {
+                tracing::debug!(%error, ?place, "offset not told to kafka");
             }
         }
         if list.count() > 0
@@ -154,7 +179,7 @@ impl Consumer {
     }
 
     /// Returns the end of each partition as last reported by the broker.
-    pub fn ends(&self) -> BTreeMap<i32, i64> {
+    pub fn ends(&self) -> BTreeMap<TopicPartition, i64> {
         self.client.context().lock().ends.clone()
     }
 
@@ -183,7 +208,9 @@ struct Shared {
     chunk: Vec<Record>,
     bytes: usize,
     cause: Option<String>,
-    ends: BTreeMap<i32, i64>,
+    ends: BTreeMap<TopicPartition, i64>,
+    /// Where the end of a partition was last told, until there is another record of it.
+    told: BTreeMap<TopicPartition, i64>,
 }
 
 struct Context {
@@ -222,6 +249,9 @@ impl Context {
     fn push(&self, record: Record) -> bool {
         let full = {
             let mut shared = self.lock();
+            if !shared.told.is_empty() {
+                shared.told.remove(&record.place);
+            }
             shared.bytes += record.size();
             shared.chunk.push(record);
             shared.bytes >= CHUNK_BYTES || shared.chunk.len() >= CHUNK_RECORDS
@@ -238,8 +268,9 @@ impl Context {
         }
         let Ok(starts) = starts.recv_timeout(self.patience) else { return false };
         partitions.iter().all(|partition| {
+            let TopicPartition { topic, partition: number } = partition;
             let start = starts.get(partition).copied();
-            start.is_some_and(|n| list.set_partition_offset(&self.topic, *partition, Offset::Offset(n)).is_ok())
+            start.is_some_and(|n| list.set_partition_offset(topic, *number, Offset::Offset(n)).is_ok())
         })
     }
 
@@ -282,11 +313,11 @@ impl Context {
     }
 }
 
-fn partitions_of(list: &TopicPartitionList) -> Vec<i32> {
+fn partitions_of(list: &TopicPartitionList) -> Vec<TopicPartition> {
     // `elements` of an empty list is not safe to call.
     match list.count() {
         0 => Vec::new(),
-        _ => list.elements().iter().map(|element| element.partition()).collect(),
+        _ => list.elements().iter().map(|e| TopicPartition::new(e.topic(), e.partition())).collect(),
     }
 }
 
@@ -297,9 +328,11 @@ impl ClientContext for Context {
     }
 
     fn stats(&self, statistics: Statistics) {
-        let Some(topic) = statistics.topics.get(&self.topic) else { return };
-        let ends = topic.partitions.values().filter(|p| p.partition >= 0 && p.ls_offset >= 0);
-        self.lock().ends.extend(ends.map(|p| (p.partition, p.ls_offset)));
+        let mut shared = self.lock();
+        for topic in statistics.topics.values() {
+            let ends = topic.partitions.values().filter(|p| p.partition >= 0 && p.ls_offset >= 0);
+            shared.ends.extend(ends.map(|p| (TopicPartition::new(&topic.topic, p.partition), p.ls_offset)));
+        }
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -331,19 +364,24 @@ impl ConsumerContext for Context {
 fn poll(client: &BaseConsumer<Context>) {
     let context = Arc::clone(client.context());
     let mut waiting = false;
+    let mut names = Names::default();
     while !context.events.is_closed() {
         // While records are at hand they are gathered; the first pause hands them over.
         let patience = if waiting { Duration::from_millis(100) } else { Duration::ZERO };
         let listening = match client.poll(patience) {
             Some(Ok(message)) => {
                 waiting = false;
-                context.push(record(&message))
+                context.push(record(&message, names.of(message.topic())))
             }
             None => {
                 waiting = true;
                 context.flush()
             }
-            Some(Err(error)) => context.flush() && context.send(event(client, &context, error)),
+            // The position counts what was served in order, control records included: nothing below it is still to come.
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                context.flush() && ends(client, partition).into_iter().all(|end| context.send(end))
+            }
+            Some(Err(error)) => context.flush() && context.send(event(&context, error)),
         };
         if !listening {
             break;
@@ -351,13 +389,28 @@ fn poll(client: &BaseConsumer<Context>) {
     }
 }
 
-fn record(message: &BorrowedMessage<'_>) -> Record {
+/// The names of topics, each kept once for all of its records.
+#[derive(Default)]
+struct Names(Vec<Arc<str>>);
+
+impl Names {
+    fn of(&mut self, topic: &str) -> Arc<str> {
+        if let Some(known) = self.0.iter().find(|known| ***known == *topic) {
+            return Arc::clone(known);
+        }
+        let name: Arc<str> = topic.into();
+        self.0.push(Arc::clone(&name));
+        name
+    }
+}
+
+fn record(message: &BorrowedMessage<'_>, topic: Arc<str>) -> Record {
     let headers = message.headers().map(|headers| {
         let owned = headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::to_vec)));
         owned.collect()
     });
     Record {
-        partition: message.partition(),
+        place: TopicPartition { topic, partition: message.partition() },
         offset: message.offset(),
         time_ms: message.timestamp().to_millis(),
         key: message.key().map(<[u8]>::to_vec),
@@ -367,12 +420,10 @@ fn record(message: &BorrowedMessage<'_>) -> Record {
 }
 
 /// Returns what an error on poll means: an end, a passing trouble, or the end of the source.
-fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -> Event {
+fn event(context: &Context, error: KafkaError) -> Event {
     let topic = context.topic.clone();
     let cause = context.cause().unwrap_or_else(|| error.to_string());
     match error {
-        // The position counts what was served in order, control records included: nothing below it is still to come.
-        KafkaError::PartitionEOF(partition) => Event::End { partition, next: position(client, &topic, partition) },
         KafkaError::MessageConsumptionFatal(_) => Event::Failed(SourceError::Consume { topic, cause }),
         KafkaError::MessageConsumption(code) => match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
@@ -390,9 +441,36 @@ fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -
     }
 }
 
-fn position(client: &BaseConsumer<Context>, topic: &str, partition: i32) -> Option<i64> {
-    match client.position().ok()?.find_partition(topic, partition)?.offset() {
+/// Returns the ends that an end of the partition with this number may stand for.
+///
+/// The client does not say of which topic it is. Where several topics have such a partition, those whose end was told
+/// already are left out, and of the others the broker is asked.
+fn ends(client: &BaseConsumer<Context>, partition: i32) -> Vec<Event> {
+    let Ok(positions) = client.position() else { return Vec::new() };
+    let list = if positions.count() > 0 { positions.elements() } else { Vec::new() };
+    let at = |offset| match offset {
         Offset::Offset(next) => Some(next),
         _ => None,
-    }
+    };
+    let numbered = list.iter().filter(|element| element.partition() == partition);
+    let all: Vec<_> = numbered.map(|e| (TopicPartition::new(e.topic(), partition), at(e.offset()))).collect();
+    let told = client.context().lock().told.clone();
+    let is_new = |place: &TopicPartition, next: &Option<i64>| next.is_none() || told.get(place) != next.as_ref();
+    let several = all.len() > 1;
+    let open: Vec<_> = all.into_iter().filter(|(place, next)| !several || is_new(place, next)).collect();
+    let alone = open.len() == 1;
+    let ended = open.into_iter().filter(|(place, next)| alone || is_at_end(client, place, *next));
+    let events = ended.map(|(partition, next)| {
+        if let Some(next) = next {
+            client.context().lock().told.insert(partition.clone(), next);
+        }
+        Event::End { partition, next }
+    });
+    events.collect()
+}
+
+/// Asks the broker whether a position is the end of its partition.
+fn is_at_end(client: &BaseConsumer<Context>, place: &TopicPartition, next: Option<i64>) -> bool {
+    let end = client.fetch_watermarks(&place.topic, place.partition, Duration::from_secs(1));
+    next.zip(end.ok()).is_some_and(|(next, (_, end))| next >= end)
 }

@@ -14,12 +14,27 @@ pub mod format;
 pub mod kafka;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+
+/// One partition of one topic.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TopicPartition {
+    pub topic: Arc<str>,
+    pub partition: i32,
+}
+
+impl TopicPartition {
+    /// Names a partition.
+    pub fn new(topic: &str, partition: i32) -> Self {
+        TopicPartition { topic: topic.into(), partition }
+    }
+}
 
 /// One record as the log holds it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
-    pub partition: i32,
+    pub place: TopicPartition,
     pub offset: i64,
     /// Milliseconds since the epoch, by the producer's or the broker's clock.
     pub time_ms: Option<i64>,
@@ -41,13 +56,13 @@ impl Record {
 #[derive(Debug)]
 pub enum Event {
     /// These partitions are ours once `reply` names the next offset of each. Without a reply they are not read.
-    Assigned { partitions: Vec<i32>, reply: SyncSender<BTreeMap<i32, i64>> },
+    Assigned { partitions: Vec<TopicPartition>, reply: SyncSender<BTreeMap<TopicPartition, i64>> },
     /// Records in offset order within each partition.
     Records(Vec<Record>),
     /// Everything of this partition has been handed out; the next record will have at least offset `next`.
-    End { partition: i32, next: Option<i64> },
+    End { partition: TopicPartition, next: Option<i64> },
     /// These partitions go to someone else once `reply` is sent; what was read of them can still be stored until then.
-    Revoked { partitions: Vec<i32>, reply: SyncSender<()> },
+    Revoked { partitions: Vec<TopicPartition>, reply: SyncSender<()> },
     /// Partitions were taken away already: nothing that is not stored yet may be.
     Lost,
     /// Something is wrong that may pass, in the source's words.
@@ -73,6 +88,11 @@ pub enum SourceError {
              read the topic anew by `taod table offsets new-generation`"
     )]
     OutOfRange { topic: String, cause: String },
+    #[error(
+        "topic {topic} was deleted and made anew since it was last read: what stands under its old offsets is not what \
+             kafka holds now; read it anew by `taod table offsets new-generation`"
+    )]
+    Recreated { topic: String },
     #[error("reading topic {topic} failed: {cause}")]
     Consume { topic: String, cause: String },
     #[error("topic {topic} gave nothing for {seconds} s and its end is not reached; kafka at {brokers} said: {cause}")]

@@ -53,13 +53,13 @@ pub enum TableError {
         "table location {location} {why}; a location is a folder, or a URL that begins with file://, s3://, az://, abfss:// or gs://"
     )]
     Location { location: String, why: String },
-    #[error("{action} table {table}: {source}")]
+    #[error("{action} table {table}: {source}{}", remedy(source.as_ref()))]
     Store { action: &'static str, table: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("log entry {version} of table {table} is not a Delta commit: {source}")]
     Log { table: String, version: u64, source: serde_json::Error },
     #[error("table {table} now asks for {feature}, which taod does not write: drop the feature or use another table")]
     Feature { table: String, feature: String },
-    #[error("table {table} does not fit taod's schema: {why}")]
+    #[error("table {table} does not fit taod's schema: {why}; give taod a place of its own (state.tables)")]
     Schema { table: String, why: String },
     #[error("rows do not fit table {table}: {why}")]
     Rows { table: String, why: String },
@@ -77,6 +77,23 @@ pub enum TableError {
     Overdue { table: String, hours: i64 },
     #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
     Unsettled { table: String, version: u64, why: String },
+}
+
+/// Returns what to do about an error of a store, where it is told; begins with a separator.
+fn remedy(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    use deltalake::logstore::object_store::Error;
+
+    let mut next = Some(error);
+    while let Some(error) = next {
+        match error.downcast_ref::<Error>() {
+            Some(Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) => {
+                return ": the store refuses; check the rights on the place, and for a bucket the credentials in the \
+                        environment and state.store_options";
+            }
+            _ => next = error.source(),
+        }
+    }
+    ""
 }
 
 impl TableError {

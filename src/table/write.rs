@@ -144,7 +144,7 @@ fn properties(spec: &TableSpec) -> parquet::errors::Result<WriterProperties> {
 }
 
 /// Returns the statistics of a file as the log stores them: row count, bounds and null counts of the chosen columns.
-fn stats(spec: &TableSpec, batches: &[RecordBatch]) -> String {
+pub(super) fn stats(spec: &TableSpec, batches: &[RecordBatch]) -> String {
     let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
     let (mut min, mut max, mut nulls) = (Map::new(), Map::new(), Map::new());
     for column in spec.columns.iter().filter(|c| c.stats) {

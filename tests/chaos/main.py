@@ -74,6 +74,7 @@ class Run:
         self.proxy = Proxy(self.s3.port)
         knows = lambda *command: subprocess.run([self.binary, *command, "--help"], capture_output=True).returncode == 0
         self.has_maintenance, self.has_erasure = knows("table", "maintain"), knows("table", "erase")
+        self.has_replay = knows("replay")
         self.clock = parts.build_clock(self.sitting)
         if self.clock is None:
             self.skip("clock", "there is no C compiler")

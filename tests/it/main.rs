@@ -8,6 +8,7 @@
 mod harness;
 
 mod bad_input;
+mod bad_tables;
 mod bench_commit;
 mod bench_train;
 mod chaos;

@@ -5,7 +5,7 @@ use clap::Args;
 use super::{Exit, Global};
 use crate::cli::lines::Output;
 use crate::cli::{Usage, runtime};
-use crate::query_log::kafka;
+use crate::query_log::{TopicPartition, kafka};
 use crate::table::{Name, check};
 
 /// Check that files exist and are whole, statistics are true, the log has no gap, positions only grow, and no row is
@@ -50,8 +50,9 @@ fn named(table: &str) -> Result<Name, Usage> {
 
 /// Returns the app ids of a partition under this source, in all its generations.
 fn app_ids(kafka: &kafka::Settings, topic: &str, partition: i32) -> Vec<String> {
-    let under = |generation| kafka::Settings { generation, topic: topic.to_owned(), ..kafka.clone() };
-    (0..=kafka.generation).map(|generation| under(generation).app_id(partition)).collect()
+    let under = |generation| kafka::Settings { generation, ..kafka.clone() };
+    let place = TopicPartition::new(topic, partition);
+    (0..=kafka.generation).map(|generation| under(generation).app_id(&place)).collect()
 }
 
 #[cfg(test)]

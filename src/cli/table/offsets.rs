@@ -9,6 +9,7 @@ use super::{Exit, Global};
 use crate::cli::lines::Output;
 use crate::cli::{Usage, runtime};
 use crate::config::Config;
+use crate::query_log::TopicPartition;
 use crate::query_log::kafka::{Connection, Extent};
 use crate::table::{Name, Table, TxnStep};
 
@@ -31,7 +32,7 @@ pub struct Show {
 /// Move a stored offset forward, past records that are lost. A running ingestion begins again from there.
 #[derive(Debug, Args)]
 pub struct Set {
-    /// The partition of the topic in the config.
+    /// The partition.
     #[arg(value_name = "PARTITION", value_parser = clap::value_parser!(i32).range(0..))]
     partition: i32,
     /// The offset of the next record to read; never below the stored one.
@@ -40,6 +41,9 @@ pub struct Set {
     /// Say that the records between the stored offset and the new one are given up. Recorded in the table's log.
     #[arg(long, required = true)]
     accept_loss: bool,
+    /// The topic, where the config names several by an expression.
+    #[arg(long, value_name = "NAME")]
+    topic: Option<String>,
 }
 
 /// Explain how to read the topic anew, from the config's side.
@@ -56,7 +60,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
                 true => {
                     out.line(&json!({ "topic": config.ingest.kafka.topic, "partitions": offsets, "kafka": trouble }))?
                 }
-                false => out.text(&table_of(&config, &offsets, trouble.as_deref()))?,
+                false => out.text(&table_of(&offsets, trouble.as_deref()))?,
             }
         }
         Command::Set(args) => out.text(&runtime()?.block_on(set(&config, args))?)?,
@@ -69,6 +73,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
 /// One partition, by the table and by Kafka.
 #[derive(Debug, Serialize)]
 struct Offsets {
+    topic: String,
     partition: i32,
     stored: Option<i64>,
     low: Option<i64>,
@@ -82,45 +87,52 @@ const BLIND: i32 = 64;
 
 async fn show(config: &Config) -> anyhow::Result<(Vec<Offsets>, Option<String>)> {
     let kafka = config.ingest.kafka.clone();
-    let connection =
-        tokio::task::spawn_blocking(move || Connection::open(&kafka).map(|c| c.extents().to_vec())).await?;
-    let (extents, trouble) = match connection {
-        Ok(extents) => (extents, None),
+    let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka).map(|c| c.topics().to_vec())).await?;
+    let (extents, trouble): (Vec<Extent>, _) = match connection {
+        Ok(topics) => (topics.into_iter().flat_map(|topic| topic.extents).collect(), None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     let mut table = queries(config).await?;
-    let partitions: Vec<i32> = match trouble {
-        None => extents.iter().map(|extent| extent.partition).collect(),
-        Some(_) => (0..BLIND).collect(),
+    let places: Vec<TopicPartition> = match trouble {
+        None => extents.iter().map(|extent| extent.place.clone()).collect(),
+        Some(_) => (0..BLIND).map(|partition| TopicPartition::new(&config.ingest.kafka.topic, partition)).collect(),
     };
-    let ids: Vec<String> = partitions.iter().map(|partition| config.ingest.kafka.app_id(*partition)).collect();
+    let ids: Vec<String> = places.iter().map(|place| config.ingest.kafka.app_id(place)).collect();
     let stored = table.txns(&ids).await?;
-    let extent = |partition: i32| extents.iter().find(|extent| extent.partition == partition).copied();
-    let rows =
-        partitions.into_iter().zip(stored).map(|(partition, stored)| offsets(partition, stored, extent(partition)));
+    let extent = |place: &TopicPartition| extents.iter().find(|extent| extent.place == *place);
+    let rows = places.iter().zip(stored).map(|(place, stored)| offsets(place, stored, extent(place)));
     Ok((rows.filter(|row| row.stored.is_some() || row.high.is_some()).collect(), trouble))
 }
 
-fn offsets(partition: i32, stored: Option<i64>, extent: Option<Extent>) -> Offsets {
+fn offsets(place: &TopicPartition, stored: Option<i64>, extent: Option<&Extent>) -> Offsets {
+    let TopicPartition { topic, partition } = place;
     let lost = stored.zip(extent).map_or(0, |(stored, extent)| (extent.low - stored).max(0));
-    Offsets { partition, stored, low: extent.map(|e| e.low), high: extent.map(|e| e.high), lost }
+    Offsets {
+        topic: topic.to_string(),
+        partition: *partition,
+        stored,
+        low: extent.map(|e| e.low),
+        high: extent.map(|e| e.high),
+        lost,
+    }
 }
 
-fn table_of(config: &Config, offsets: &[Offsets], trouble: Option<&str>) -> String {
+fn table_of(offsets: &[Offsets], trouble: Option<&str>) -> String {
     let number = |value: Option<i64>| value.map_or("-".to_owned(), |value| value.to_string());
-    let mut text = format!(
-        "{:>9} {:>14} {:>14} {:>14}  topic {}\n",
-        "partition", "stored", "oldest", "next", config.ingest.kafka.topic
-    );
+    let mut text = format!("{:>9} {:>14} {:>14} {:>14}  topic\n", "partition", "stored", "oldest", "next");
     for row in offsets {
-        let Offsets { partition, stored, low, high, lost } = row;
+        let Offsets { topic, partition, stored, low, high, lost } = row;
         let remark = match (stored.zip(*high), lost) {
             (_, 1..) => format!("{lost} records are gone: set {partition} {} --accept-loss", low.unwrap_or_default()),
             (Some((stored, high)), _) if stored > high => "the topic was made anew: see new-generation".to_owned(),
             _ => String::new(),
         };
-        let line =
-            format!("{partition:>9} {:>14} {:>14} {:>14}  {remark}", number(*stored), number(*low), number(*high));
+        let line = format!(
+            "{partition:>9} {:>14} {:>14} {:>14}  {topic}  {remark}",
+            number(*stored),
+            number(*low),
+            number(*high)
+        );
         text.push_str(line.trim_end());
         text.push('\n');
     }
@@ -130,10 +142,18 @@ fn table_of(config: &Config, offsets: &[Offsets], trouble: Option<&str>) -> Stri
 async fn set(config: &Config, args: &Set) -> anyhow::Result<String> {
     let mut table = queries(config).await?;
     let kafka = &config.ingest.kafka;
-    let app_id = kafka.app_id(args.partition);
+    let topic = args.topic.as_ref().unwrap_or(&kafka.topic);
+    if !kafka.reads(topic) || topic.starts_with('^') {
+        return Err(Usage(format!(
+            "{topic} is no topic that ingest.kafka.topic ({}) names: give --topic",
+            kafka.topic
+        ))
+        .into());
+    }
+    let app_id = kafka.app_id(&TopicPartition::new(topic, args.partition));
     let stored = table.txn(&app_id).await?;
     if let Some(stored) = stored.filter(|stored| *stored >= args.offset) {
-        let (topic, partition, offset) = (&kafka.topic, args.partition, args.offset);
+        let (partition, offset) = (args.partition, args.offset);
         return Err(Usage(format!(
             "the stored offset of topic {topic}, partition {partition} is {stored}: {offset} is not past it, and going \
              back would store rows twice; to read the topic anew see `taod table offsets new-generation`"
@@ -141,15 +161,15 @@ async fn set(config: &Config, args: &Set) -> anyhow::Result<String> {
         .into());
     }
     let note = json!({
-        "action": "accept-loss", "topic": kafka.topic, "partition": args.partition, "from": stored, "to": args.offset,
+        "action": "accept-loss", "topic": topic, "partition": args.partition, "from": stored, "to": args.offset,
     });
     let version = table.move_positions(&[TxnStep { app_id, expect: stored, set: args.offset }], &note).await?;
     let from = stored.map_or("none".to_owned(), |stored| stored.to_string());
-    tracing::warn!(topic = kafka.topic, partition = args.partition, from, to = args.offset, "records were given up");
+    tracing::warn!(topic, partition = args.partition, from, to = args.offset, "records were given up");
     Ok(format!(
         "topic {}, partition {}: the next offset is {} (was {from}), since version {version}; the records between are \
          given up\n",
-        kafka.topic, args.partition, args.offset
+        topic, args.partition, args.offset
     ))
 }
 

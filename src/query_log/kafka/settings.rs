@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use rdkafka::ClientConfig;
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use crate::query_log::SourceError;
+use crate::query_log::{SourceError, TopicPartition};
 
 /// Where a topic is read from when it is first seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -24,7 +25,8 @@ pub enum Start {
 pub struct Settings {
     /// Bootstrap servers, `host:port`, comma-separated.
     pub brokers: String,
-    /// The topic that holds the query log.
+    /// The topic that holds the query log, or a regular expression that begins with `^`: all topics that it matches, also
+    /// those that come later.
     pub topic: String,
     /// Consumer group. Daemons that share it share the partitions.
     pub group: String,
@@ -86,6 +88,9 @@ impl Settings {
                 return Err(format!("{key} is {value:?}: give a name without slashes and spaces"));
             }
         }
+        if let Some(Err(error)) = self.pattern() {
+            return Err(format!("topic is {:?}, which is no regular expression: {error}", self.topic));
+        }
         in_range("fetch_mib", u64::from(self.fetch_mib), 1, 2048)?;
         in_range("connect_timeout_s", self.connect_timeout_s, 1, 300)?;
         in_range("rebalance_timeout_s", self.rebalance_timeout_s, 1, 240)?;
@@ -102,14 +107,38 @@ impl Settings {
         }
     }
 
-    /// Returns the name under which the offset of a partition is stored.
-    pub fn app_id(&self, partition: i32) -> String {
-        format!("taod/{}/{}/{}/{partition}", self.name, self.generation, self.topic)
+    /// Returns the expression for the topics, where the setting is one.
+    fn pattern(&self) -> Option<Result<Regex, regex::Error>> {
+        self.is_pattern().then(|| Regex::new(&self.topic))
     }
 
-    /// Returns the app id that counts the replays of the topic's dead letters.
-    pub fn replay_id(&self) -> String {
-        format!("taod/{}/{}/replay/{}", self.name, self.generation, self.topic)
+    /// Returns true where the setting names topics by an expression.
+    pub(super) fn is_pattern(&self) -> bool {
+        self.topic.starts_with('^')
+    }
+
+    /// Returns true for a topic that is read.
+    pub fn reads(&self, topic: &str) -> bool {
+        match self.pattern() {
+            None => topic == self.topic,
+            // Kafka's own topics are nobody's log.
+            Some(pattern) => !topic.starts_with("__") && pattern.is_ok_and(|pattern| pattern.is_match(topic)),
+        }
+    }
+
+    /// Returns the name under which the offset of a partition is stored.
+    pub fn app_id(&self, place: &TopicPartition) -> String {
+        format!("taod/{}/{}/{}/{}", self.name, self.generation, place.topic, place.partition)
+    }
+
+    /// Returns the name under which the id that Kafka gave to a topic is stored.
+    pub fn topic_id(&self, topic: &str) -> String {
+        format!("taod/{}/{}/{topic}/topic-id", self.name, self.generation)
+    }
+
+    /// Returns the app id that counts the replays of a topic's dead letters.
+    pub fn replay_id(&self, topic: &str) -> String {
+        format!("taod/{}/{}/replay/{topic}", self.name, self.generation)
     }
 
     /// Returns the client's properties: taod's defaults, then the operator's, then what the protocol needs.
@@ -187,8 +216,18 @@ mod tests {
     }
 
     #[test]
+    fn a_pattern_reads_what_it_matches_and_a_name_itself_alone() {
+        let settings = |topic: &str| Settings { topic: topic.into(), ..Settings::default() };
+        let reads = |topic: &str, asked: &str| settings(topic).reads(asked);
+        assert!(reads("llm", "llm") && !reads("llm", "llm-2"));
+        assert!(reads("^llm", "llm-2") && !reads("^llm", "my-llm") && !reads("^.*", "__consumer_offsets"));
+        settings("^llm-(a|b)$").validate().unwrap();
+        assert!(settings("^(").validate().unwrap_err().contains("topic is \"^(\""));
+    }
+
+    #[test]
     fn the_offset_of_a_partition_has_its_own_name_per_generation() {
         let settings = Settings { generation: 2, ..Settings::default() };
-        assert_eq!(settings.app_id(3), "taod/kafka/2/llm-queries/3");
+        assert_eq!(settings.app_id(&TopicPartition::new("llm-queries", 3)), "taod/kafka/2/llm-queries/3");
     }
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{Fault, Findings};
 use crate::table::read::ListedFile;
 use crate::table::schema::{Kind, TableSpec};
-use crate::table::stored_file::StoredFile;
+use crate::table::stored::StoredFile;
 use crate::table::{Table, TableError, write};
 
 /// Files looked at at a time.
