@@ -3,7 +3,7 @@
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use crate::record::{Kind, Query};
+use crate::record::Kind;
 
 /// Choice of calls, by regular expressions that each match a whole name. An empty list chooses all.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -44,11 +44,11 @@ fn last_line(error: &regex::Error) -> String {
 impl Choice {
     /// Returns true where a call belongs here. Feedback names neither model nor workload: it is kept, and finds its call
     /// when a dataset is frozen, or does not.
-    pub(super) fn takes(&self, query: &Query) -> bool {
-        let fits = |list: &[Regex], name: &Option<String>| {
-            list.is_empty() || list.iter().any(|e| e.is_match(name.as_deref().unwrap_or_default()))
+    pub(super) fn takes(&self, kind: Kind, model: Option<&str>, workload: Option<&str>) -> bool {
+        let fits = |list: &[Regex], name: Option<&str>| {
+            list.is_empty() || list.iter().any(|e| e.is_match(name.unwrap_or_default()))
         };
-        query.kind == Kind::Feedback || (fits(&self.models, &query.model) && fits(&self.workloads, &query.workload))
+        kind == Kind::Feedback || (fits(&self.models, model) && fits(&self.workloads, workload))
     }
 }
 
@@ -56,31 +56,31 @@ impl Choice {
 mod tests {
     use super::*;
 
-    fn call(model: Option<&str>, workload: Option<&str>) -> Query {
-        Query { model: model.map(str::to_owned), workload: workload.map(str::to_owned), ..Query::default() }
+    fn takes(choice: &Choice, model: Option<&str>, workload: Option<&str>) -> bool {
+        choice.takes(Kind::Call, model, workload)
     }
 
     #[test]
     fn a_name_is_matched_whole_and_an_empty_list_takes_all() {
         let filter = Filter { models: vec!["llama-3.*".into(), "qwen".into()], workloads: Vec::new() };
         let choice = filter.compile().unwrap();
-        assert!(choice.takes(&call(Some("llama-3-8b"), None)) && choice.takes(&call(Some("qwen"), Some("x"))));
-        assert!(!choice.takes(&call(Some("qwen2"), None)) && !choice.takes(&call(None, None)));
-        assert!(Choice::default().takes(&call(None, None)));
+        assert!(takes(&choice, Some("llama-3-8b"), None) && takes(&choice, Some("qwen"), Some("x")));
+        assert!(!takes(&choice, Some("qwen2"), None) && !takes(&choice, None, None));
+        assert!(takes(&Choice::default(), None, None));
     }
 
     #[test]
     fn both_must_fit_and_a_call_without_a_workload_has_the_empty_name() {
         let filter = Filter { models: vec!["m".into()], workloads: vec!["support|".into()] };
         let choice = filter.compile().unwrap();
-        assert!(choice.takes(&call(Some("m"), Some("support"))) && choice.takes(&call(Some("m"), None)));
-        assert!(!choice.takes(&call(Some("m"), Some("legal"))) && !choice.takes(&call(Some("n"), Some("support"))));
+        assert!(takes(&choice, Some("m"), Some("support")) && takes(&choice, Some("m"), None));
+        assert!(!takes(&choice, Some("m"), Some("legal")) && !takes(&choice, Some("n"), Some("support")));
     }
 
     #[test]
     fn feedback_is_kept_and_a_broken_expression_is_named() {
         let filter = Filter { models: vec!["m".into()], ..Filter::default() };
-        assert!(filter.compile().unwrap().takes(&Query { kind: Kind::Feedback, ..call(None, None) }));
+        assert!(filter.compile().unwrap().takes(Kind::Feedback, None, None));
         let error = Filter { workloads: vec!["(".into()], ..Filter::default() }.compile().unwrap_err();
         assert!(error.starts_with("workloads holds \"(\"") && error.contains("unclosed"), "{error}");
     }

@@ -179,7 +179,7 @@ impl Reader {
                     continue;
                 }
                 match outcome {
-                    Outcome::Row(query) if !self.choice.takes(&query) => {
+                    Outcome::Row(query) if !self.takes(&query) => {
                         *skipped.entry(OTHER_ENDPOINT).or_default() += 1;
                     }
                     Outcome::Row(query) => {
@@ -267,6 +267,10 @@ impl Reader {
             taod_version: env!("CARGO_PKG_VERSION"),
             config_hash: self.config_hash.clone(),
         }
+    }
+
+    fn takes(&self, query: &Query) -> bool {
+        self.choice.takes(query.kind, query.model.as_deref(), query.workload.as_deref())
     }
 
     fn is_erased(&self, query: &Query, erased: &Suppressions) -> bool {

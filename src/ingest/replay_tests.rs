@@ -8,7 +8,7 @@ use url::Url;
 
 use super::*;
 use crate::query_log::format::Mapping;
-use crate::table::{TableLocation, batch_of, schema};
+use crate::table::{TableLocation, batch_of_any, schema};
 
 const TOPIC: &str = "t";
 
@@ -43,7 +43,7 @@ fn call(text: &str) -> String {
 async fn given(letters: &[Value], stored: i64) -> Tables {
     let tables = tables();
     let mut table = tables.open_one(Name::DeadLetters).await.unwrap();
-    table.append(&[batch_of(&schema::DEAD_LETTERS, letters).unwrap()], &[]).await.unwrap();
+    table.append(&[batch_of_any(&schema::DEAD_LETTERS, letters).unwrap()], &[]).await.unwrap();
     let mut queries = tables.open_one(Name::Queries).await.unwrap();
     let step = TxnStep { app_id: settings().kafka.app_id(&TopicPartition::new(TOPIC, 0)), expect: None, set: stored };
     queries.append(&[], &[step]).await.unwrap();
@@ -162,10 +162,13 @@ async fn a_record_that_failed_whole_may_become_several_rows_and_a_part_only_itse
 
 #[test]
 fn a_chunk_never_cuts_a_record_and_leaves_out_what_is_not_chosen() {
-    let key = |partition, offset, record_index, chosen| Key { partition, offset, record_index, chosen, bytes: 10 };
+    let key = |partition, offset, record_index, chosen| {
+        let topic = TOPIC.to_owned();
+        Key { topic, partition, offset, record_index, chosen, bytes: 10 }
+    };
     let keys =
         vec![key(0, 1, 0, true), key(0, 1, 1, false), key(0, 2, 0, false), key(0, 3, 0, true), key(1, 3, 0, true)];
     let found: Vec<(i32, Vec<i64>)> =
-        chunks(keys, 20).into_iter().map(|(p, chunk)| (p, chunk.into_keys().collect())).collect();
+        chunks(keys, 20).into_iter().map(|(place, chunk)| (place.partition, chunk.into_keys().collect())).collect();
     assert_eq!(found, [(0, vec![1]), (0, vec![3]), (1, vec![3])]);
 }

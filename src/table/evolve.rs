@@ -93,7 +93,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_column_that_an_older_table_lacks_is_added_once_and_its_old_rows_are_null() {
         let folder = tempfile::tempdir().unwrap();
-        let place = TableLocation::parse(&folder.path().to_string_lossy()).unwrap();
+        let place = TableLocation::parse(&folder.path().to_string_lossy(), &Default::default()).unwrap();
         let older = without(&schema::GATE_USAGE, "time");
         let mut old = Table::open_or_create(&place, older).await.unwrap();
         append(&mut old, 1).await;
@@ -117,7 +117,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_column_that_every_row_must_fill_is_not_added() {
         let folder = tempfile::tempdir().unwrap();
-        let place = TableLocation::parse(&folder.path().to_string_lossy()).unwrap();
+        let place = TableLocation::parse(&folder.path().to_string_lossy(), &Default::default()).unwrap();
         Table::open_or_create(&place, without(&schema::GATE_USAGE, "trial")).await.unwrap();
         let error = Table::open_or_create(&place, &schema::GATE_USAGE).await.err().unwrap();
         assert!(error.to_string().contains("it has no column \"trial\""), "{error}");

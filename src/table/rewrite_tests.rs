@@ -16,7 +16,7 @@ fn letter(offset: i64, day: &str, payload: &str) -> Value {
 }
 
 async fn store(table: &mut Table, letters: &[Value]) {
-    let batch = batch_of(&schema::DEAD_LETTERS, letters).unwrap();
+    let batch = batch_of_any(&schema::DEAD_LETTERS, letters).unwrap();
     table.append(&[batch], &[]).await.unwrap();
 }
 
@@ -135,7 +135,7 @@ async fn what_was_checked_against_an_older_list_cannot_land() {
     assert_eq!(Suppressions::add(&tables, [Key::request("r-1")].into_iter(), "receipt").await.unwrap(), 0);
     let step = TxnStep { app_id: ERASURES.into(), expect: None, set: 1 };
     eraser.append(&[], &[step]).await.unwrap();
-    let batch = batch_of(&schema::DEAD_LETTERS, &[letter(2, "2026-01-01", "b")]).unwrap();
+    let batch = batch_of_any(&schema::DEAD_LETTERS, &[letter(2, "2026-01-01", "b")]).unwrap();
     let error = ingest.append(&[batch], &[]).await.unwrap_err();
     assert!(matches!(&error, TableError::Fenced { app_id, .. } if app_id == ERASURES), "{error}");
     let list = Suppressions::load(&tables).await.unwrap();

@@ -29,7 +29,7 @@ const ROW_GROUP_BYTES: usize = 64 << 20;
 
 /// Returns a batch of rows whose fields are columns of the table in any order, JSON columns already as text. A field that
 /// is no column is refused, never dropped.
-pub(super) fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
+pub fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
     let schema = spec.arrow_schema();
     let decode = || {
         let mut decoder = ReaderBuilder::new(Arc::clone(&schema))

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::json;
 use taod::crash::{CRASH_AT, Point};
 use taod::query_log::embedded::EmbeddedBroker;
-use taod::table::{Name, Tables, TxnStep, batch_of, schema};
+use taod::table::{Name, Tables, TxnStep, batch_of_any, schema};
 
 use crate::harness::taod_in;
 
@@ -118,7 +118,7 @@ async fn small_files(folder: &Path) -> PathBuf {
             "tenant": if offset % 2 == 0 { "acme" } else { "other" }, "prompt_hash": "h", "format": "openai",
             "redacted": false, "train_ok": true, "sample_weight": 1.0, "truncated": false, "taod_version": "0",
             "config_hash": "c", "extra": "{}" });
-        table.append(&[batch_of(&schema::QUERIES, &[row]).unwrap()], &[]).await.unwrap();
+        table.append(&[batch_of_any(&schema::QUERIES, &[row]).unwrap()], &[]).await.unwrap();
     }
     root
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use taod::ingest::keyed_hash;
 use taod::query_log::embedded::EmbeddedBroker;
 use taod::record::{Message, prompt_hash};
-use taod::table::{ERASURES, Name, TableError, Tables, batch_of, schema};
+use taod::table::{ERASURES, Name, TableError, Tables, batch_of_any, schema};
 
 use crate::harness::night::bytes_below;
 use crate::harness::{Outcome, taod_in};
@@ -88,7 +88,7 @@ async fn write_on(tables: Tables, from: i64, stop: Arc<AtomicBool>) -> i64 {
             let erased = taod::table::Suppressions::load(&tables).await.unwrap();
             let rows: Vec<Value> = (offset..offset + 7).map(nth).collect();
             let kept = rows.into_iter().filter(|row| !erased.hides_call(row["user_hash"].as_str(), None));
-            let batch = batch_of(&schema::QUERIES, &kept.collect::<Vec<_>>()).unwrap();
+            let batch = batch_of_any(&schema::QUERIES, &kept.collect::<Vec<_>>()).unwrap();
             match queries.append(&[batch], &[]).await {
                 Ok(_) => offset += 7,
                 Err(TableError::Fenced { .. }) => continue 'session,
@@ -123,7 +123,7 @@ async fn of_a_thousand_files_under_a_writer_no_row_of_the_subject_is_left_and_no
     let mut queries = tables.open_one(Name::Queries).await.unwrap();
     for file in 0..1000 {
         let rows: Vec<Value> = (file * 7..file * 7 + 7).map(nth).collect();
-        queries.append(&[batch_of(&schema::QUERIES, &rows).unwrap()], &[]).await.unwrap();
+        queries.append(&[batch_of_any(&schema::QUERIES, &rows).unwrap()], &[]).await.unwrap();
     }
     let letters =
         [(1, format!(r#"{{"user":"{SUBJECT}","x":"{MARK}"#)), (2, "nobody's".to_owned())].map(|(offset, text)| {
@@ -132,7 +132,7 @@ async fn of_a_thousand_files_under_a_writer_no_row_of_the_subject_is_left_and_no
                 "config_hash": "c" })
         });
     let mut dead = tables.open_one(Name::DeadLetters).await.unwrap();
-    dead.append(&[batch_of(&schema::DEAD_LETTERS, &letters).unwrap()], &[]).await.unwrap();
+    dead.append(&[batch_of_any(&schema::DEAD_LETTERS, &letters).unwrap()], &[]).await.unwrap();
 
     let stop = Arc::new(AtomicBool::new(false));
     let writer = tokio::spawn(write_on(tables.clone(), 7000, Arc::clone(&stop)));
@@ -232,7 +232,7 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
     let state = folder.path().join("state");
     let tables = Tables::open(&state.join("tables")).unwrap();
     let mut queries = tables.open_one(Name::Queries).await.unwrap();
-    queries.append(&[batch_of(&schema::QUERIES, &[nth(1), nth(3)]).unwrap()], &[]).await.unwrap();
+    queries.append(&[batch_of_any(&schema::QUERIES, &[nth(1), nth(3)]).unwrap()], &[]).await.unwrap();
     // A round as it stands while it samples: frozen, and no outcome.
     let round = state.join("rounds/round-00001");
     std::fs::create_dir_all(round.join("dataset")).unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::table::{TxnStep, batch_of, schema};
+use crate::table::{TxnStep, batch_of_any, schema};
 
 const APP: &str = "taod/kafka/0/t/0";
 
@@ -37,7 +37,7 @@ impl Bench {
         let letters: Vec<Value> = offsets.iter().map(letter).collect();
         let expect = table.txn(APP).await.unwrap();
         let step = TxnStep { app_id: APP.into(), expect, set: next };
-        table.append(&[batch_of(&schema::DEAD_LETTERS, &letters).unwrap()], &[step]).await.unwrap();
+        table.append(&[batch_of_any(&schema::DEAD_LETTERS, &letters).unwrap()], &[step]).await.unwrap();
     }
 
     fn place(&self) -> PathBuf {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::table::{TxnStep, batch_of, schema};
+use crate::table::{TxnStep, batch_of_any, schema};
 
 fn letter(offset: i64) -> Value {
     json!({ "topic": "t", "partition": 0, "offset": offset, "record_index": 0, "ingest_date": "2026-02-03",
@@ -14,7 +14,7 @@ fn letter(offset: i64) -> Value {
 }
 
 async fn append(table: &mut Table, offset: i64) {
-    let batch = batch_of(&schema::DEAD_LETTERS, &[letter(offset)]).unwrap();
+    let batch = batch_of_any(&schema::DEAD_LETTERS, &[letter(offset)]).unwrap();
     let expect = table.txn("test").await.unwrap();
     table.append(&[batch], &[TxnStep { app_id: "test".into(), expect, set: offset + 1 }]).await.unwrap();
 }
