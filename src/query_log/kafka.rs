@@ -18,7 +18,7 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
-use rdkafka::metadata::MetadataTopic;
+use rdkafka::metadata::{MetadataBroker, MetadataTopic};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, Statistics, TopicPartitionList};
 use tokio::sync::mpsc;
@@ -113,7 +113,8 @@ fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Topic
         return Err(no_topic());
     }
     let names: Vec<&str> = found.iter().map(|topic| topic.name()).collect();
-    let ids = topic_ids::ask(client.client().native_ptr(), &names, patience).unwrap_or_else(|why| {
+    let broker = metadata.brokers().first().map_or(-1, MetadataBroker::id);
+    let ids = topic_ids::ask(client.client().native_ptr(), broker, &names, patience).unwrap_or_else(|why| {
         tracing::warn!(why, "the ids of topics are unknown: a topic that is made anew is told by its offsets alone");
         BTreeMap::new()
     });

@@ -53,7 +53,7 @@ pub enum TableError {
         "table location {location} {why}; a location is a folder, or a URL that begins with file://, s3://, az://, abfss:// or gs://"
     )]
     Location { location: String, why: String },
-    #[error("{action} table {table}: {source}{}", remedy(source.as_ref()))]
+    #[error("{action} table {table}: {}{}", one_line(source.as_ref()), remedy(source.as_ref()))]
     Store { action: &'static str, table: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("log entry {version} of table {table} is not a Delta commit: {source}")]
     Log { table: String, version: u64, source: serde_json::Error },
@@ -79,19 +79,27 @@ pub enum TableError {
     Unsettled { table: String, version: u64, why: String },
 }
 
+/// Returns an error as one line: stores answer with whole documents.
+fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// Returns what to do about an error of a store, where it is told; begins with a separator.
 fn remedy(error: &(dyn std::error::Error + 'static)) -> &'static str {
     use deltalake::logstore::object_store::Error;
 
     let mut next = Some(error);
     while let Some(error) = next {
-        match error.downcast_ref::<Error>() {
-            Some(Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) => {
-                return ": the store refuses; check the rights on the place, and for a bucket the credentials in the \
-                        environment and state.store_options";
-            }
-            _ => next = error.source(),
+        let refused = matches!(
+            error.downcast_ref::<Error>(),
+            Some(Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
+        );
+        // A refused listing has no kind of its own, only the server's answer as text.
+        if refused || error.source().is_none() && error.to_string().contains("status code: 403") {
+            return ": the store refuses; check the rights on the place, and for a bucket the credentials in the \
+                    environment and state.store_options";
         }
+        next = error.source();
     }
     ""
 }

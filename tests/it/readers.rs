@@ -157,7 +157,7 @@ async fn other_readers_read_every_table_as_we_do() {
 async fn a_table_of_an_older_taod_is_read_by_others_after_its_new_column_and_a_compaction() {
     let Some(python) = harness::readers() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let place = TableLocation::parse(&folder.path().to_string_lossy()).unwrap();
+    let place = TableLocation::parse(&folder.path().to_string_lossy(), &Default::default()).unwrap();
     let spec = Name::DeadLetters.spec();
     let columns: Vec<_> = spec.columns.iter().filter(|column| column.name != "headers").copied().collect();
     let older: &'static TableSpec = Box::leak(Box::new(TableSpec { name: spec.name, columns: columns.leak() }));

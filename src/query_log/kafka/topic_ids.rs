@@ -20,10 +20,15 @@ impl<T> Drop for Owned<T> {
     }
 }
 
-/// Asks for the ids of topics, as 63 bits of each. A topic that does not exist, or of a broker older than 2.8, has none.
+/// Asks a broker for the ids of topics, as 63 bits of each. A topic that does not exist, or of a broker older than 2.8, has none.
 /// Blocks for at most `patience`.
 #[expect(unsafe_code, reason = "the rdkafka crate does not offer DescribeTopics")]
-pub(super) fn ask(client: *mut RDKafka, topics: &[&str], patience: Duration) -> Result<BTreeMap<String, i64>, String> {
+pub(super) fn ask(
+    client: *mut RDKafka,
+    broker: i32,
+    topics: &[&str],
+    patience: Duration,
+) -> Result<BTreeMap<String, i64>, String> {
     let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(*name).ok()).collect();
     let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
     let patience = c_int::try_from(patience.as_millis()).unwrap_or(c_int::MAX);
@@ -34,6 +39,8 @@ pub(super) fn ask(client: *mut RDKafka, topics: &[&str], patience: Duration) -> 
         let operation = rd::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS;
         let options = Owned(rd::rd_kafka_AdminOptions_new(client, operation), rd::rd_kafka_AdminOptions_destroy);
         rd::rd_kafka_AdminOptions_set_request_timeout(options.0, patience, error.as_mut_ptr(), error.len());
+        // Every broker knows; without this the client looks for the controller.
+        rd::rd_kafka_AdminOptions_set_broker(options.0, broker, error.as_mut_ptr(), error.len());
         let queue = Owned(rd::rd_kafka_queue_new(client), rd::rd_kafka_queue_destroy);
         let asked = rd::rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
         let asked = Owned(asked, rd::rd_kafka_TopicCollection_destroy);
