@@ -84,7 +84,8 @@ fn unpack(payload: &[u8], most: usize) -> Result<Cow<'_, [u8]>, Refusal> {
             Err(Refusal::dead(Reason::BadCompression, format!("the {name} data cannot be unpacked: {error}")))
         }
         Ok(plain) if plain.len() > limit => {
-            let message = format!("the {name} data of {} bytes holds more than {limit}", payload.len());
+            let message =
+                format!("the {name} data of {} bytes holds more than {limit}: send smaller records", payload.len());
             Err(Refusal::dead(Reason::TooLarge, message))
         }
         Ok(plain) => Ok(Cow::Owned(plain)),

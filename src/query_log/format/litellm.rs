@@ -205,7 +205,8 @@ fn read_identity(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusi
     query.tenant = metadata.text(&["tenant", "user_api_key_team_id", "user_api_key_team_alias", "user_api_key_org_id"]);
     let owner = metadata.text(&["user_api_key_end_user_id", "user_id", "user_api_key_user_id"]);
     query.workload = metadata.text(&["workload", "workload_id"]);
-    if exclusion::takes_opt_out(&mut metadata) {
+    // Each is looked at: both are taken.
+    if [exclusion::takes_opt_out(fields), exclusion::takes_opt_out(&mut metadata)].contains(&true) {
         found.push(Exclusion::OptOut);
     }
     let users = [end_user, query.user.take(), owner];

@@ -34,7 +34,7 @@ pub(super) fn read(
     let mut found = Vec::new();
 
     read_prompt(&mut query, &mut request, fields.get("response"), &mut found)?;
-    query.model = request.text(&["model"]);
+    query.model = request.text(&["model"]).or_else(|| fields.text(&["model"]));
     query.user = request.text(&["user"]);
     let mut metadata = request.object("metadata");
     read_metadata(&mut query, &mut metadata, &mut found);

@@ -159,7 +159,7 @@ fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Header
         "gen_ai.usage.completion_tokens",
         "llm.token_count.completion",
     ]);
-    if exclusion::takes_opt_out(&mut attributes) || sender_opts_out(&entry) {
+    if exclusion::takes_opt_out(&mut attributes) || sender_opts_out(&entry) || header_opts_out(&attributes) {
         found.push(Exclusion::OptOut);
     }
     query.truncated = content.is_cut;
@@ -180,6 +180,16 @@ fn sender_opts_out(entry: &Entry) -> bool {
     let whole = entry.resource.whole();
     let said = |name: &str| whole.get(name).map(|value| (name.to_owned(), value.clone()));
     exclusion::takes_opt_out(&mut Fields::new(exclusion::OPT_OUTS.into_iter().filter_map(said).collect()))
+}
+
+/// Returns true where a header of the request, which instrumentations log as an attribute, forbids training.
+fn header_opts_out(attributes: &Fields) -> bool {
+    let logged =
+        |name: &&str| Some(((**name).to_owned(), attributes.get(&format!("http.request.header.{name}"))?.clone()));
+    let logged = Value::Object(exclusion::HEADERS.iter().filter_map(logged).collect());
+    let (kafka, names) = (BTreeMap::new(), exclusion::HEADERS);
+    let headers = Headers::new(&kafka, Some(&logged));
+    names.iter().any(|name| headers.denies(name))
 }
 
 fn not_empty(text: &str) -> Option<String> {
@@ -412,6 +422,10 @@ mod tests {
         let sender: Value = many.chain([attribute("do_not_train", "true")]).collect();
         let rows = rows(3, &[asked()], sender, &Rules::default());
         assert!(rows.iter().all(|query| query.reason.as_deref() == Some("opt_out")));
+        let values = json!({"arrayValue": {"values": [{"stringValue": "false"}]}});
+        let header = json!({"key": "http.request.header.cf-aig-collect-log-payload", "value": values});
+        let refused = self::rows(1, &[asked(), header], json!([]), &Rules::default());
+        assert_eq!(refused[0].reason.as_deref(), Some("opt_out"));
     }
 
     #[test]
