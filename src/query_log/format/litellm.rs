@@ -175,7 +175,10 @@ fn listed(value: Value) -> Result<Vec<Message>, Refusal> {
     match value {
         Value::Object(mut map) if !map.contains_key("role") => match map.shift_remove("messages") {
             Some(inner @ Value::Array(_)) => chat::messages(inner),
-            _ => Err(Refusal::dead(Reason::BadMessages, "messages is an object with neither a role nor messages")),
+            _ => Err(Refusal::dead(
+                Reason::BadMessages,
+                "messages is an object with neither a role nor messages: log them as they were sent",
+            )),
         },
         message @ Value::Object(_) => chat::messages(Value::Array(vec![message])),
         list => chat::messages(list),

@@ -83,7 +83,7 @@ fn prompt_of(line: &str, mut fields: Fields, headers: &BTreeMap<String, String>)
     let Some((prompt, rest)) = literal(said.as_str()) else {
         return Err(match said.as_str().starts_with("None") {
             true => Refusal::skip(Reason::NoContent),
-            false => Refusal::dead(Reason::BadRequest, "the prompt of the line breaks off"),
+            false => Refusal::dead(Reason::BadRequest, "the prompt of the line breaks off: raise --max-log-len"),
         });
     };
     let mut query = feedback::blank(Kind::Call, "vllm");

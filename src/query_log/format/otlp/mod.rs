@@ -111,7 +111,10 @@ fn outcome(mut entry: Entry, headers: &Headers<'_>) -> Result<Outcome, Refusal> 
     let content = Content { is_cut, ..content::take(&mut entry, &mut attributes) };
     if content.messages.is_empty() {
         return Err(match content.answer {
-            Some(_) => Refusal::dead(Reason::MissingMessages, "the span holds an answer and no prompt"),
+            Some(_) => Refusal::dead(
+                Reason::MissingMessages,
+                "the span holds an answer and no prompt: capture input messages too, in the same batch",
+            ),
             None => Refusal::skip(Reason::NoContent),
         });
     }
