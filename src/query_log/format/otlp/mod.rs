@@ -107,6 +107,17 @@ fn outcome(mut entry: Entry, headers: &Headers<'_>) -> Result<Outcome, Refusal> 
     if !is_call(&entry, &attributes) {
         return Err(Refusal::skip(Reason::NotChat));
     }
+    // Of an event some write the fields into its body.
+    if entry.is_log
+        && let Value::Object(body) = &mut entry.body
+    {
+        for (name, value) in body.iter_mut().filter(|(name, _)| name.starts_with("gen_ai.")) {
+            if !attributes.has(name) {
+                attributes.put_rest(name, value.take());
+            }
+        }
+        body.retain(|_, value| !value.is_null());
+    }
     let is_cut = content::is_cut(&entry, &attributes);
     let content = Content { is_cut, ..content::take(&mut entry, &mut attributes) };
     if content.messages.is_empty() {
@@ -131,20 +142,21 @@ fn is_call(entry: &Entry, attributes: &Fields) -> bool {
         return CHATS.contains(&operation);
     }
     says("openinference.span.kind").is_some_and(|kind| kind == "LLM")
-        || ["gen_ai.input.messages", "gen_ai.prompt.0.role", "gen_ai.prompt.0.content"]
+        || ["gen_ai.input.messages", "gen_ai.prompt", "gen_ai.prompt.0.role", "gen_ai.prompt.0.content"]
             .iter()
             .any(|n| attributes.has(n))
         || entry.events.iter().any(|event| event.name == "gen_ai.content.prompt")
 }
 
-fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Headers<'_>) -> Query {
+fn call(mut entry: Entry, mut attributes: Fields, content: Content, headers: &Headers<'_>) -> Query {
     let mut query = feedback::blank(Kind::Call, "otlp");
     let mut resource = Fields::new(entry.resource.for_row());
     let mut found = Vec::new();
     query.event_time_us = entry.start_ns.and_then(|ns| time(&ns.into()));
     let duration = entry.start_ns.zip(entry.end_ns).map(|(start, end)| (end as f64 - start as f64) / 1e6);
     query.duration_ms = duration.filter(|ms| *ms >= 0.0);
-    query.request_id = attributes.text(&["gen_ai.response.id"]).or_else(|| not_empty(&entry.span_id));
+    let response_id = attributes.text(&["gen_ai.response.id"]);
+    query.request_id = response_id.or_else(|| not_empty(&std::mem::take(&mut entry.span_id)));
     query.trace_id = not_empty(&entry.trace_id);
     query.conversation_id =
         attributes.text(&["gen_ai.conversation.id", "session.id", "traceloop.association.properties.session_id"]);
@@ -265,7 +277,7 @@ fn extra(entry: Entry, attributes: Fields, resource: Fields) -> Map<String, Valu
         event.rest()
     };
     let mut more = Fields::new(entry.more);
-    more.put_rest("spanId", entry.span_id);
+    more.put_rest("spanId", not_empty(&entry.span_id));
     let says_something = |event: &Event| !event.attributes.is_empty() || !event.more.is_empty();
     let events: Vec<Value> =
         entry.events.into_iter().filter(says_something).map(|found| Value::Object(event(found))).collect();
@@ -436,6 +448,19 @@ mod tests {
         let one = |attributes: &[Value]| rows(1, attributes, json!([]), &Rules::default()).remove(0);
         let texts = one(&[attribute("gen_ai.input.messages", "[\"Hi\", {\"role\": \"user\", \"content\": \"Ho\"}]")]);
         assert_eq!(texts.messages, [Message::text("user", "Hi"), Message::text("user", "Ho")]);
+        let bare = one(&[attribute("gen_ai.prompt", "Hi"), attribute("gen_ai.completion", "{\"content\": \"Ho\"}")]);
+        assert_eq!((&bare.messages[0], bare.response.as_deref()), (&Message::text("user", "Hi"), Some("Ho")));
+        let messages = json!({"stringValue": "[{\"role\": \"user\", \"content\": \"Hi\"}]"});
+        let body = json!({"kvlistValue": {"values": [{"key": "gen_ai.input.messages", "value": messages},
+            {"key": "more", "value": {"boolValue": true}}]}});
+        let event = json!({"resourceLogs": [{"scopeLogs": [{"logRecords": [{"eventName": DETAILS, "body": body}]}]}]});
+        match read(event.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+            [Outcome::Row(query)] => assert_eq!(
+                query.extra,
+                Map::from_iter([("name".into(), json!(DETAILS)), ("body".into(), json!({"more": true}))])
+            ),
+            other => panic!("{other:?}"),
+        }
         let flat = [
             attribute("gen_ai.prompt.0", "Hi"),
             attribute("gen_ai.prompt.1.content", "Ho"),
