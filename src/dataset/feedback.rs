@@ -35,7 +35,9 @@ impl Joined {
     /// Joins rows in the order of the log.
     pub(super) fn of(rows: &[QueryRow]) -> Self {
         let mut joined = Joined::default();
-        let calls = Calls::of(rows);
+        // Most logs have no feedback of its own: then nothing need be looked up.
+        let has_late = rows.iter().any(|row| row.kind == Kind::Feedback);
+        let calls = Calls::of(if has_late { rows } else { &[] });
         for row in rows {
             let Some(feedback) = read(row) else { continue };
             let call = if row.kind == Kind::Call { Some(row) } else { calls.of_feedback(row) };

@@ -326,6 +326,7 @@ fn language(messages: &[Message]) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::derive_seed;
 
     fn record(offset: i64, payload: Option<&[u8]>) -> Record {
         Record {
@@ -367,6 +368,38 @@ mod tests {
         assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
         let known = Known::from([(TopicPartition::new("t", 1), HashSet::from([(5, 0)]))]);
         assert!(reader(None).read(&records, &known, &Suppressions::default()).unwrap().letters.is_empty());
+    }
+
+    #[test]
+    fn whatever_the_bytes_each_outcome_is_a_row_a_letter_or_a_counted_skip() {
+        let texts = [
+            include_str!("../../tests/fixtures/logs/mixed.ndjson"),
+            include_str!("../../tests/fixtures/logs/litellm_success.json"),
+            include_str!("../../tests/fixtures/logs/otlp_spans.json"),
+            include_str!("../../tests/fixtures/logs/openai_stream.json"),
+        ];
+        let reader = reader(Some(b"0123456789abcdef"));
+        let (mut rows, mut letters, mut skips) = (0, 0, 0);
+        for round in 0..2000u64 {
+            let draw = |what: &str, below: usize| derive_seed(round, &[what]) as usize % below.max(1);
+            let mut bytes = texts[draw("text", texts.len())].as_bytes().to_vec();
+            match draw("how", 4) {
+                0 => bytes.truncate(draw("end", 64)),
+                1 => bytes.truncate(draw("end", bytes.len())),
+                2 => bytes.rotate_left(draw("at", 16)),
+                _ => (0..3).for_each(|n| {
+                    let at = draw(&format!("at {n}"), bytes.len());
+                    bytes[at] = draw(&format!("byte {n}"), 256) as u8;
+                }),
+            }
+            let outcomes = format::read(&bytes, &BTreeMap::new(), &reader.rules).len();
+            let parsed = reader.read(&[record(5, Some(&bytes))], &Known::new()).unwrap();
+            let skipped = parsed.skipped.values().sum::<u64>() as usize;
+            let stored = parsed.batch.num_rows() + parsed.letters.len() + skipped;
+            assert!(stored > 0 && stored == outcomes, "{stored} of {outcomes}: {}", String::from_utf8_lossy(&bytes));
+            (rows, letters, skips) = (rows + parsed.batch.num_rows(), letters + parsed.letters.len(), skips + skipped);
+        }
+        assert!(rows > 100 && letters > 100 && skips > 10, "{rows} rows, {letters} letters, {skips} skips");
     }
 
     #[test]

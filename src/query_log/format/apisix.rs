@@ -25,11 +25,13 @@ pub(super) fn is_apisix(fields: &Fields) -> bool {
 pub(super) fn read(mut fields: Fields, headers: &BTreeMap<String, String>) -> Result<Query, Refusal> {
     let mut pair = Fields::default();
     let (mut http, mut answer) = (fields.object("request"), fields.object("response"));
-    let mut text = fields.object("llm_response_text");
-    let logged = text.take("content").map(|content| json!({"choices": [{"message": {"content": content}}]}));
-    fields.put_rest("llm_response_text", text.rest());
     let body = http.take("body").or_else(|| fields.take("llm_request"));
-    let response = answer.take("body").or(logged);
+    let response = answer.take("body").or_else(|| {
+        let mut text = fields.object("llm_response_text");
+        let content = text.take("content");
+        fields.put_rest("llm_response_text", text.rest());
+        content.map(|content| json!({"choices": [{"message": {"content": content}}]}))
+    });
 
     let logged_headers = http.take("headers").unwrap_or_default();
     let names_workload = logged_headers.get("x-workload").is_some();

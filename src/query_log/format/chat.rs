@@ -60,22 +60,31 @@ pub(super) struct Answer {
     pub(super) rest: Value,
 }
 
+/// What helps where a request was changed on its way.
+const AS_SENT: &str = "log the request as it was sent";
+
 /// Reads messages: a list of objects with a role.
 pub(super) fn messages(value: Value) -> Result<Vec<Message>, Refusal> {
     let items = match value {
         Value::Array(items) if items.is_empty() => {
-            return Err(Refusal::dead(Reason::MissingMessages, "the call has no messages: the list is empty"));
+            return Err(Refusal::dead(
+                Reason::MissingMessages,
+                "the call has no messages, its list is empty: log the request as it was sent",
+            ));
         }
         Value::Array(items) => items,
         other => {
-            return Err(Refusal::dead(Reason::BadMessages, format!("messages is {}, not a list", kind_of(&other))));
+            return Err(Refusal::dead(
+                Reason::BadMessages,
+                format!("messages is {}, not a list: {AS_SENT}", kind_of(&other)),
+            ));
         }
     };
     items.into_iter().enumerate().map(|(i, item)| message(i, item)).collect()
 }
 
 fn message(index: usize, value: Value) -> Result<Message, Refusal> {
-    let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("messages[{index}] {what}"));
+    let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("messages[{index}] {what}: {AS_SENT}"));
     let Value::Object(mut map) = value else {
         return Err(bad("is not an object"));
     };
@@ -107,13 +116,16 @@ fn written(text: String) -> Answer {
     if let Some(chunks) = stream::events(&text) {
         return streamed(chunks);
     }
-    let looks_like_body = matches!(text.trim_start().as_bytes().first(), Some(b'{' | b'['));
+    let is_body = |text: &str| matches!(text.trim_start().as_bytes().first(), Some(b'{' | b'['));
+    let looks_like_body = is_body(&text) && ["\"choices\"", "\"output\""].iter().any(|name| text.contains(name));
+    // A stream that breaks off in its first event.
+    let looks_like_event = text.trim_start().strip_prefix("data:").is_some_and(is_body);
     match super::parse(text.trim().as_bytes()) {
         Ok(Value::Object(map)) if ["choices", "error", "output"].iter().any(|name| map.contains_key(*name)) => {
             body_of(Fields::new(map))
         }
         Ok(Value::Array(chunks)) if stream::are_chunks(&chunks) => streamed(stream::join(chunks)),
-        Err(_) if looks_like_body && ["\"choices\"", "\"output\""].iter().any(|name| text.contains(name)) => {
+        Err(_) if looks_like_body || looks_like_event => {
             Answer { truncated: true, rest: text.into(), ..Answer::default() }
         }
         _ => Answer { text: Some(text), ..Answer::default() },

@@ -15,10 +15,13 @@ pub const INTERNAL_USER: &str = "taod-internal";
 /// The header that taod puts into every request of its own.
 pub const INTERNAL_HEADER: &str = "x-taod-internal";
 
+/// The headers by which a caller forbids training: ours, and Cloudflare's.
+pub(super) const HEADERS: [&str; 2] = ["x-taod-train", "cf-aig-collect-log-payload"];
+
 /// What loggers leave in place of masked text. A mask anywhere excludes the row: half-masked rows are common, and a
 /// model must not learn to write masks. Closing brackets are left out on purpose (`[REDACTED_EMAIL]`).
 static SENTINELS: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"(?i)redacted-by-litellm|__redacted__|\[redacted\b|\[redacted_").expect("a constant pattern")
+    Regex::new(r"(?i)redacted-by-litellm|__redacted__|[\[<*]redacted(?:\b|_)").expect("a constant pattern")
 });
 
 /// What every mask holds. Nearly no text does, and this search is the faster one by far.
@@ -76,7 +79,7 @@ pub(super) fn mark(query: &mut Query, headers: &Headers<'_>, mut found: Vec<Excl
     if query.user.as_deref() == Some(INTERNAL_USER) || headers.get(INTERNAL_HEADER).is_some() {
         found.push(Exclusion::Own);
     }
-    if headers.denies("x-taod-train") || headers.denies("cf-aig-collect-log-payload") {
+    if HEADERS.iter().any(|name| headers.denies(name)) {
         found.push(Exclusion::OptOut);
     }
     query.redacted = is_redacted(query);
@@ -104,10 +107,15 @@ pub(super) fn add(query: &mut Query, exclusion: Exclusion) {
     }
 }
 
+/// The fields by which a caller forbids training.
+pub(super) const OPT_OUTS: [&str; 3] = ["do_not_train", "no_train", "allow_training"];
+
 /// Takes the fields by which a caller forbids training; true where one does.
 pub(super) fn takes_opt_out(fields: &mut Fields) -> bool {
-    let forbids = fields.truth(&["do_not_train", "no_train"]) == Some(true);
-    fields.truth(&["allow_training"]) == Some(false) || forbids
+    let [refuse, refuse_too, allow] = OPT_OUTS;
+    // Each is taken, whatever the others say.
+    let said = [fields.truth(&[refuse]), fields.truth(&[refuse_too]), fields.truth(&[allow]).map(|allowed| !allowed)];
+    said.contains(&Some(true))
 }
 
 /// Returns true where a mask stands in the prompt, the tools or the answer, tool calls included.

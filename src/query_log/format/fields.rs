@@ -167,9 +167,22 @@ fn drop_personal(value: &mut Value) {
             map.retain(|name, _| !is_personal(name));
             map.values_mut().for_each(drop_personal);
         }
-        Value::Array(items) => items.iter_mut().for_each(drop_personal),
+        Value::Array(items) => {
+            items.retain(|item| !is_personal_pair(item));
+            items.iter_mut().for_each(drop_personal);
+        }
         _ => {}
     }
+}
+
+/// Returns true where an item of a list is a name and a value, as some loggers write headers, and the name is personal.
+fn is_personal_pair(item: &Value) -> bool {
+    let name = match item {
+        Value::Object(map) if map.len() == 2 => map.get("name").or_else(|| map.get("key")),
+        Value::Array(pair) if pair.len() == 2 => pair.first(),
+        _ => None,
+    };
+    name.and_then(Value::as_str).is_some_and(is_personal)
 }
 
 /// Headers of the Kafka record and of the logged HTTP request, looked up without case.
@@ -177,10 +190,22 @@ pub(super) struct Headers<'a>(Vec<(String, &'a str)>);
 
 impl<'a> Headers<'a> {
     pub(super) fn new(kafka: &'a BTreeMap<String, String>, logged: Option<&'a Value>) -> Self {
-        let logged = logged.and_then(Value::as_object).into_iter().flatten();
-        let logged = logged.filter_map(|(name, value)| Some((name.to_ascii_lowercase(), value.as_str()?)));
-        let kafka = kafka.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.as_str()));
-        Headers(kafka.chain(logged).collect())
+        let mut headers = Headers(Vec::with_capacity(kafka.len()));
+        kafka.iter().for_each(|(name, value)| headers.0.push((name.to_ascii_lowercase(), value)));
+        logged.into_iter().for_each(|logged| headers.add(logged));
+        headers
+    }
+
+    /// Adds logged headers: an object, a value of which may be a list.
+    pub(super) fn add(&mut self, logged: &'a Value) {
+        for (name, value) in logged.as_object().into_iter().flatten() {
+            let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            let texts = values.iter().filter_map(|value| match value {
+                Value::Bool(truth) => Some(if *truth { "true" } else { "false" }),
+                value => value.as_str(),
+            });
+            self.0.extend(texts.map(|text| (name.to_ascii_lowercase(), text)));
+        }
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&'a str> {
@@ -188,9 +213,9 @@ impl<'a> Headers<'a> {
         Some(found.1.trim()).filter(|value| !value.is_empty())
     }
 
-    /// Returns true where the header is there and says no.
+    /// Returns true where the header is there and says no, if only once.
     pub(super) fn denies(&self, name: &str) -> bool {
-        self.get(name).is_some_and(|value| word_truth(value) == Some(false))
+        self.0.iter().any(|(key, value)| key == name && word_truth(value) == Some(false))
     }
 }
 
@@ -329,5 +354,14 @@ mod tests {
         assert_eq!(fields.integer(&["status"]), None);
         assert_eq!(fields.time(&["time"]), None);
         assert_eq!(Value::Object(fields.rest()), json!({"status": "abc", "time": "9999-01-01T00:00:00Z"}));
+    }
+
+    #[test]
+    fn credentials_are_dropped_wherever_headers_are_logged() {
+        let logged =
+            json!({"a": [{"name": "Cookie", "value": "s"}, {"key": "api-key", "value": "s"}, ["Cookie", "s"]]});
+        let kept = json!({"list": [{"name": "cookie", "value": "s", "size": 1}, ["accept", "*/*"], "cookie"]});
+        let Value::Object(map) = json!({"logged": logged, "kept": kept}) else { panic!() };
+        assert_eq!(Value::Object(Fields::new(map).rest()), json!({"logged": {"a": []}, "kept": kept}));
     }
 }

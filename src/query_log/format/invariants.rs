@@ -9,7 +9,7 @@ use super::{MAX_ITEMS, Outcome, Rules, canonical_json, read};
 use crate::record::{Kind, Query};
 
 /// Most bytes that one outcome may hold beside the text of its record: names of fields, a process's attributes.
-const OWN_BYTES: usize = 8 << 10;
+const OWN_BYTES: usize = 12 << 10;
 
 /// How many times its size a record's text may become: a control character is six bytes in JSON, and twice where a
 /// document holds JSON as text.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::record::{Kind, Message, Query};
 
@@ -18,8 +18,11 @@ use super::{Reason, Refusal, feedback, openai, responses};
 /// Call types of the Responses API, whose input items the payload calls messages.
 const RESPONSES: [&str; 2] = ["responses", "aresponses"];
 
+/// The call type of a legacy completion, whose prompt is raw text.
+const COMPLETIONS: [&str; 2] = ["text_completion", "atext_completion"];
+
 /// Call types without a chat in them; an `a` in front is the asynchronous form.
-const NOT_CHAT: [&str; 14] = [
+const NOT_CHAT: [&str; 18] = [
     "embedding",
     "image_generation",
     "image_edit",
@@ -33,6 +36,10 @@ const NOT_CHAT: [&str; 14] = [
     "create_batch",
     "create_file",
     "create_fine_tuning_job",
+    "create_video",
+    "video_generation",
+    "vector_store_create",
+    "vector_store_search",
     "list_batches",
 ];
 
@@ -47,7 +54,11 @@ pub(super) fn read_wrapped(mut fields: Fields, headers: &BTreeMap<String, String
     let payload = fields.object("standard_logging_object");
     fields.put_rest("standard_logging_object", Value::Null);
     let mut query = read(payload, headers)?;
-    query.extra.extend(fields.rest());
+    // The arguments have fields of the payload's names.
+    for (name, value) in fields.rest() {
+        let name = if query.extra.contains_key(&name) { format!("kwargs.{name}") } else { name };
+        query.extra.insert(name, value);
+    }
     Ok(query)
 }
 
@@ -57,7 +68,10 @@ pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>)
         return Err(Refusal::skip(Reason::NotChat));
     }
     let logged_headers = fields.take("headers");
-    let headers = Headers::new(kafka_headers, logged_headers.as_ref());
+    // Of the caller's headers the proxy passes those on that begin with `x-`.
+    let passed = fields.get("metadata").and_then(|metadata| metadata.get("requester_custom_headers")).cloned();
+    let mut headers = Headers::new(kafka_headers, logged_headers.as_ref());
+    passed.iter().for_each(|passed| headers.add(passed));
     let mut query = feedback::blank(Kind::Call, "litellm");
     let mut found = Vec::new();
 
@@ -76,9 +90,15 @@ pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>)
     query.request_id = fields.text(&["id"]);
     query.model =
         fields.text(&["model_group"]).or_else(|| fields.get("model").and_then(Value::as_str).map(str::to_owned));
-    let deployed = fields.text(&["model"]);
     openai::take_answer(&mut query, answer);
-    query.served_version = query.served_version.take().or(deployed);
+    query.served_version = query.served_version.take().or_else(|| fields.text(&["model"]));
+    let is_told = fields
+        .get("model")
+        .and_then(Value::as_str)
+        .is_some_and(|model| [&query.model, &query.served_version].iter().any(|told| told.as_deref() == Some(model)));
+    if is_told {
+        fields.take("model");
+    }
 
     if let Some(logged) = logged_headers.clone() {
         fields.put_rest("headers", logged);
@@ -92,8 +112,8 @@ pub(super) fn read(mut fields: Fields, kafka_headers: &BTreeMap<String, String>)
 
 /// Takes messages, tools and decoding parameters of either interface.
 fn read_prompt(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusion>) -> Result<(), Refusal> {
-    let call_type = fields.get("call_type").and_then(Value::as_str).unwrap_or_default();
-    let is_responses = RESPONSES.contains(&call_type);
+    let call_type = fields.get("call_type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let is_responses = RESPONSES.contains(&call_type.as_str());
     let input = fields.take("messages").ok_or_else(missing)?;
     let mut parameters = fields.object("model_parameters");
     if is_responses {
@@ -102,6 +122,13 @@ fn read_prompt(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusion
         fields.put_rest("messages", parameters.take("input").unwrap_or_default());
     } else {
         query.messages = messages(input)?;
+        if COMPLETIONS.contains(&call_type.as_str()) {
+            found.push(Exclusion::RawPrompt);
+        }
+        // Anthropic's interface has the system prompt beside the messages.
+        if let Some(system) = parameters.take("system") {
+            query.messages.insert(0, Message { role: "system".into(), content: system, rest: Map::new() });
+        }
         query.tools = parameters.take("tools");
         query.params = chat::params(&mut parameters);
     }
@@ -148,7 +175,10 @@ fn listed(value: Value) -> Result<Vec<Message>, Refusal> {
     match value {
         Value::Object(mut map) if !map.contains_key("role") => match map.shift_remove("messages") {
             Some(inner @ Value::Array(_)) => chat::messages(inner),
-            _ => Err(Refusal::dead(Reason::BadMessages, "messages is an object with neither a role nor messages")),
+            _ => Err(Refusal::dead(
+                Reason::BadMessages,
+                "messages is an object with neither a role nor messages: log them as they were sent",
+            )),
         },
         message @ Value::Object(_) => chat::messages(Value::Array(vec![message])),
         list => chat::messages(list),
@@ -178,7 +208,8 @@ fn read_identity(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusi
     query.tenant = metadata.text(&["tenant", "user_api_key_team_id", "user_api_key_team_alias", "user_api_key_org_id"]);
     let owner = metadata.text(&["user_api_key_end_user_id", "user_id", "user_api_key_user_id"]);
     query.workload = metadata.text(&["workload", "workload_id"]);
-    if exclusion::takes_opt_out(&mut metadata) {
+    // Each is looked at: both are taken.
+    if [exclusion::takes_opt_out(fields), exclusion::takes_opt_out(&mut metadata)].contains(&true) {
         found.push(Exclusion::OptOut);
     }
     let users = [end_user, query.user.take(), owner];

@@ -38,6 +38,8 @@ mod vllm;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod losses;
+#[cfg(test)]
 mod producer_tests;
 #[cfg(test)]
 mod tests;
@@ -47,6 +49,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::record::{Kind, Query, prompt_hash};
+use envelope::Budget;
 use fields::Fields;
 pub use mapping::Mapping;
 pub use rules::{DEFAULT_TEXT_BYTES, OptOut, Rules};
@@ -188,14 +191,15 @@ fn decode(payload: &[u8], headers: &BTreeMap<String, String>, mappings: &[Mappin
     if let Some(outcomes) = otlp::read_protobuf(&payload, headers) {
         return few(outcomes);
     }
-    if let Some(outcomes) = vllm::read_lines(&payload) {
+    if let Some(outcomes) = vllm::read_lines(&payload, headers) {
         return few(outcomes);
     }
     let items = items(&payload);
     if items.len() > MAX_ITEMS {
         return vec![too_many(items.len())];
     }
-    let read = |value| detect(value, headers, mappings);
+    let budget = Budget::default();
+    let read = |value| detect(value, headers, mappings, &budget);
     few(items.into_iter().flat_map(|item| item.map_or_else(|refusal| vec![refusal.into()], read)).collect())
 }
 
@@ -241,10 +245,28 @@ pub fn canonical_json(index: usize, outcome: &Outcome) -> Value {
 /// Takes the JSON values out of a payload: one document, the items of an array, or one per line.
 fn items(payload: &[u8]) -> Vec<Result<Value, Refusal>> {
     let payload = payload.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(payload).trim_ascii();
-    match parse(payload) {
+    // Of the whole: many lines, or many bodies as text, are as large together as one document is.
+    if shape::is_bomb(payload) {
+        return vec![Err(too_many_values())];
+    }
+    let items = match parse(payload) {
         Ok(value) => spread(value),
         Err(refusal) => lines(payload).unwrap_or_else(|| vec![Err(refusal)]),
-    }
+    };
+    items.into_iter().map(|item| item.map_err(with_remedy)).collect()
+}
+
+/// Adds to what is wrong with a document what its producer can do.
+fn with_remedy(refusal: Refusal) -> Refusal {
+    let Refusal { reason, message: Some(message) } = refusal else { return refusal };
+    let remedy = match reason {
+        Reason::NotJson => "send a JSON object, an array of them or one a line",
+        Reason::InvalidUtf8 => "send UTF-8",
+        Reason::TooDeep => "send the inner part as text",
+        Reason::BadNumber => "send such a number as text",
+        _ => return Refusal::dead(reason, message),
+    };
+    Refusal::dead(reason, format!("the record cannot be read ({message}): {remedy}"))
 }
 
 /// Reads JSON lines. `None` where no line is an object or an array of its own: then the payload is one broken document.
@@ -277,9 +299,6 @@ fn parse(bytes: &[u8]) -> Result<Value, Refusal> {
     let text = std::str::from_utf8(bytes).map_err(|e| Refusal::dead(Reason::InvalidUtf8, e.to_string()))?;
     if depth(bytes) > MAX_DEPTH {
         return Err(Refusal::dead(Reason::TooDeep, format!("the JSON is nested deeper than {MAX_DEPTH}")));
-    }
-    if shape::is_bomb(bytes) {
-        return Err(too_many_values());
     }
     serde_json::from_str(text).map_err(|error| {
         let message = error.to_string();
@@ -314,7 +333,7 @@ fn depth(bytes: &[u8]) -> usize {
 }
 
 /// Finds the format of one item and reads it. The most telling signs come first.
-fn detect(value: Value, headers: &BTreeMap<String, String>, mappings: &[Mapping]) -> Vec<Outcome> {
+fn detect(value: Value, headers: &BTreeMap<String, String>, mappings: &[Mapping], budget: &Budget) -> Vec<Outcome> {
     let one = |query: Result<Query, Refusal>| vec![query.map_or_else(Outcome::from, |q| Outcome::Row(Box::new(q)))];
     if let Some(mapping) = mappings.iter().find(|mapping| mapping.matches(&value)) {
         return one(mapping.read(value, headers));
@@ -323,18 +342,18 @@ fn detect(value: Value, headers: &BTreeMap<String, String>, mappings: &[Mapping]
         Value::Object(map) => map,
         Value::Null => return vec![Refusal::skip(Reason::Empty).into()],
         other => {
-            let message = format!("the record is {}, not an object", fields::kind_of(&other));
+            let message = format!("the record is {}, not an object: send one object a call", fields::kind_of(&other));
             return vec![Refusal::dead(Reason::UnknownFormat, message).into()];
         }
     };
     if otlp::is_batch(&map) {
-        return otlp::read(&Value::Object(map), headers);
+        return otlp::read(map, headers);
     }
-    one(call(Fields::new(map), headers))
+    one(call(Fields::new(map), headers, budget))
 }
 
 /// Reads an item that is one call, or feedback on one.
-fn call(fields: Fields, headers: &BTreeMap<String, String>) -> Result<Query, Refusal> {
+fn call(fields: Fields, headers: &BTreeMap<String, String>, budget: &Budget) -> Result<Query, Refusal> {
     if fields.get("standard_logging_object").is_some_and(Value::is_object) {
         litellm::read_wrapped(fields, headers)
     } else if feedback::is_feedback(&fields) {
@@ -352,7 +371,7 @@ fn call(fields: Fields, headers: &BTreeMap<String, String>) -> Result<Query, Ref
     } else if openai::is_pair(&fields) {
         openai::read(fields, headers, "openai")
     } else if envoy::is_envoy(&fields) {
-        envoy::read(fields, headers)
+        envoy::read(fields, headers, budget)
     } else if vllm::is_vllm(&fields) {
         vllm::read(fields, headers)
     } else {

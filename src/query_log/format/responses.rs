@@ -50,13 +50,15 @@ struct Prompt {
     messages: Vec<Message>,
     /// What is left of the input items.
     left: Vec<Value>,
+    /// True where an item is known to the server only, or is no turn that a chat template knows.
+    is_incomplete: bool,
 }
 
 /// Returns true where a request without messages is one of this interface.
 pub(super) fn is_request(request: &Fields, response: Option<&Value>) -> bool {
     let is_turn = |item: &Value| {
         let kind = item.get("type").and_then(Value::as_str).unwrap_or_default();
-        item.get("role").is_some() || kind.starts_with("function_call")
+        item.get("role").is_some() || kind.starts_with("function_call") || kind.starts_with("custom_tool_call")
     };
     let has_turns = |input: &Value| input.as_array().is_some_and(|items| items.iter().any(is_turn));
     let is_answer = |body: &Value| match body {
@@ -94,15 +96,22 @@ pub(super) fn read_prompt(query: &mut Query, request: &mut Fields, found: &mut V
             for (index, item) in items.into_iter().enumerate() {
                 prompt.item(index, item)?;
             }
+            if prompt.is_incomplete {
+                found.push(Exclusion::Incomplete);
+            }
         }
         Some(other) => {
-            let message = format!("input is {}, not a text or a list of items", kind_of(&other));
+            let message =
+                format!("input is {}, not a text or a list of items: log the request as it was sent", kind_of(&other));
             return Err(Refusal::dead(Reason::BadMessages, message));
         }
         None => {}
     }
     if prompt.messages.is_empty() {
-        return Err(Refusal::dead(Reason::MissingMessages, "the request has no input that could be a message"));
+        return Err(Refusal::dead(
+            Reason::MissingMessages,
+            "the request has no input that could be a message: log the request as it was sent",
+        ));
     }
     query.messages = prompt.messages;
     query.tools = request.take("tools").map(tools);
@@ -113,7 +122,9 @@ pub(super) fn read_prompt(query: &mut Query, request: &mut Fields, found: &mut V
 
 impl Prompt {
     fn item(&mut self, index: usize, item: Value) -> Result<(), Refusal> {
-        let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("input[{index}] {what}"));
+        let bad = |what: &str| {
+            Refusal::dead(Reason::BadMessages, format!("input[{index}] {what}: log the request as it was sent"))
+        };
         let Value::Object(map) = item else { return Err(bad("is not an object")) };
         let mut item = Fields::new(map);
         match item.get("type").and_then(Value::as_str).unwrap_or("message").to_owned().as_str() {
@@ -123,22 +134,24 @@ impl Prompt {
                 self.messages.push(Message { role, content, rest: Map::new() });
                 item.take("type");
             }
-            "function_call" => {
+            "function_call" | "custom_tool_call" => {
                 let call = call(&mut item);
                 let calls = self.assistant().rest.entry("tool_calls").or_insert_with(|| json!([]));
                 if let Value::Array(calls) = calls {
                     calls.push(call);
                 }
             }
-            "function_call_output" => {
+            "function_call_output" | "custom_tool_call_output" => {
                 let content = parts(item.take("output").unwrap_or_default());
                 let id = item.take("call_id").unwrap_or_default();
                 let rest = Map::from_iter([("tool_call_id".to_owned(), id)]);
                 self.messages.push(Message { role: "tool".into(), content, rest });
                 item.take("type");
             }
-            // Reasoning, searches and the like: no turn of a chat.
-            _ => {}
+            // Chat templates leave out what was thought in earlier turns.
+            "reasoning" => {}
+            // Searches, references and the like: the model saw them, and a chat would not show them.
+            _ => self.is_incomplete = true,
         }
         let rest = item.rest();
         if !rest.is_empty() {
@@ -161,7 +174,7 @@ impl Prompt {
 fn call(item: &mut Fields) -> Value {
     item.take("type");
     let (id, name) = (item.take("call_id").unwrap_or_default(), item.take("name").unwrap_or_default());
-    let arguments = item.take("arguments").unwrap_or_default();
+    let arguments = item.take("arguments").or_else(|| item.take("input")).unwrap_or_default();
     json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
@@ -224,28 +237,43 @@ pub(super) fn answer(mut body: Fields) -> Answer {
 
 /// Takes the text out of the output items and leaves the others; true where one is a call.
 fn take_output(body: &mut Fields, answer: &mut Answer) -> bool {
-    let Some(Value::Array(items)) = body.get("output") else { return false };
+    if !body.get("output").is_some_and(Value::is_array) {
+        return false;
+    }
+    let Some(Value::Array(items)) = body.take("output") else { return false };
     let (mut texts, mut left, mut has_calls) = (Vec::new(), Vec::new(), false);
-    for item in items {
-        let content = item.get("content").filter(|_| item.get("type").is_some_and(|kind| kind == "message"));
-        match content.map(|content| parts(content.clone())) {
+    for mut item in items {
+        let is = |kind: &str| item.get("type").is_some_and(|found| found == kind);
+        has_calls |= is("function_call") || is("custom_tool_call");
+        let content = if is("message") { item.get("content").cloned().map(parts) } else { None };
+        match content {
             Some(Value::String(text)) => {
                 texts.push(text);
-                left.extend(item.get("id").map(|id| json!({"type": "message", "id": id})));
+                left.extend(rest_of_message(&mut item));
             }
-            Some(Value::Array(parts)) => {
+            content => {
+                let parts = content.as_ref().and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
                 texts.extend(parts.iter().filter_map(|part| part.get("text")?.as_str().map(str::to_owned)));
-                left.push(item.clone());
-            }
-            _ => {
-                has_calls |= item.get("type").is_some_and(|kind| kind == "function_call");
-                left.push(item.clone());
+                left.push(item);
             }
         }
     }
     answer.text = (!texts.is_empty()).then(|| texts.concat());
     body.put_rest("output", left);
     has_calls
+}
+
+/// Returns what a message whose text was taken says beside it; nothing where every message says so.
+fn rest_of_message(item: &mut Value) -> Option<Value> {
+    let map = item.as_object_mut()?;
+    let is_idle = |name: &str, value: &Value| match name {
+        "content" => true,
+        "role" => value == "assistant",
+        "status" => value == "completed",
+        _ => value.is_null(),
+    };
+    map.retain(|name, value| !is_idle(name, value));
+    (map.len() > 1).then(|| item.take())
 }
 
 /// Reads why the answer ended, by the names of a chat's finish reasons.

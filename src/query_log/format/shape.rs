@@ -13,29 +13,78 @@ const SMALL: usize = 1 << 20;
 /// Deepest nesting of protobuf messages that is followed.
 const MAX_DEPTH: usize = 16;
 
-/// Returns true where a JSON document holds more values than is allowed.
+/// Returns true where a JSON document, or several of them, hold more values than is allowed; with those of the documents
+/// that it holds as text.
 pub(super) fn is_bomb(json: &[u8]) -> bool {
     json.len() > SMALL && values(json) > MAX_VALUES
 }
 
-/// Returns true where a protobuf message holds more fields, with those of all messages in it, than is allowed.
+/// Returns true where a protobuf message holds more fields, with those of all messages in it and the values of the
+/// documents that it holds as text, than is allowed.
 pub(super) fn is_protobuf_bomb(message: &[u8]) -> bool {
     message.len() > SMALL && fields(message, 0).is_some_and(|fields| fields > MAX_VALUES)
 }
 
-/// Counts what stands between brackets, colons and commas outside strings.
-fn values(json: &[u8]) -> usize {
-    let (mut values, mut in_string, mut escaped) = (1, false, false);
-    for &byte in json {
+/// Where a count stands in a document.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Between values.
+    Document,
+    /// In a text.
+    Text,
+    /// In a text that is a document itself, or a stream of some.
+    Inner,
+    /// In a text of that.
+    InnerText,
+    /// In a text of that which is a document again.
+    Innermost,
+}
+
+/// Counts what stands between brackets, colons and commas outside texts.
+pub(super) fn values(json: &[u8]) -> usize {
+    let (mut values, mut place, mut at) = (1, Place::Document, 0);
+    while let Some(&byte) = json.get(at) {
         match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            b',' | b':' | b'[' | b'{' if !in_string => values += 1,
+            // One backslash before a quote: a text in a text begins or ends. Three: a quote in that.
+            b'\\' => {
+                let slashes = json[at..].iter().take_while(|&&byte| byte == b'\\').count();
+                let escapes = json.get(at + slashes) == Some(&b'"') && slashes % 2 == 1;
+                place = match place {
+                    Place::Inner if escapes && slashes == 1 => match is_document(&json[at + 2..]) {
+                        true => Place::Innermost,
+                        false => Place::InnerText,
+                    },
+                    Place::InnerText | Place::Innermost if escapes && slashes == 1 => Place::Inner,
+                    place => place,
+                };
+                at += slashes - 1 + usize::from(escapes);
+            }
+            b'"' => {
+                place = match place {
+                    Place::Document if is_document(&json[at + 1..]) => Place::Inner,
+                    Place::Document => Place::Text,
+                    _ => Place::Document,
+                }
+            }
+            b',' | b':' | b'[' | b'{' if !matches!(place, Place::Text | Place::InnerText) => values += 1,
             _ => {}
         }
+        at += 1;
     }
     values
+}
+
+/// Returns true where a text begins as JSON does, or as a stream of server-sent events; behind white space, which may be
+/// escaped.
+fn is_document(mut text: &[u8]) -> bool {
+    loop {
+        text = match text {
+            [b' ' | b'\t' | b'\n' | b'\r' | 0x80.., rest @ ..] => rest,
+            [b'\\', b'n' | b'r' | b't' | b'f', rest @ ..] | [b'\\', b'u', _, _, _, _, rest @ ..] => rest,
+            _ => break,
+        };
+    }
+    [&b"{"[..], b"[", b"data:", b"event:", b"id:", b":"].iter().any(|start| text.starts_with(start))
 }
 
 /// Counts fields; `None` where the bytes are no message. A text that could be one is counted as one, which errs on the
@@ -57,7 +106,8 @@ fn fields(mut message: &[u8], depth: usize) -> Option<usize> {
         };
         let (inner, rest) = message.split_at_checked(length)?;
         if key & 7 == 2 && depth < MAX_DEPTH {
-            count += fields(inner, depth + 1).unwrap_or(0);
+            let document = if is_document(inner) { values(inner) } else { 0 };
+            count += fields(inner, depth + 1).unwrap_or(0).max(document);
         }
         message = rest;
     }
@@ -80,6 +130,8 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+
+    use serde_json::json;
 
     use super::super::{Outcome, Reason, Rules, read};
     use super::*;
@@ -112,6 +164,17 @@ mod tests {
             let found = reasons(if packed.len() * 200 > document.len() { &packed } else { document.as_bytes() });
             assert_eq!(found, [Reason::TooManyItems]);
         }
+        // Many documents that are small: as lines, as texts, and as attributes.
+        let small = format!("[{}0]", "0,".repeat(400_000));
+        let text = json!({"request": format!("{{\"messages\": {small}}}")}).to_string();
+        let stream = json!({"request": {}, "response": format!("data: {small}\n\n")}).to_string();
+        for line in [&small, &text, &stream] {
+            assert_eq!(reasons([line.as_str(); 4].join("\n").as_bytes()), [Reason::TooManyItems]);
+        }
+        assert_eq!(
+            reasons(&field(1, &field(2, &field(2, &field(9, small.as_bytes()).repeat(4))))),
+            [Reason::TooManyItems]
+        );
         // Empty spans, and one span of empty attributes.
         for spans in [[0x12, 0].repeat(1_500_000), field(2, &[0x4A, 0].repeat(1_500_000))] {
             assert_eq!(reasons(&field(1, &field(2, &spans))), [Reason::TooManyItems]);
@@ -121,7 +184,11 @@ mod tests {
     #[test]
     fn text_is_no_bomb_however_many_commas_it_has() {
         let text = "1,2,3;\\\"{".repeat(2_000_000);
-        assert!(!is_bomb(format!("{{\"request\": \"{text}\"}}").as_bytes()));
+        for text in
+            [json!(text), json!(json!({"messages": text}).to_string()), json!(json!({"\\\"a": text}).to_string())]
+        {
+            assert!(!is_bomb(json!({"request": text}).to_string().as_bytes()));
+        }
         assert!(!is_protobuf_bomb(&field(1, &field(2, "The tide, at noon. ".repeat(200_000).as_bytes()))));
     }
 }

@@ -210,6 +210,42 @@ fn litellm_messages_come_in_every_shape() {
 }
 
 #[test]
+fn litellm_payloads_come_one_by_one_as_an_array_and_as_lines() {
+    let compact = |text: &&str| serde_json::from_str::<Value>(text).unwrap().to_string();
+    let payloads: Vec<String> = FIXTURES[4..8].iter().map(compact).collect();
+    let alone: Vec<Outcome> = payloads.iter().flat_map(|payload| read_text(payload)).collect();
+    assert!(alone.len() == 4 && alone.iter().all(|outcome| matches!(outcome, Outcome::Row(_))));
+    assert_eq!(read_text(&format!("[{}]", payloads.join(","))), alone);
+    assert_eq!(read_text(&payloads.join("\n")), alone);
+}
+
+#[test]
+fn litellm_calls_of_every_interface_keep_what_was_asked() {
+    let payload = |more: Value| {
+        let mut record = json!({"id": "1", "call_type": "acompletion", "startTime": 1.77e9, "messages": "Hi"});
+        record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        record
+    };
+    let legacy = row(&payload(json!({"call_type": "atext_completion"})).to_string());
+    assert_eq!(legacy.reason.as_deref(), Some("raw_prompt"));
+    let system = json!({"call_type": "anthropic_messages", "model_parameters": {"system": "Be brief."}});
+    let roles: Vec<String> = row(&payload(system).to_string()).messages.into_iter().map(|m| m.role).collect();
+    assert_eq!(roles, ["system", "user"]);
+    let three = json!({"model_group": "support", "model": "openai/m", "response": {"model": "m-2026", "choices": []}});
+    let query = row(&payload(three).to_string());
+    assert_eq!((query.model.as_deref(), query.served_version.as_deref()), (Some("support"), Some("m-2026")));
+    assert_eq!(query.extra["model"], "openai/m");
+    let passed = json!({"metadata": {"requester_custom_headers": {"x-taod-train": "false", "x-workload": "w"}}});
+    let query = row(&payload(passed).to_string());
+    assert_eq!((query.reason.as_deref(), query.workload.as_deref()), (Some("opt_out"), Some("w")));
+    let inner = payload(json!({"custom": "inner", "metadata": {"a": 1}}));
+    let wrapped = json!({"standard_logging_object": inner, "custom": "outer", "metadata": {"b": 2}});
+    let extra = row(&wrapped.to_string()).extra;
+    assert_eq!((&extra["custom"], &extra["kwargs.custom"]), (&json!("inner"), &json!("outer")));
+    assert_eq!((&extra["metadata"], &extra["kwargs.metadata"]), (&json!({"a": 1}), &json!({"b": 2})));
+}
+
+#[test]
 fn every_reason_not_to_train_is_seen_and_the_strongest_counts() {
     let cases = [
         (json!({"status": 500}), "failed"),
@@ -244,6 +280,27 @@ fn every_reason_not_to_train_is_seen_and_the_strongest_counts() {
         assert_eq!(row_with(&pair(json!({})), &[(header, value)]).reason.as_deref(), expected, "{header}: {value}");
         assert_eq!(row_with(FIXTURES[4], &[(header, value)]).reason.as_deref(), expected, "{header}: {value}");
     }
+}
+
+#[test]
+fn a_header_says_no_in_any_shape_and_once_is_enough() {
+    for headers in [
+        json!({"cf-aig-collect-log-payload": false}),
+        json!({"Cf-Aig-Collect-Log-Payload": ["false"]}),
+        json!({"x-taod-train": ["true", "no"]}),
+    ] {
+        let record = pair(json!({"headers": headers}));
+        assert_eq!(reason_of(&record).as_deref(), Some("opt_out"), "{headers}");
+        let other = row_with(&record, &[("x-taod-train", "true"), ("cf-aig-collect-log-payload", "true")]);
+        assert_eq!(other.reason.as_deref(), Some("opt_out"), "{headers}: the record's own header says yes");
+    }
+    let both = json!({"request": {"metadata": {"no_train": true, "do_not_train": false}}});
+    assert_eq!(reason_of(&pair(both)).as_deref(), Some("opt_out"));
+    for mask in ["<REDACTED>", "[REDACTED_EMAIL]", "***redacted***", "__REDACTED__", "redacted-by-litellm"] {
+        let text = format!("Dear {mask},");
+        assert_eq!(reason_of(&pair(json!({"response": text}))).as_deref(), Some("redacted"), "{mask}");
+    }
+    assert_eq!(reason_of(&pair(json!({"response": "The report was redacted (redacted_at is set)."}))), None);
 }
 
 #[test]
@@ -315,6 +372,9 @@ fn whatever_is_no_call_says_why() {
     ];
     for (text, expected) in cases {
         assert_eq!(reasons(&text), [expected], "{}", &text[..text.len().min(80)]);
+        if let [Outcome::DeadLetter { message, .. }] = read_text(&text).as_slice() {
+            assert!(message.contains(": ") && !message.ends_with('.'), "no remedy: {message}");
+        }
     }
     let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new(), &Rules::default());
     assert!(matches!(bad.as_slice(), [Outcome::DeadLetter { reason: Reason::InvalidUtf8, .. }]), "{bad:?}");

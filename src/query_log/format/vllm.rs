@@ -41,7 +41,7 @@ static PARAMETER: LazyLock<Regex> = LazyLock::new(|| {
 const LINES: [&str; 3] = ["message", "msg", "event"];
 
 /// Reads a payload that is plain lines of the log, one outcome each; `None` where it is something else.
-pub(super) fn read_lines(payload: &[u8]) -> Option<Vec<Outcome>> {
+pub(super) fn read_lines(payload: &[u8], headers: &BTreeMap<String, String>) -> Option<Vec<Outcome>> {
     if !matches!(payload.first(), Some(b'(' | b'D' | b'I' | b'W' | b'E')) {
         return None;
     }
@@ -50,7 +50,7 @@ pub(super) fn read_lines(payload: &[u8]) -> Option<Vec<Outcome>> {
         return None;
     }
     let lines = text.lines().filter(|line| !line.trim().is_empty());
-    let read = |line| match prompt_of(line, Fields::default(), &BTreeMap::new()) {
+    let read = |line| match prompt_of(line, Fields::default(), headers) {
         Ok(query) => Outcome::Row(Box::new(query)),
         Err(refusal) => refusal.into(),
     };
@@ -83,7 +83,7 @@ fn prompt_of(line: &str, mut fields: Fields, headers: &BTreeMap<String, String>)
     let Some((prompt, rest)) = literal(said.as_str()) else {
         return Err(match said.as_str().starts_with("None") {
             true => Refusal::skip(Reason::NoContent),
-            false => Refusal::dead(Reason::BadRequest, "the prompt of the line breaks off"),
+            false => Refusal::dead(Reason::BadRequest, "the prompt of the line breaks off: raise --max-log-len"),
         });
     };
     let mut query = feedback::blank(Kind::Call, "vllm");
@@ -92,9 +92,12 @@ fn prompt_of(line: &str, mut fields: Fields, headers: &BTreeMap<String, String>)
     query.messages = vec![Message::text("user", prompt)];
     query.params = parameters(rest);
     query.extra = fields.rest();
-    let rest = rest.trim_start_matches([',', ' ']);
-    if !rest.is_empty() {
-        query.extra.insert("line".to_owned(), rest.into());
+    // What the line says before its prompt and after it.
+    let before = found.as_ref().and_then(|found| found.get(0)).map_or("", |said| &line[..said.start()]);
+    for (name, text) in [("logger", before), ("line", rest.trim_start_matches([',', ' ']))] {
+        if !text.is_empty() {
+            query.extra.insert(name.to_owned(), text.trim_end().into());
+        }
     }
     exclusion::mark(&mut query, &Headers::new(headers, None), vec![Exclusion::RawPrompt]);
     Ok(query)
@@ -183,6 +186,7 @@ mod tests {
             let params = json!({"n": 1, "temperature": 0.7, "top_p": 0.95, "max_tokens": 128});
             assert_eq!(Value::Object(query.params), params);
             assert!(query.extra["line"].as_str().unwrap().contains("presence_penalty=0.0"), "nothing is lost");
+            assert_eq!(query.extra.contains_key("logger"), !record.starts_with('{'), "{record}");
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! - OpenTelemetry's semantic conventions for generative AI: `gen_ai.input.messages` and its siblings, a list of
 //!   messages with parts, as JSON text on spans and as a value on events.
-//! - Their older form: span events `gen_ai.content.prompt` and `gen_ai.content.completion` with JSON text.
+//! - Their older form: span events `gen_ai.content.prompt` and `gen_ai.content.completion` with JSON text, which some put
+//!   on the span itself.
 //! - OpenLLMetry before 0.55: `gen_ai.prompt.0.role`, one attribute a field.
 //! - OpenInference: `llm.input_messages.0.message.role`, one attribute a field.
 
@@ -34,14 +35,19 @@ pub(super) struct Content {
 pub(super) fn take(entry: &mut Entry, attributes: &mut Fields) -> Content {
     let dialects = [conventions, span_events, openllmetry, openinference];
     let says_something = |content: &Content| !content.messages.is_empty() || content.answer.is_some();
-    dialects.iter().map(|read| read(entry, attributes)).find(says_something).unwrap_or_default()
+    let mut content = dialects.iter().map(|read| read(entry, attributes)).find(says_something).unwrap_or_default();
+    if content.tools.is_none() {
+        let tools = list(attributes, "gen_ai.tool.definitions");
+        content.tools = (!tools.is_empty()).then(|| responses::tools(Value::Array(tools)));
+    }
+    content
 }
 
 /// Returns true where a list was cut: an SDK's limit on the length of attributes leaves JSON that breaks off, unmarked.
 pub(super) fn is_cut(entry: &Entry, attributes: &Fields) -> bool {
     let lists = ["gen_ai.system_instructions", "gen_ai.input.messages", "gen_ai.output.messages"];
     let of_events =
-        entry.events.iter().flat_map(|(_, fields)| ["gen_ai.prompt", "gen_ai.completion"].map(|n| fields.get(n)));
+        entry.events.iter().flat_map(|event| ["gen_ai.prompt", "gen_ai.completion"].map(|n| event.attributes.get(n)));
     let breaks_off = |value: &Value| {
         let text = value.as_str().unwrap_or_default().trim();
         text.starts_with(['[', '{']) && parse(text.as_bytes()).is_err()
@@ -60,30 +66,30 @@ fn conventions(_: &mut Entry, attributes: &mut Fields) -> Content {
     content.messages.extend(input.into_iter().flat_map(|message| with_parts(message).0));
     let output = list(attributes, "gen_ai.output.messages");
     content.answers(output.into_iter().map(with_parts).map(|(mut messages, reason)| (messages.pop(), reason)));
-    let tools = list(attributes, "gen_ai.tool.definitions");
-    content.tools = (!tools.is_empty()).then(|| responses::tools(Value::Array(tools)));
     content
 }
 
-fn span_events(entry: &mut Entry, _: &mut Fields) -> Content {
+fn span_events(entry: &mut Entry, attributes: &mut Fields) -> Content {
     let mut content = Content::default();
     let mut take = |event: &str, attribute: &str| -> Vec<Value> {
-        let found = entry.events.iter_mut().filter(|(name, _)| name == event);
-        found.flat_map(|(_, fields)| embedded(fields.shift_remove(attribute))).collect()
+        let found = entry.events.iter_mut().filter(|found| found.name == event);
+        found.flat_map(|found| embedded(found.attributes.shift_remove(attribute))).collect()
     };
-    let prompt = take("gen_ai.content.prompt", "gen_ai.prompt");
-    content.messages = prompt.into_iter().filter_map(flat).map(|(message, _)| message).collect();
-    let completion = take("gen_ai.content.completion", "gen_ai.completion");
-    content.answers(completion.into_iter().filter_map(flat).map(|(message, reason)| (Some(message), reason)));
+    let mut prompt = take("gen_ai.content.prompt", "gen_ai.prompt");
+    prompt.extend(list(attributes, "gen_ai.prompt"));
+    content.messages = prompt.into_iter().map(flat).map(|(message, _)| message).collect();
+    let mut completion = take("gen_ai.content.completion", "gen_ai.completion");
+    completion.extend(list(attributes, "gen_ai.completion"));
+    content.answers(completion.into_iter().map(flat).map(|(message, reason)| (Some(message), reason)));
     content
 }
 
 fn openllmetry(_: &mut Entry, attributes: &mut Fields) -> Content {
     let mut content = Content::default();
     let prompt = unflatten(attributes, "gen_ai.prompt.");
-    content.messages = prompt.into_iter().filter_map(flat).map(|(message, _)| message).collect();
+    content.messages = prompt.into_iter().map(flat).map(|(message, _)| message).collect();
     let completion = unflatten(attributes, "gen_ai.completion.");
-    content.answers(completion.into_iter().filter_map(flat).map(|(message, reason)| (Some(message), reason)));
+    content.answers(completion.into_iter().map(flat).map(|(message, reason)| (Some(message), reason)));
     let mut tools = unflatten(attributes, "llm.request.functions.");
     for tool in &mut tools {
         if let Some(Value::String(schema)) = tool.get("parameters") {
@@ -95,17 +101,18 @@ fn openllmetry(_: &mut Entry, attributes: &mut Fields) -> Content {
 }
 
 fn openinference(_: &mut Entry, attributes: &mut Fields) -> Content {
-    let unwrap = |mut item: Value| item.get_mut("message").map(Value::take).and_then(flat);
+    let unwrap = |mut item: Value| flat(item.get_mut("message").map(Value::take).unwrap_or(item));
     let mut content = Content::default();
     let input = unflatten(attributes, "llm.input_messages.");
-    content.messages = input.into_iter().filter_map(unwrap).map(|(message, _)| message).collect();
+    content.messages = input.into_iter().map(unwrap).map(|(message, _)| message).collect();
     let output = unflatten(attributes, "llm.output_messages.");
-    content.answers(output.into_iter().filter_map(unwrap).map(|(message, reason)| (Some(message), reason)));
-    let schema = |tool: Value| match tool.pointer("/tool/json_schema")? {
-        Value::String(text) => parse(text.as_bytes()).ok(),
-        schema => Some(schema.clone()),
+    content.answers(output.into_iter().map(unwrap).map(|(message, reason)| (Some(message), reason)));
+    let schema = |tool: Value| match tool.pointer("/tool/json_schema") {
+        Some(Value::String(text)) => parse(text.as_bytes()).unwrap_or_else(|_| text.as_str().into()),
+        Some(schema) => schema.clone(),
+        None => tool,
     };
-    let tools: Vec<Value> = unflatten(attributes, "llm.tools.").into_iter().filter_map(schema).collect();
+    let tools: Vec<Value> = unflatten(attributes, "llm.tools.").into_iter().map(schema).collect();
     content.tools = (!tools.is_empty()).then(|| responses::tools(Value::Array(tools)));
     content
 }
@@ -141,7 +148,7 @@ fn embedded(value: Option<Value>) -> Vec<Value> {
 
 /// Reads a message of parts. The results of tools in it are messages of their own, as a chat has them.
 fn with_parts(message: Value) -> (Vec<Message>, Option<String>) {
-    let Value::Object(map) = message else { return (Vec::new(), None) };
+    let Value::Object(map) = message else { return (vec![bare(message)], None) };
     let mut fields = Fields::new(map);
     let reason = fields.text(&["finish_reason"]);
     let role = fields.text(&["role"]).unwrap_or_else(|| "user".to_owned());
@@ -157,13 +164,9 @@ fn with_parts(message: Value) -> (Vec<Message>, Option<String>) {
     let mut rest = fields.rest();
     for part in parts {
         match part.get("type").and_then(Value::as_str).unwrap_or_default() {
-            "text" => content.push(json!({"type": "text", "text": part.get("content")})),
-            "reasoning" => {
-                let more = part.get("content").and_then(Value::as_str).unwrap_or_default();
-                let old = rest.get("reasoning_content").and_then(Value::as_str).unwrap_or_default();
-                rest.insert("reasoning_content".into(), format!("{old}{more}").into());
-            }
-            "tool_call" => calls.push(call(&part)),
+            "text" => content.push(text(part)),
+            "reasoning" => reasoning(part, &mut rest),
+            "tool_call" => calls.push(call(part)),
             "tool_call_response" => results.push(result(part)),
             _ => content.push(part),
         }
@@ -173,57 +176,132 @@ fn with_parts(message: Value) -> (Vec<Message>, Option<String>) {
     }
     let content = match content.as_slice() {
         [] => Value::Null,
-        [only] if only.get("type").is_some_and(|kind| kind == "text") => only.get("text").cloned().unwrap_or_default(),
+        [Value::Object(only)] if only.len() == 2 && only.contains_key("text") => {
+            only.get("text").cloned().unwrap_or_default()
+        }
         _ => Value::Array(content),
     };
     let says_something = !content.is_null() || rest.contains_key("tool_calls") || results.is_empty();
-    let own = says_something.then_some(Message { role, content, rest });
-    (own.into_iter().chain(results).collect(), reason)
+    if !says_something && let Some(first) = results.first_mut() {
+        rest.into_iter().for_each(|(name, value)| _ = first.rest.entry(name).or_insert(value));
+        return (results, reason);
+    }
+    let own = Message { role, content, rest };
+    (std::iter::once(own).chain(results).collect(), reason)
+}
+
+/// Returns the turn that something is which is no message: a text is what the user said.
+fn bare(content: Value) -> Message {
+    Message { role: "user".to_owned(), content, rest: Map::new() }
+}
+
+/// Brings a text into the shape of a chat's.
+fn text(mut part: Value) -> Value {
+    if let Value::Object(map) = &mut part {
+        let text = map.shift_remove("content").unwrap_or_default();
+        map.insert("text".to_owned(), text);
+    }
+    part
+}
+
+/// Adds what a model thought to its message, where chat templates look for it.
+fn reasoning(part: Value, rest: &mut Map<String, Value>) {
+    let Value::Object(mut map) = part else { return };
+    let more = map.shift_remove("content").unwrap_or_default();
+    let old = rest.get("reasoning_content").and_then(Value::as_str).unwrap_or_default();
+    rest.insert("reasoning_content".into(), format!("{old}{}", more.as_str().unwrap_or_default()).into());
+    map.shift_remove("type");
+    if !more.is_string() && !more.is_null() {
+        map.insert("content".to_owned(), more);
+    }
+    if !map.is_empty()
+        && let Value::Array(details) = rest.entry("reasoning_details").or_insert_with(|| json!([]))
+    {
+        details.push(Value::Object(map));
+    }
 }
 
 fn result(part: Value) -> Message {
+    let Value::Object(mut map) = part else { return bare(part) };
     // The schema says `response`, the conventions' own example `result`.
-    let content = match part.get("response").or_else(|| part.get("result")) {
-        Some(text @ Value::String(_)) => text.clone(),
+    let content = match map.shift_remove("response").or_else(|| map.shift_remove("result")) {
+        Some(Value::Null) | None => Value::Null,
+        Some(text @ Value::String(_)) => text,
         Some(other) => other.to_string().into(),
-        None => Value::Null,
     };
-    let id = part.get("id").cloned().unwrap_or_default();
-    Message { role: "tool".into(), content, rest: Map::from_iter([("tool_call_id".to_owned(), id)]) }
+    map.shift_remove("type");
+    let id = map.shift_remove("id").unwrap_or_default();
+    map.insert("tool_call_id".to_owned(), id);
+    Message { role: "tool".into(), content, rest: map }
 }
 
-/// Brings a call, flat or nested, into a chat's shape; arguments are JSON text there.
-fn call(call: &Value) -> Value {
-    let function = call.get("function").unwrap_or(call);
-    let arguments = match function.get("arguments") {
-        Some(text @ Value::String(_)) => text.clone(),
+/// Brings a call, flat or nested, into a chat's shape; arguments are JSON text there. What has no place in that stays
+/// beside it.
+fn call(call: Value) -> Value {
+    let Value::Object(mut call) = call else { return call };
+    let mut function = match call.shift_remove("function") {
+        Some(Value::Object(function)) => function,
+        Some(other) => Map::from_iter([("name".to_owned(), other)]),
+        None => ["name", "arguments"].into_iter().filter_map(|n| Some((n.to_owned(), call.shift_remove(n)?))).collect(),
+    };
+    let arguments = match function.shift_remove("arguments") {
+        Some(text @ Value::String(_)) => text,
         Some(Value::Null) | None => "{}".into(),
         Some(other) => other.to_string().into(),
     };
-    let id = call.get("id").cloned().unwrap_or_default();
-    json!({"id": id, "type": "function", "function": {"name": function.get("name"), "arguments": arguments}})
+    call.shift_remove("type");
+    let id = call.shift_remove("id").unwrap_or_default();
+    let name = function.shift_remove("name").unwrap_or_default();
+    let mut shaped = json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+    if let Some(Value::Object(inner)) = shaped.get_mut("function") {
+        inner.extend(function);
+    }
+    if let Value::Object(outer) = &mut shaped {
+        outer.extend(call);
+    }
+    shaped
 }
 
 /// Reads a message whose fields are its own, with calls in any shape and content as text, parts or JSON text of parts.
-fn flat(message: Value) -> Option<(Message, Option<String>)> {
-    let Value::Object(map) = message else { return None };
+fn flat(message: Value) -> (Message, Option<String>) {
+    let Value::Object(map) = message else { return (bare(message), None) };
     let mut fields = Fields::new(map);
     let reason = fields.text(&["finish_reason"]);
     let role = fields.text(&["role"]).unwrap_or_else(|| "user".to_owned());
-    let content = match (fields.take("content"), fields.take("contents")) {
-        (Some(Value::String(text)), _) => parts_of(text),
-        (Some(content), _) => content,
-        (None, Some(Value::Array(parts))) => {
-            let inner = |mut part: Value| part.get_mut("message_content").map(Value::take).unwrap_or(part);
-            Value::Array(parts.into_iter().map(inner).collect())
-        }
-        _ => Value::Null,
+    let content = match fields.take("content") {
+        Some(Value::String(text)) => parts_of(text),
+        Some(content) => content,
+        None => match fields.take("contents") {
+            Some(Value::Array(parts)) => parts.into_iter().map(|part| unwrapped(part, "message_content")).collect(),
+            contents => contents.unwrap_or_default(),
+        },
     };
-    if let Some(Value::Array(calls)) = fields.take("tool_calls") {
-        let inner = |item: &Value| call(item.get("tool_call").unwrap_or(item));
-        fields.put_rest("tool_calls", calls.iter().map(inner).collect::<Value>());
+    if fields.get("tool_calls").is_some_and(Value::is_array)
+        && let Some(Value::Array(calls)) = fields.take("tool_calls")
+    {
+        let inner = |item| call(unwrapped(item, "tool_call"));
+        fields.put_rest("tool_calls", calls.into_iter().map(inner).collect::<Value>());
     }
-    Some((Message { role, content, rest: fields.rest() }, reason))
+    (Message { role, content, rest: fields.rest() }, reason)
+}
+
+/// Takes an object out of the one that has it; what stood beside it goes with it.
+fn unwrapped(item: Value, name: &str) -> Value {
+    let Value::Object(mut map) = item else { return item };
+    match map.shift_remove(name) {
+        Some(Value::Object(mut inner)) => {
+            for (name, value) in map {
+                inner.entry(name).or_insert(value);
+            }
+            Value::Object(inner)
+        }
+        Some(inner) if map.is_empty() => inner,
+        Some(inner) => {
+            map.insert(name.to_owned(), inner);
+            Value::Object(map)
+        }
+        None => Value::Object(map),
+    }
 }
 
 /// Reads content parts that were written as JSON text; any other text is the content itself.

@@ -1,7 +1,7 @@
 //! OTLP as it comes over the wire, JSON or protobuf, brought into one plain form: batches of [`Entry`].
 //!
-//! The protobuf messages name only the fields that are read (opentelemetry-proto 1.x, `trace.proto`, `logs.proto`,
-//! `common.proto`, `resource.proto`); `prost` skips the others and limits the depth.
+//! The protobuf messages are those of opentelemetry-proto 1.x (see [`proto`]). What is not read of an entry is kept under
+//! the names that it has in JSON.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -9,10 +9,17 @@ use std::rc::Rc;
 use prost::Message as _;
 use serde_json::{Map, Value};
 
-use crate::query_log::format::fields::integer;
+use super::proto;
+use crate::query_log::format::fields::{Fields, integer};
 
 /// Largest attributes of a process, in bytes of JSON, that every row of it keeps.
 const LARGE: usize = 4096;
+
+/// The same for what a library says of itself.
+const LARGE_SCOPE: usize = 1024;
+
+/// Largest attribute, in bytes of JSON, that every row keeps where there is more than that.
+const SMALL: usize = 128;
 
 /// One span or one log record.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -29,38 +36,66 @@ pub(super) struct Entry {
     pub(super) failed: bool,
     pub(super) attributes: Map<String, Value>,
     /// The process that sent it.
-    pub(super) resource: Rc<Resource>,
-    /// Of a span: its events by name.
-    pub(super) events: Vec<(String, Map<String, Value>)>,
+    pub(super) resource: Rc<Shared>,
+    /// The library that made it.
+    pub(super) scope: Rc<Shared>,
+    /// Of a span.
+    pub(super) events: Vec<Event>,
     /// Of a log record.
     pub(super) body: Value,
+    /// What else it says, by its names in JSON.
+    pub(super) more: Map<String, Value>,
 }
 
-/// What a process says of itself, shared by all that it sent in one batch.
+/// Something that happened during a span.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Event {
+    pub(super) name: String,
+    pub(super) attributes: Map<String, Value>,
+    /// What else it says, by its names in JSON.
+    pub(super) more: Map<String, Value>,
+}
+
+/// What a process or a library says of itself, shared by all that it sent in one batch.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Resource {
-    attributes: Map<String, Value>,
-    is_large: bool,
-    /// True once a row has the attributes.
+pub(super) struct Shared {
+    whole: Map<String, Value>,
+    /// Where that is large: names and signs.
+    brief: Option<Map<String, Value>>,
+    /// True once a row has the whole.
     told: Cell<bool>,
 }
 
-impl Resource {
-    fn new(attributes: Map<String, Value>) -> Rc<Self> {
-        let is_large = serde_json::to_string(&attributes).is_ok_and(|text| text.len() > LARGE);
-        Rc::new(Resource { attributes, is_large, told: Cell::new(false) })
+impl Shared {
+    fn new(whole: Map<String, Value>, large: usize) -> Rc<Self> {
+        let length = |value: &Value| serde_json::to_string(value).map_or(usize::MAX, |text| text.len());
+        let size: usize = whole.iter().map(|(name, value)| name.len() + length(value)).sum();
+        let brief = (size > large).then(|| {
+            let (names, mut left) = (["workload", "service.name", "tenant.id", "tenant"], large / 2);
+            let named = names.iter().filter_map(|name| whole.get_key_value(*name));
+            let small = named.chain(&whole).filter(|(name, value)| name.len() <= SMALL && length(value) <= SMALL);
+            let fits = |(name, value): &(&String, &Value)| {
+                let rest = left.checked_sub(name.len() + length(value));
+                rest.is_some_and(|rest| {
+                    left = rest;
+                    true
+                })
+            };
+            small.take_while(fits).map(|(name, value)| (name.clone(), value.clone())).collect()
+        });
+        Rc::new(Shared { whole, brief, told: Cell::new(false) })
     }
 
-    /// Returns the attributes for a row. Large ones go to one row of the batch, the others keep names alone: a batch of
+    /// Returns all of it, whatever its size.
+    pub(super) fn whole(&self) -> &Map<String, Value> {
+        &self.whole
+    }
+
+    /// Returns it for a row. What is large goes to one row of the batch, the others keep what is small of it: a batch of
     /// thousands of spans must not become thousands of times as large.
     pub(super) fn for_row(&self) -> Map<String, Value> {
-        if !self.is_large || !self.told.replace(true) {
-            return self.attributes.clone();
-        }
-        let is_name = |value: &Value| value.as_str().is_some_and(|text| text.len() <= 128);
-        let names = ["workload", "service.name", "tenant.id", "tenant"].into_iter();
-        let found = names.filter_map(|name| Some((name, self.attributes.get(name).filter(|value| is_name(value))?)));
-        found.map(|(name, value)| (name.to_owned(), value.clone())).collect()
+        let brief = self.brief.as_ref().filter(|_| self.told.replace(true));
+        brief.unwrap_or(&self.whole).clone()
     }
 }
 
@@ -70,70 +105,127 @@ pub(super) fn is_batch(fields: &Map<String, Value>) -> bool {
 }
 
 /// Reads a JSON batch. Lists that are none, and entries that are no objects, hold nothing.
-pub(super) fn from_json(batch: &Value) -> Vec<Entry> {
+pub(super) fn from_json(mut batch: Map<String, Value>) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (resources, scopes, list) in
         [("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs", "logRecords")]
     {
-        for resource in items(batch, resources) {
-            let sender = Resource::new(attributes_of(resource.get("resource").unwrap_or(&Value::Null)));
-            for scope in items(resource, scopes) {
-                let read = |entry| Entry { resource: Rc::clone(&sender), ..entry_of(entry, list == "logRecords") };
-                entries.extend(items(scope, list).iter().map(read));
+        for mut resource in objects(&mut batch, resources) {
+            let mut about = object(&mut resource, "resource");
+            let own = attributes(&mut about);
+            let sender = sender(own, about.into_iter().chain(url(&mut resource)));
+            for mut scope in objects(&mut resource, scopes) {
+                let mut about = object(&mut scope, "scope");
+                let own = attributes(&mut about);
+                let library = library(own, about.into_iter().chain(url(&mut scope)));
+                for entry in objects(&mut scope, list) {
+                    let (resource, scope) = (Rc::clone(&sender), Rc::clone(&library));
+                    entries.push(Entry { resource, scope, ..entry_of(entry, list == "logRecords") });
+                }
             }
         }
     }
     entries
 }
 
-fn items<'a>(value: &'a Value, name: &str) -> &'a [Value] {
-    value.get(name).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
+/// Takes a list; what is no object in it says nothing, as an empty one.
+fn objects(map: &mut Map<String, Value>, name: &str) -> Vec<Map<String, Value>> {
+    let Some(Value::Array(items)) = map.get_mut(name).map(Value::take) else { return Vec::new() };
+    let object = |item| match item {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    };
+    items.into_iter().map(object).collect()
 }
 
-fn entry_of(entry: &Value, is_log: bool) -> Entry {
-    let text = |name: &str| entry.get(name).and_then(Value::as_str).unwrap_or_default();
-    // 64-bit numbers are strings in proto3 JSON; 0 means that the time is unknown.
-    let time = |name: &str| entry.get(name).and_then(integer).filter(|&ns| ns > 0);
-    let attributes = attributes_of(entry);
-    let event = |event: &Value| {
-        let name = event.get("name").and_then(Value::as_str).unwrap_or_default();
-        (name.to_owned(), attributes_of(event))
-    };
-    let code = entry.get("status").and_then(|status| status.get("code"));
-    Entry {
-        is_log,
-        trace_id: text("traceId").to_ascii_lowercase(),
-        span_id: text("spanId").to_ascii_lowercase(),
-        name: text(if is_log { "eventName" } else { "name" }).to_owned(),
-        start_ns: time(if is_log { "timeUnixNano" } else { "startTimeUnixNano" })
-            .or_else(|| time("observedTimeUnixNano")),
-        end_ns: time("endTimeUnixNano"),
-        failed: code.is_some_and(|code| *code == 2 || *code == "STATUS_CODE_ERROR"),
-        attributes,
-        resource: Rc::default(),
-        events: items(entry, "events").iter().map(event).collect(),
-        body: entry.get("body").map(plain).unwrap_or_default(),
+fn object(map: &mut Map<String, Value>, name: &str) -> Map<String, Value> {
+    match map.get_mut(name).map(Value::take) {
+        Some(Value::Object(map)) => map,
+        _ => Map::new(),
     }
 }
 
-fn attributes_of(value: &Value) -> Map<String, Value> {
+/// Takes the conventions' version that attributes follow.
+fn url(map: &mut Map<String, Value>) -> Option<(String, Value)> {
+    let url =
+        map.get_mut("schemaUrl").map(Value::take).filter(|url| url.as_str().is_some_and(|url| !url.is_empty()))?;
+    Some(("schemaUrl".to_owned(), url))
+}
+
+/// Returns what a process says: its attributes, with the little else that there is beside them.
+pub(super) fn sender(mut attributes: Map<String, Value>, more: impl Iterator<Item = (String, Value)>) -> Rc<Shared> {
+    attributes.extend(more.filter(|(_, value)| !value.is_null()));
+    Shared::new(attributes, LARGE)
+}
+
+/// Returns what a library says: its name and version, and its attributes in a field of that name.
+pub(super) fn library(attributes: Map<String, Value>, more: impl Iterator<Item = (String, Value)>) -> Rc<Shared> {
+    let mut about: Map<String, Value> = more.filter(|(_, value)| !value.is_null()).collect();
+    if !attributes.is_empty() {
+        about.insert("attributes".to_owned(), Value::Object(attributes));
+    }
+    Shared::new(about, LARGE_SCOPE)
+}
+
+fn entry_of(mut entry: Map<String, Value>, is_log: bool) -> Entry {
+    let attributes = attributes(&mut entry);
+    let body = entry.get_mut("body").map(Value::take).map(|body| plain(&body)).unwrap_or_default();
+    let events = objects(&mut entry, "events").into_iter().map(event_of).collect();
+    let mut status = object(&mut entry, "status");
+    let code = status.get_mut("code").map(Value::take).unwrap_or_default();
+    let mut fields = Fields::new(entry);
+    fields.put_rest("status", status);
+    let mut id = |name: &str| fields.text(&[name]).unwrap_or_default().to_ascii_lowercase();
+    let (trace_id, span_id) = (id("traceId"), id("spanId"));
+    // 64-bit numbers are strings in proto3 JSON; 0 means that the time is unknown.
+    let mut time = |name: &str| fields.integer(&[name]).filter(|&ns| ns > 0);
+    let start_ns = time(if is_log { "timeUnixNano" } else { "startTimeUnixNano" });
+    let (start_ns, end_ns) = (start_ns.or_else(|| time("observedTimeUnixNano")), time("endTimeUnixNano"));
+    Entry {
+        is_log,
+        trace_id,
+        span_id,
+        name: fields.text(&[if is_log { "eventName" } else { "name" }]).unwrap_or_default(),
+        start_ns,
+        end_ns,
+        failed: code == 2 || code == "STATUS_CODE_ERROR",
+        attributes,
+        events,
+        body,
+        more: fields.rest(),
+        ..Entry::default()
+    }
+}
+
+fn event_of(mut event: Map<String, Value>) -> Event {
+    let attributes = attributes(&mut event);
+    let mut fields = Fields::new(event);
+    Event { name: fields.text(&["name"]).unwrap_or_default(), attributes, more: fields.rest() }
+}
+
+/// Takes the attributes of an object.
+fn attributes(map: &mut Map<String, Value>) -> Map<String, Value> {
     let pair = |pair: &Value| {
         let key = pair.get("key")?.as_str()?;
         Some((key.to_owned(), pair.get("value").map(plain).unwrap_or_default()))
     };
-    items(value, "attributes").iter().filter_map(pair).collect()
+    let list = map.get_mut("attributes").map(Value::take).unwrap_or_default();
+    list.as_array().into_iter().flatten().filter_map(pair).collect()
 }
 
 /// Returns what a JSON `AnyValue` holds. One of an unknown kind is kept as it is.
 fn plain(value: &Value) -> Value {
     let Some((kind, inner)) = value.as_object().and_then(|map| map.iter().next()) else { return value.clone() };
+    let values = || inner.get("values").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     match kind.as_str() {
         "stringValue" | "boolValue" | "doubleValue" | "bytesValue" => inner.clone(),
         "intValue" => integer(inner).map_or_else(|| inner.clone(), Value::from),
-        "arrayValue" => items(inner, "values").iter().map(plain).collect(),
+        "arrayValue" => values().iter().map(plain).collect(),
         "kvlistValue" => {
-            let pair = |pair: &Value| Some((pair.get("key")?.as_str()?.to_owned(), plain(pair.get("value")?)));
-            Value::Object(items(inner, "values").iter().filter_map(pair).collect())
+            let pair = |pair: &Value| {
+                Some((pair.get("key")?.as_str()?.to_owned(), pair.get("value").map(plain).unwrap_or_default()))
+            };
+            Value::Object(values().iter().filter_map(pair).collect())
         }
         _ => value.clone(),
     }
@@ -158,222 +250,4 @@ pub(super) fn from_protobuf(bytes: &[u8]) -> Option<Vec<Entry>> {
 /// Returns true where a batch has any scope; bytes that decode to nothing are no batch.
 fn holds<R, S>(resources: &[R], scopes: impl Fn(&R) -> &Vec<S>) -> bool {
     resources.iter().any(|resource| !scopes(resource).is_empty())
-}
-
-mod proto {
-    use super::{Entry, Map, Rc, Resource as Sender, Value};
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Traces {
-        #[prost(message, repeated, tag = "1")]
-        pub(super) resource_spans: Vec<ResourceSpans>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct ResourceSpans {
-        #[prost(message, optional, tag = "1")]
-        resource: Option<Resource>,
-        #[prost(message, repeated, tag = "2")]
-        pub(super) scopes: Vec<ScopeSpans>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct ScopeSpans {
-        #[prost(message, repeated, tag = "2")]
-        pub(super) spans: Vec<Span>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Span {
-        #[prost(bytes = "vec", tag = "1")]
-        pub(super) trace_id: Vec<u8>,
-        #[prost(bytes = "vec", tag = "2")]
-        pub(super) span_id: Vec<u8>,
-        #[prost(string, tag = "5")]
-        name: String,
-        #[prost(fixed64, tag = "7")]
-        start_time_unix_nano: u64,
-        #[prost(fixed64, tag = "8")]
-        end_time_unix_nano: u64,
-        #[prost(message, repeated, tag = "9")]
-        attributes: Vec<KeyValue>,
-        #[prost(message, repeated, tag = "11")]
-        events: Vec<Event>,
-        #[prost(message, optional, tag = "15")]
-        status: Option<Status>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Event {
-        #[prost(string, tag = "2")]
-        name: String,
-        #[prost(message, repeated, tag = "3")]
-        attributes: Vec<KeyValue>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Status {
-        #[prost(int32, tag = "3")]
-        code: i32,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Logs {
-        #[prost(message, repeated, tag = "1")]
-        pub(super) resource_logs: Vec<ResourceLogs>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct ResourceLogs {
-        #[prost(message, optional, tag = "1")]
-        resource: Option<Resource>,
-        #[prost(message, repeated, tag = "2")]
-        pub(super) scopes: Vec<ScopeLogs>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct ScopeLogs {
-        #[prost(message, repeated, tag = "2")]
-        pub(super) logs: Vec<LogRecord>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct LogRecord {
-        #[prost(fixed64, tag = "1")]
-        time_unix_nano: u64,
-        #[prost(message, optional, tag = "5")]
-        body: Option<AnyValue>,
-        #[prost(message, repeated, tag = "6")]
-        attributes: Vec<KeyValue>,
-        #[prost(bytes = "vec", tag = "9")]
-        pub(super) trace_id: Vec<u8>,
-        #[prost(bytes = "vec", tag = "10")]
-        pub(super) span_id: Vec<u8>,
-        #[prost(fixed64, tag = "11")]
-        observed_time_unix_nano: u64,
-        #[prost(string, tag = "12")]
-        event_name: String,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Resource {
-        #[prost(message, repeated, tag = "1")]
-        attributes: Vec<KeyValue>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct KeyValue {
-        #[prost(string, tag = "1")]
-        key: String,
-        #[prost(message, optional, tag = "2")]
-        value: Option<AnyValue>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct AnyValue {
-        #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
-        kind: Option<Kind>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Oneof)]
-    pub(super) enum Kind {
-        #[prost(string, tag = "1")]
-        String(String),
-        #[prost(bool, tag = "2")]
-        Bool(bool),
-        #[prost(int64, tag = "3")]
-        Int(i64),
-        #[prost(double, tag = "4")]
-        Double(f64),
-        #[prost(message, tag = "5")]
-        Array(Array),
-        #[prost(message, tag = "6")]
-        Pairs(Pairs),
-        #[prost(bytes = "vec", tag = "7")]
-        Bytes(Vec<u8>),
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Array {
-        #[prost(message, repeated, tag = "1")]
-        values: Vec<AnyValue>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(super) struct Pairs {
-        #[prost(message, repeated, tag = "1")]
-        values: Vec<KeyValue>,
-    }
-
-    impl ResourceSpans {
-        pub(super) fn entries(self) -> impl Iterator<Item = Entry> {
-            let sender = Sender::new(object(self.resource.unwrap_or_default().attributes));
-            let spans = self.scopes.into_iter().flat_map(|scope| scope.spans);
-            spans.map(move |span| Entry { resource: Rc::clone(&sender), ..span.entry() })
-        }
-    }
-
-    impl Span {
-        fn entry(self) -> Entry {
-            Entry {
-                is_log: false,
-                trace_id: hex::encode(self.trace_id),
-                span_id: hex::encode(self.span_id),
-                name: self.name,
-                start_ns: time(self.start_time_unix_nano),
-                end_ns: time(self.end_time_unix_nano),
-                failed: self.status.is_some_and(|status| status.code == 2),
-                attributes: object(self.attributes),
-                resource: Rc::default(),
-                events: self.events.into_iter().map(|event| (event.name, object(event.attributes))).collect(),
-                body: Value::Null,
-            }
-        }
-    }
-
-    impl ResourceLogs {
-        pub(super) fn entries(self) -> impl Iterator<Item = Entry> {
-            let sender = Sender::new(object(self.resource.unwrap_or_default().attributes));
-            let logs = self.scopes.into_iter().flat_map(|scope| scope.logs);
-            logs.map(move |log| Entry { resource: Rc::clone(&sender), ..log.entry() })
-        }
-    }
-
-    impl LogRecord {
-        fn entry(self) -> Entry {
-            Entry {
-                is_log: true,
-                trace_id: hex::encode(self.trace_id),
-                span_id: hex::encode(self.span_id),
-                name: self.event_name,
-                start_ns: time(self.time_unix_nano).or_else(|| time(self.observed_time_unix_nano)),
-                attributes: object(self.attributes),
-                body: self.body.map(AnyValue::plain).unwrap_or_default(),
-                ..Entry::default()
-            }
-        }
-    }
-
-    impl AnyValue {
-        fn plain(self) -> Value {
-            match self.kind {
-                None => Value::Null,
-                Some(Kind::String(text)) => text.into(),
-                Some(Kind::Bool(truth)) => truth.into(),
-                Some(Kind::Int(number)) => number.into(),
-                Some(Kind::Double(number)) => number.into(),
-                Some(Kind::Array(array)) => array.values.into_iter().map(AnyValue::plain).collect(),
-                Some(Kind::Pairs(pairs)) => Value::Object(object(pairs.values)),
-                Some(Kind::Bytes(bytes)) => hex::encode(bytes).into(),
-            }
-        }
-    }
-
-    fn object(pairs: Vec<KeyValue>) -> Map<String, Value> {
-        pairs.into_iter().map(|pair| (pair.key, pair.value.map(AnyValue::plain).unwrap_or_default())).collect()
-    }
-
-    fn time(ns: u64) -> Option<i64> {
-        i64::try_from(ns).ok().filter(|&ns| ns > 0)
-    }
 }
