@@ -393,7 +393,7 @@ mod tests {
                 }),
             }
             let outcomes = format::read(&bytes, &BTreeMap::new(), &reader.rules).len();
-            let parsed = reader.read(&[record(5, Some(&bytes))], &Known::new()).unwrap();
+            let parsed = reader.read(&[record(5, Some(&bytes))], &Known::new(), &Suppressions::default()).unwrap();
             let skipped = parsed.skipped.values().sum::<u64>() as usize;
             let stored = parsed.batch.num_rows() + parsed.letters.len() + skipped;
             assert!(stored > 0 && stored == outcomes, "{stored} of {outcomes}: {}", String::from_utf8_lossy(&bytes));
