@@ -179,7 +179,7 @@ async fn a_dead_letter_counts_as_often_as_it_is_held() {
         user_key: None,
         config_hash: "c".into(),
         detect_language: false,
-        mappings: Vec::new(),
+        rules: Rules::default(),
     };
     let mut ledger = Ledger::open(&tables, &settings, Arc::new(reader)).await.unwrap();
     ledger.assign(&[0]).await.unwrap();

@@ -1,0 +1,132 @@
+//! Before the group: a broker that answers, a topic that exists, and what it holds.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::types::RDKafkaRespErr;
+use tokio::sync::mpsc;
+
+use super::refusal::Refusal;
+use super::{CHUNKS_WAITING, Consumer, Context, Settings, poll};
+use crate::query_log::{Event, SourceError};
+
+/// How long a broker may take to answer before what another one refused counts.
+const FIRST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What Kafka holds of one partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    pub partition: i32,
+    /// The oldest offset.
+    pub low: i64,
+    /// The offset that the next record will get.
+    pub high: i64,
+}
+
+/// A broker that answers and a topic that exists; not yet a member of the group.
+pub struct Connection {
+    settings: Settings,
+    client: Arc<BaseConsumer<Context>>,
+    events: mpsc::Receiver<Event>,
+    extents: Vec<Extent>,
+}
+
+impl Connection {
+    /// Looks for the broker and the topic. Blocks for at most the connect time-out (per answer awaited).
+    pub fn open(settings: &Settings) -> Result<Self, SourceError> {
+        let (sender, events) = mpsc::channel(CHUNKS_WAITING);
+        let context = Context { settings: settings.clone(), events: sender, shared: Mutex::default() };
+        let client: BaseConsumer<Context> =
+            settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
+        let extents = look(settings, &client)?;
+        // A broker that only stands in the list and is not needed may refuse what it likes.
+        hear(&client);
+        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, extents })
+    }
+
+    /// Returns what Kafka held of each partition when the connection was made.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Joins the group and begins to read.
+    pub fn subscribe(self) -> Result<Consumer, SourceError> {
+        let topic = self.settings.topic.clone();
+        let fail = |cause: String| SourceError::Consume { topic: self.settings.topic.clone(), cause };
+        self.client.subscribe(&[&topic]).map_err(|e| fail(e.to_string()))?;
+        let client = Arc::clone(&self.client);
+        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
+        let thread = thread.map_err(|e| fail(e.to_string()))?;
+        Ok(Consumer { settings: self.settings, client: self.client, events: self.events, thread })
+    }
+}
+
+/// Asks for the topic and the extent of its partitions.
+fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Extent>, SourceError> {
+    let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
+    let metadata = persist(settings, client, |patience| client.fetch_metadata(Some(&settings.topic), patience))?;
+    let topic = metadata.topics().iter().find(|t| t.name() == settings.topic).ok_or_else(no_topic)?;
+    match topic.error() {
+        None if topic.partitions().is_empty() => return Err(no_topic()),
+        None => {}
+        Some(
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
+            | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
+            | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
+        ) => return Err(no_topic()),
+        Some(error) => return Err(client.context().unreadable(error.into(), None)),
+    }
+    let extent = |partition| {
+        let watermarks = |patience| client.fetch_watermarks(&settings.topic, partition, patience);
+        let (low, high) = persist(settings, client, watermarks)?;
+        Ok(Extent { partition, low, high })
+    };
+    topic.partitions().iter().map(|partition| extent(partition.id())).collect()
+}
+
+/// Asks until there is an answer, the time is up, or a broker has said that it never will give one. The client would ask
+/// until the time is up even then, so that it asks several times, with more patience each.
+fn persist<T>(
+    settings: &Settings,
+    client: &BaseConsumer<Context>,
+    ask: impl Fn(Duration) -> KafkaResult<T>,
+) -> Result<T, SourceError> {
+    let deadline = Instant::now() + Duration::from_secs(settings.connect_timeout_s);
+    let mut patience = FIRST_PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let error = match ask(patience.min(left)) {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        if let Some(refusal) = hear(client) {
+            return Err(refusal.error(settings));
+        }
+        let silent = matches!(
+            error.rdkafka_error_code(),
+            Some(RDKafkaErrorCode::OperationTimedOut | RDKafkaErrorCode::BrokerTransportFailure)
+        );
+        if !silent || Instant::now() >= deadline {
+            let cause = client.context().cause().unwrap_or_else(|| error.to_string());
+            return Err(SourceError::Unreachable { brokers: settings.brokers.clone(), cause });
+        }
+        patience *= 2;
+    }
+}
+
+/// Takes in what the brokers said so far, which comes in by the error callback only, inside poll; returns a refusal.
+fn hear(client: &BaseConsumer<Context>) -> Option<Refusal> {
+    while client.poll(Duration::from_millis(10)).is_some() {}
+    client.context().take_refusal()
+}
+
+fn refused(settings: &Settings, error: KafkaError) -> SourceError {
+    match error {
+        KafkaError::ClientConfig(_, why, key, _) => SourceError::Property { key, why },
+        KafkaError::ClientCreation(why) => SourceError::Client { why },
+        other => SourceError::Unreachable { brokers: settings.brokers.clone(), cause: other.to_string() },
+    }
+}
