@@ -10,6 +10,7 @@ mod ledger;
 mod positions;
 mod reader;
 pub mod replay;
+mod retry;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ pub use self::filter::Filter;
 use self::ledger::Ledger;
 use self::reader::Reader;
 pub use self::reader::keyed_hash;
+use self::retry::Retry;
 use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
@@ -207,9 +209,25 @@ impl IngestError {
     fn is_restart(&self) -> bool {
         match self {
             IngestError::Lost => true,
+            IngestError::Source(error) => error.is_fenced(),
             IngestError::Table(error) => error.is_restart(),
             _ => false,
         }
+    }
+
+    /// Returns true where this member's name in the group is another's.
+    fn is_fenced(&self) -> bool {
+        matches!(self, IngestError::Source(error) if error.is_fenced())
+    }
+
+    /// Returns true where that other holds the name and is not to be driven out.
+    fn is_name_held(&self) -> bool {
+        matches!(self, IngestError::Source(SourceError::Unreleased { .. }))
+    }
+
+    /// Returns true where it does not get better unless someone acts.
+    fn needs_hands(&self) -> bool {
+        matches!(self, IngestError::Source(error) if error.needs_hands())
     }
 
     /// Returns true where no retry helps.
@@ -226,11 +244,6 @@ impl IngestError {
 /// What the program takes with nothing read: its code, its runtime, the tables' logs.
 const PROGRAM_MIB: u64 = 128;
 
-/// Restarts that `--until-idle` accepts from other members or lost replies before it gives up.
-const RESTARTS: u32 = 10;
-const BACKOFF: Duration = Duration::from_secs(1);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
-
 /// Stores the log until the mode's end or until `shutdown` turns true, and returns what was stored.
 pub async fn run(
     settings: &Settings,
@@ -240,31 +253,19 @@ pub async fn run(
     mode: Mode,
 ) -> Result<Summary, IngestError> {
     let reader = Arc::new(settings.reader()?);
-    let (mut restarts, mut backoff) = (0, BACKOFF);
+    let mut retry = Retry::new(mode);
     loop {
         let begun = Instant::now();
         let error = match session(settings, tables, &reader, &counters, &mut shutdown, mode).await {
             Ok(()) => return Ok(counters.summary()),
             Err(error) => error,
         };
-        counters.ready.store(false, Ordering::Relaxed);
-        restarts += 1;
-        let hopeless = match mode {
-            Mode::UntilIdle => !error.is_restart() || restarts > RESTARTS,
-            Mode::Forever => error.is_final(),
-        };
-        if hopeless {
-            return Err(error);
-        }
-        if begun.elapsed() > LONGEST_BACKOFF {
-            backoff = BACKOFF;
-        }
-        tracing::warn!(%error, wait_s = backoff.as_secs(), "ingestion starts again from what the tables hold");
+        let worked = counters.ready.swap(false, Ordering::Relaxed);
+        let wait = retry.after(error, begun.elapsed(), worked)?;
         counters.restarts.fetch_add(1, Ordering::Relaxed);
-        if timeout(backoff, told_to_stop(&mut shutdown)).await.is_ok() {
+        if timeout(wait, told_to_stop(&mut shutdown)).await.is_ok() {
             return Ok(counters.summary());
         }
-        backoff = (backoff * 2).min(LONGEST_BACKOFF);
     }
 }
 

@@ -5,24 +5,28 @@
 //! ([`Event::Revoked`]). Both waits end at a deadline below the group's own, after which the member gives up.
 //! What is committed back to Kafka is advice for lag tools.
 
+mod certificate;
+mod connect;
+mod refusal;
 mod settings;
 mod topic_ids;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
-use rdkafka::metadata::{MetadataBroker, MetadataTopic};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, Statistics, TopicPartitionList};
 use tokio::sync::mpsc;
 
+pub use self::connect::{Connection, Extent, Topic};
+use self::refusal::Refusal;
 pub use self::settings::{Settings, Start};
 use super::{Event, Record, SourceError, TopicPartition};
 
@@ -35,121 +39,6 @@ const CHUNKS_WAITING: usize = 8;
 /// Bytes that wait for the reader at most, but for the one record that makes a hand-over full: those in the queue, the
 /// one being gathered and the one being read.
 pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
-
-/// A topic that is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Topic {
-    pub name: String,
-    /// What tells it from another topic that had the same name; `None` where the broker does not say.
-    pub id: Option<i64>,
-    pub extents: Vec<Extent>,
-}
-
-/// What Kafka holds of one partition.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Extent {
-    pub place: TopicPartition,
-    /// The oldest offset.
-    pub low: i64,
-    /// The offset that the next record will get.
-    pub high: i64,
-}
-
-/// A broker that answers and a topic that exists; not yet a member of the group.
-pub struct Connection {
-    settings: Settings,
-    client: Arc<BaseConsumer<Context>>,
-    events: mpsc::Receiver<Event>,
-    topics: Vec<Topic>,
-}
-
-impl Connection {
-    /// Looks for the broker and the topic. Blocks for at most the connect time-out (per answer awaited).
-    pub fn open(settings: &Settings) -> Result<Self, SourceError> {
-        let (sender, events) = mpsc::channel(CHUNKS_WAITING);
-        let context = Context {
-            topic: settings.topic.clone(),
-            patience: Duration::from_secs(settings.rebalance_timeout_s),
-            events: sender,
-            shared: Mutex::default(),
-        };
-        let client: BaseConsumer<Context> =
-            settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
-        let topics = look(settings, &client)?;
-        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, topics })
-    }
-
-    /// Returns the topics to be read, and what Kafka held of each partition when the connection was made.
-    pub fn topics(&self) -> &[Topic] {
-        &self.topics
-    }
-
-    /// Joins the group and begins to read.
-    pub fn subscribe(self) -> Result<Consumer, SourceError> {
-        let topic = self.settings.topic.clone();
-        let fail = |cause: String| SourceError::Consume { topic: self.settings.topic.clone(), cause };
-        self.client.subscribe(&[&topic]).map_err(|e| fail(e.to_string()))?;
-        let client = Arc::clone(&self.client);
-        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
-        let thread = thread.map_err(|e| fail(e.to_string()))?;
-        Ok(Consumer { client: self.client, events: self.events, thread })
-    }
-}
-
-/// Asks for the topics, their ids and the extent of their partitions.
-fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Topic>, SourceError> {
-    let patience = Duration::from_secs(settings.connect_timeout_s);
-    let unreachable = |error: KafkaError| {
-        // Why the broker cannot be reached stands only in the error callback, which runs inside poll.
-        while client.poll(Duration::from_millis(10)).is_some() {}
-        let cause = client.context().cause().unwrap_or_else(|| error.to_string());
-        SourceError::Unreachable { brokers: settings.brokers.clone(), cause }
-    };
-    let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
-    let one = (!settings.is_pattern()).then_some(settings.topic.as_str());
-    let metadata = client.fetch_metadata(one, patience).map_err(unreachable)?;
-    let found: Vec<&MetadataTopic> = metadata.topics().iter().filter(|t| settings.reads(t.name())).collect();
-    if found.is_empty() {
-        return Err(no_topic());
-    }
-    let names: Vec<&str> = found.iter().map(|topic| topic.name()).collect();
-    let broker = metadata.brokers().first().map_or(-1, MetadataBroker::id);
-    let ids = topic_ids::ask(client.client().native_ptr(), broker, &names, patience).unwrap_or_else(|why| {
-        tracing::warn!(why, "the ids of topics are unknown: a topic that is made anew is told by its offsets alone");
-        BTreeMap::new()
-    });
-    let mut topics = Vec::new();
-    for topic in found {
-        match topic.error() {
-            None if topic.partitions().is_empty() => return Err(no_topic()),
-            None => {}
-            Some(
-                RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
-                | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
-                | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
-            ) => return Err(no_topic()),
-            Some(error) => {
-                let cause = RDKafkaErrorCode::from(error).to_string();
-                return Err(SourceError::Consume { topic: topic.name().to_owned(), cause });
-            }
-        }
-        let extent = |partition| {
-            let (low, high) = client.fetch_watermarks(topic.name(), partition, patience).map_err(unreachable)?;
-            Ok(Extent { place: TopicPartition::new(topic.name(), partition), low, high })
-        };
-        let extents = topic.partitions().iter().map(|partition| extent(partition.id())).collect::<Result<_, _>>()?;
-        let name = topic.name().to_owned();
-        topics.push(Topic { id: ids.get(&name).copied(), name, extents });
-    }
-    Ok(topics)
-}
-
-fn refused(settings: &Settings, error: KafkaError) -> SourceError {
-    match error {
-        KafkaError::ClientConfig(_, why, key, _) => SourceError::Property { key, why },
-        other => SourceError::Unreachable { brokers: settings.brokers.clone(), cause: other.to_string() },
-    }
-}
 
 /// A member of the group, read through its events.
 pub struct Consumer {
@@ -209,14 +98,14 @@ struct Shared {
     chunk: Vec<Record>,
     bytes: usize,
     cause: Option<String>,
+    refusal: Option<Refusal>,
     ends: BTreeMap<TopicPartition, i64>,
     /// Where the end of a partition was last told, until there is another record of it.
     told: BTreeMap<TopicPartition, i64>,
 }
 
 struct Context {
-    topic: String,
-    patience: Duration,
+    settings: Settings,
     events: mpsc::Sender<Event>,
     shared: Mutex<Shared>,
 }
@@ -229,6 +118,28 @@ impl Context {
 
     fn cause(&self) -> Option<String> {
         self.lock().cause.clone()
+    }
+
+    fn take_refusal(&self) -> Option<Refusal> {
+        self.lock().refusal.take()
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.settings.rebalance_timeout_s)
+    }
+
+    /// Returns what an error that does not pass by itself means for the operator. `why` is all that the client says.
+    fn unreadable(&self, code: RDKafkaErrorCode, why: Option<String>) -> SourceError {
+        let Settings { topic, group, brokers, properties, .. } = self.settings.clone();
+        let instance = properties.get("group.instance.id").cloned().unwrap_or_default();
+        match code {
+            RDKafkaErrorCode::UnreleasedInstanceId => SourceError::Unreleased { instance, group },
+            RDKafkaErrorCode::FencedInstanceId => SourceError::Fenced { instance, group },
+            RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::GroupAuthorizationFailed => {
+                SourceError::Forbidden { topic, group, brokers, cause: code.to_string() }
+            }
+            _ => SourceError::Consume { topic, cause: why.unwrap_or_else(|| code.to_string()) },
+        }
     }
 
     /// Sends an event; false once nobody listens.
@@ -267,7 +178,7 @@ impl Context {
         if !self.send(Event::Assigned { partitions: partitions.clone(), reply }) {
             return false;
         }
-        let Ok(starts) = starts.recv_timeout(self.patience) else { return false };
+        let Ok(starts) = starts.recv_timeout(self.patience()) else { return false };
         partitions.iter().all(|partition| {
             let TopicPartition { topic, partition: number } = partition;
             let start = starts.get(partition).copied();
@@ -281,7 +192,7 @@ impl Context {
             consumer.unassign()?;
             consumer.unsubscribe();
             let cause = "no start offsets were given for the assigned partitions in time".to_owned();
-            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause }));
+            self.send(Event::Failed(SourceError::Consume { topic: self.settings.topic.clone(), cause }));
             return Ok(());
         }
         if list.count() == 0 {
@@ -295,12 +206,14 @@ impl Context {
     }
 
     fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) -> KafkaResult<()> {
-        if consumer.assignment_lost() {
+        if let Some((code, why)) = consumer.client().fatal_error() {
+            self.send(Event::Failed(self.unreadable(code, Some(why))));
+        } else if consumer.assignment_lost() {
             self.send(Event::Lost);
         } else if list.count() > 0 {
             let (reply, stored) = sync_channel(1);
             if self.send(Event::Revoked { partitions: partitions_of(list), reply })
-                && stored.recv_timeout(self.patience).is_err()
+                && stored.recv_timeout(self.patience()).is_err()
             {
                 tracing::warn!(
                     "partitions go without their last rows stored: they will be read again by the next owner"
@@ -339,8 +252,14 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(target: "librdkafka", %error, reason);
         let mut shared = self.lock();
-        // "All brokers are down" follows each cause and says less.
-        let vague = matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::AllBrokersDown));
+        if let Some(refusal) = error.rdkafka_error_code().and_then(|code| Refusal::heard(code, reason)) {
+            shared.refusal = Some(refusal);
+        }
+        // "All brokers are down" follows each cause and says less; the end of a partition is no trouble at all.
+        let vague = matches!(
+            error.rdkafka_error_code(),
+            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::PartitionEOF)
+        );
         if !vague || shared.cause.is_none() {
             shared.cause = Some(reason.to_owned());
         }
@@ -356,7 +275,10 @@ impl ConsumerContext for Context {
             _ => self.revoke(consumer, list),
         };
         if let Err(error) = done {
-            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause: error.to_string() }));
+            self.send(Event::Failed(SourceError::Consume {
+                topic: self.settings.topic.clone(),
+                cause: error.to_string(),
+            }));
         }
     }
 }
@@ -382,7 +304,7 @@ fn poll(client: &BaseConsumer<Context>) {
             Some(Err(KafkaError::PartitionEOF(partition))) => {
                 context.flush() && ends(client, partition).into_iter().all(|end| context.send(end))
             }
-            Some(Err(error)) => context.flush() && context.send(event(&context, error)),
+            Some(Err(error)) => context.flush() && context.send(event(client, &context, error)),
         };
         if !listening {
             break;
@@ -421,11 +343,17 @@ fn record(message: &BorrowedMessage<'_>, topic: Arc<str>) -> Record {
 }
 
 /// Returns what an error on poll means: an end, a passing trouble, or the end of the source.
-fn event(context: &Context, error: KafkaError) -> Event {
-    let topic = context.topic.clone();
+fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -> Event {
+    let topic = context.settings.topic.clone();
+    if let Some(refusal) = context.take_refusal() {
+        // A new client reads its certificates and secrets anew: they may have been renewed since.
+        return Event::Failed(refusal.error(&context.settings));
+    }
+    if let Some((code, why)) = client.client().fatal_error() {
+        return Event::Failed(context.unreadable(code, Some(why)));
+    }
     let cause = context.cause().unwrap_or_else(|| error.to_string());
     match error {
-        KafkaError::MessageConsumptionFatal(_) => Event::Failed(SourceError::Consume { topic, cause }),
         KafkaError::MessageConsumption(code) => match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 Event::Failed(SourceError::OutOfRange { topic, cause })
@@ -434,8 +362,7 @@ fn event(context: &Context, error: KafkaError) -> Event {
             | RDKafkaErrorCode::UnknownTopic
             | RDKafkaErrorCode::UnknownPartition
             | RDKafkaErrorCode::TopicAuthorizationFailed
-            | RDKafkaErrorCode::GroupAuthorizationFailed
-            | RDKafkaErrorCode::Authentication => Event::Failed(SourceError::Consume { topic, cause }),
+            | RDKafkaErrorCode::GroupAuthorizationFailed => Event::Failed(context.unreadable(code, Some(cause))),
             _ => Event::Trouble(cause),
         },
         _ => Event::Trouble(cause),

@@ -76,10 +76,31 @@ pub enum Event {
 pub enum SourceError {
     #[error("kafka property {key} is refused ({why}): correct ingest.kafka.properties")]
     Property { key: String, why: String },
+    #[error("kafka's client does not take its properties ({why}): correct ingest.kafka.properties")]
+    Client { why: String },
     #[error("secret file {path} for kafka property {key} cannot be read: {why}")]
     Secret { key: String, path: String, why: String },
-    #[error("cannot reach kafka at {brokers}: {cause}: check ingest.kafka.brokers and that the broker is up")]
+    #[error(
+        "cannot reach kafka at {brokers}: {cause}: check ingest.kafka.brokers, its security.protocol, and that the broker is up"
+    )]
     Unreachable { brokers: String, cause: String },
+    #[error("kafka at {brokers} and taod do not trust each other ({cause}): {remedy}")]
+    Refused { brokers: String, cause: String, remedy: &'static str },
+    #[error(
+        "kafka at {brokers} forbids to read topic {topic} in group {group} ({cause}): allow this user Read and Describe on \
+             the topic and Read on the group"
+    )]
+    Forbidden { topic: String, group: String, brokers: String, cause: String },
+    #[error(
+        "another member of group {group} holds group.instance.id {instance}: it is free once that one's session has \
+             ended; daemons that run side by side need an id each"
+    )]
+    Unreleased { instance: String, group: String },
+    #[error(
+        "another member of group {group} has taken over group.instance.id {instance}: give each daemon an id of its own \
+             in ingest.kafka.properties"
+    )]
+    Fenced { instance: String, group: String },
     #[error("topic {topic} does not exist at {brokers}: create it or correct ingest.kafka.topic")]
     NoTopic { topic: String, brokers: String },
     #[error(
@@ -106,6 +127,23 @@ pub enum SourceError {
 impl SourceError {
     /// Returns true where only a change of the settings helps.
     pub fn is_settings(&self) -> bool {
-        matches!(self, SourceError::Property { .. } | SourceError::Secret { .. })
+        matches!(self, SourceError::Property { .. } | SourceError::Client { .. } | SourceError::Secret { .. })
+    }
+
+    /// Returns true where this member's name in the group is another's.
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, SourceError::Unreleased { .. } | SourceError::Fenced { .. })
+    }
+
+    /// Returns true where it does not get better unless someone acts, on the broker or on the settings.
+    pub fn needs_hands(&self) -> bool {
+        matches!(
+            self,
+            SourceError::Refused { .. }
+                | SourceError::Forbidden { .. }
+                | SourceError::NoTopic { .. }
+                | SourceError::OutOfRange { .. }
+                | SourceError::Recreated { .. }
+        )
     }
 }
