@@ -29,4 +29,5 @@ mod readers;
 mod round;
 mod spark;
 mod tables;
+mod topics;
 mod training;
