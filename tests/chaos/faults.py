@@ -316,12 +316,14 @@ def erasure(era):
 
 def replay(era):
     """Dead letters that another mapping can read are replayed beside ingestion, sometimes with a kill in the midst."""
-    if not era.mapped:
-        era.mapped = True
+    if era.mapped:
+        era.mapped = False
         era.replace()
     era.main
     era.produce()
     era.settle()
+    era.mapped = True
+    era.replace()
     entries = era.log.ledger.entries
     readable = {place for place in era.checker.letters.present if entries[place[:2]].either}
     era.checker.replayed |= readable
