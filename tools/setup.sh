@@ -1,8 +1,8 @@
 #!/bin/bash
 # Checks that this machine has what taod needs; on Debian as root it installs what is missing, otherwise it prints the
 # one line to run.
-#   tools/setup.sh build    Rust, a C and C++ compiler, make, pkg-config, OpenSSL's headers (rdkafka), Python with pip
-#                           (the demo's model and prompts are fetched by package name)
+#   tools/setup.sh build    Rust, a C and C++ compiler, make, pkg-config, CMake and OpenSSL's headers (rdkafka), Python
+#                           with pip (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment; strace and (where there is Go) Toxiproxy for the
 #                           tests that break things
@@ -23,6 +23,7 @@ missing=()
 need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package"); }
 need build-essential eval 'has cc && has c++ && has make'
 need pkg-config has pkg-config
+need cmake has cmake
 need libssl-dev pkg-config --exists openssl
 need git has git
 need python3 has python3
@@ -31,6 +32,7 @@ if [ "$purpose" != build ]; then
   need openjdk-17-jdk-headless has java
   need maven has mvn
   need strace has strace
+  need openssl has openssl
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then
