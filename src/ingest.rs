@@ -13,6 +13,7 @@ pub mod replay;
 mod retry;
 #[cfg(test)]
 mod tests;
+mod worker;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::IngestError;
 use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
+use super::worker::Worker;
 use crate::crash::{self, Point};
 use crate::query_log::kafka::{self, Topic};
 use crate::query_log::{Record, TopicPartition};
@@ -56,6 +57,7 @@ pub(super) struct Ledger {
     /// What was erased when this ledger was opened. An erasure that comes later fences both tables.
     erased: Arc<Suppressions>,
     epoch: Epoch,
+    worker: Worker,
 }
 
 impl Ledger {
@@ -78,6 +80,7 @@ impl Ledger {
             known: Arc::default(),
             erased: Arc::new(Suppressions::load(tables).await?),
             epoch: Epoch::default(),
+            worker: Worker::start()?,
         })
     }
 
@@ -103,13 +106,13 @@ impl Ledger {
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
         let erased = Arc::clone(&self.erased);
         let file = self.epoch.file.take();
-        let work = tokio::task::spawn_blocking(move || {
+        let work = self.worker.run(move || {
             let mut file = file.map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
             let parsed = reader.read(&records, &known, &erased)?;
             file.write(&parsed.batch)?;
             Ok::<_, TableError>((file, parsed))
         });
-        let (file, parsed) = work.await.map_err(|e| IngestError::Task(e.to_string()))??;
+        let (file, parsed) = work.await??;
         let Parsed { letters, skipped, bytes, .. } = parsed;
         self.epoch.file = Some(file);
         self.epoch.dead_bytes += letters.iter().map(|letter| letter.payload.len() as u64 / 2).sum::<u64>();
@@ -152,6 +155,7 @@ impl Ledger {
         }
         let file = epoch.file.take().map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
         let rows = file.rows();
+        let file = self.worker.run(move || file.encode()).await??;
         let appended = self.queries.append_file(file, &steps).await?;
         let sealed = epoch.sealed(rows, appended.version, appended.bytes, self.positions.stored());
         tracing::debug!(version = sealed.version, rows = sealed.rows, bytes = sealed.bytes, "epoch stored");

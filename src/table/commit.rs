@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::log::{self, Add, Line, Remove, Rewrite, Txn};
 use super::schema::TableSpec;
-use super::write::{self, DataFile};
+use super::write::{self, EncodedFile};
 use super::{TableError, TableLocation, evolve, location, rows};
 use crate::crash::{self, Point};
 
@@ -173,7 +173,7 @@ impl Table {
     }
 
     /// Appends the rows of a file and moves positions in one commit: all of it lands, once, or none.
-    pub async fn append_file(&mut self, file: DataFile, txns: &[TxnStep]) -> Result<Appended, TableError> {
+    pub async fn append_file(&mut self, file: EncodedFile, txns: &[TxnStep]) -> Result<Appended, TableError> {
         if file.rows() == 0 && txns.is_empty() {
             return Ok(Appended { version: self.version, bytes: 0 });
         }

@@ -44,7 +44,7 @@ pub use schema::TableSpec;
 pub use selection::Selection;
 pub use suppressions::{ERASURES, Key, Suppressions};
 pub use tables::{Name, Tables};
-pub use write::{DataFile, batch_of_any};
+pub use write::{DataFile, EncodedFile, batch_of_any};
 
 /// Why a table could not be opened, read or written. Every message names the table.
 #[derive(Debug, thiserror::Error)]

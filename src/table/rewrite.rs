@@ -191,7 +191,7 @@ impl<'a> Hunt<'a> {
         }
         match left.rows() {
             0 => Ok(None),
-            _ => left.store(table.name(), &table.log).await.map(Some),
+            _ => write::encoded(left).await?.store(table.name(), &table.log).await.map(Some),
         }
     }
 

@@ -83,12 +83,30 @@ impl DataFile {
         self.bounds.iter().map(|batch| batch.num_rows() as u64).sum()
     }
 
+    /// Ends the file: heavy as well.
+    pub fn encode(self) -> Result<EncodedFile, TableError> {
+        let (rows, stats) = (self.rows(), stats(self.spec, &self.bounds));
+        let bytes = self.writer.into_inner().map_err(|e| misfit(self.spec, e))?;
+        Ok(EncodedFile { rows, stats, bytes })
+    }
+}
+
+/// A data file whose bytes are made and not stored yet.
+pub struct EncodedFile {
+    rows: u64,
+    stats: String,
+    bytes: Vec<u8>,
+}
+
+impl EncodedFile {
+    /// Returns how many rows it holds.
+    pub(super) fn rows(&self) -> u64 {
+        self.rows
+    }
+
     /// Writes the file next to the log and returns the action that will add it.
     pub(super) async fn store(self, table: &str, log: &LogStoreRef) -> Result<Add, TableError> {
-        let stats = stats(self.spec, &self.bounds);
-        let spec = self.spec;
-        let encoded = tokio::task::spawn_blocking(move || self.writer.into_inner());
-        let bytes = encoded.await.map_err(|e| misfit(spec, e))?.map_err(|e| misfit(spec, e))?;
+        let EncodedFile { stats, bytes, .. } = self;
         let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
         let size = bytes.len() as u64;
         let store = log.object_store(None);
@@ -100,14 +118,21 @@ impl DataFile {
 }
 
 /// Returns the file of some batches. Encoding is heavy and leaves the async threads.
-pub(super) async fn data_file(spec: &'static TableSpec, batches: &[RecordBatch]) -> Result<DataFile, TableError> {
+pub(super) async fn data_file(spec: &'static TableSpec, batches: &[RecordBatch]) -> Result<EncodedFile, TableError> {
     // Batches are reference-counted: the clone copies no row.
     let owned = batches.to_vec();
     let encoded = tokio::task::spawn_blocking(move || {
         let mut file = DataFile::new(spec)?;
-        owned.iter().try_for_each(|batch| file.write(batch)).map(|()| file)
+        owned.iter().try_for_each(|batch| file.write(batch))?;
+        file.encode()
     });
     encoded.await.map_err(|e| misfit(spec, e))?
+}
+
+/// Ends a file off the async threads.
+pub(super) async fn encoded(file: DataFile) -> Result<EncodedFile, TableError> {
+    let spec = file.spec;
+    tokio::task::spawn_blocking(move || file.encode()).await.map_err(|e| misfit(spec, e))?
 }
 
 fn misfit(spec: &TableSpec, why: impl std::fmt::Display) -> TableError {

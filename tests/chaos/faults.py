@@ -49,6 +49,9 @@ def wait_for_crash(era, instance):
 
 def crash(point):
     def fault(era):
+        if point == "during_checkpoint":
+            era.main
+            wait_for_table(era)
         for instance in list(era.instances):
             era.end(instance)
         nth = era.rng.choice([1, 1, 2, 3])

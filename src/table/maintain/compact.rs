@@ -92,7 +92,7 @@ async fn join(table: &Table, files: &[ListedFile]) -> Result<Add, TableError> {
             joined.write(&batch.map_err(|e| TableError::store("cannot compact", table.name(), e))?)?;
         }
     }
-    let add = joined.store(table.name(), &table.log).await?;
+    let add = write::encoded(joined).await?.store(table.name(), &table.log).await?;
     Ok(Add { data_change: false, ..add })
 }
 
