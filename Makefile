@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench bench-ingest bench-scale chaos fuzz models setup setup-test
+.PHONY: help demo test test-full check build bench bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench      the benchmark tables'
 	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
 	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
+	@echo 'make bench-soak    memory of an ingestion over an hour, after a backlog'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make test-full  also the tests that take long or need large packages'
@@ -31,7 +32,7 @@ test: setup-test models
 
 test-full: models
 	tools/setup.sh full
-	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark} $(CARGO) test $(FLAGS) -- --include-ignored
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark,azurite} $(CARGO) test $(FLAGS) -- --include-ignored
 
 check: setup
 	$(CARGO) fmt --check
@@ -54,6 +55,10 @@ chaos: setup-test build
 bench-scale: build
 	tools/setup.sh scale
 	$(CACHE)/scale/bin/python tools/bench/scale.py --binary $(BIN) --work $(CACHE)/bench/scale $(ARGS)
+
+bench-soak: build models
+	tools/setup.sh bench
+	$(CACHE)/bench-python/bin/python tools/bench/soak.py --taod $(BIN) --models $(CACHE)/models $(ARGS)
 
 bench-ingest: models
 	tools/setup.sh bench

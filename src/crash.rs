@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Name of the variable that arms crash points.
 pub const CRASH_AT: &str = "TAOD_CRASH_AT";
 
-/// The points on the way of a record into its table.
+/// The points on the way of a record into its table and out of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
     /// Records were handed over by the log; nothing was done with them.
@@ -29,11 +29,16 @@ pub enum Point {
     DuringCheckpoint,
     /// The dead letters of an epoch are committed; its rows and offsets are not.
     BetweenLettersAndRows,
+    /// Small files are joined in the store, and no commit names the result; or one does, and its reply was not acted on.
+    DuringCompaction,
+    /// Rows are on their way out: the list of the erased names them; their files' successors are in the store; or the
+    /// commit that replaces those is made, and the old bytes are still there.
+    DuringErasure,
 }
 
 impl Point {
-    /// All points.
-    pub const ALL: [Point; 7] = [
+    /// The points that an ingestion comes by.
+    pub const OF_INGESTION: [Point; 7] = [
         Point::AfterPoll,
         Point::AfterSeal,
         Point::DuringUpload,
@@ -53,6 +58,8 @@ impl Point {
             Point::AfterPut => "after_put",
             Point::DuringCheckpoint => "during_checkpoint",
             Point::BetweenLettersAndRows => "between_letters_and_rows",
+            Point::DuringCompaction => "during_compaction",
+            Point::DuringErasure => "during_erasure",
         }
     }
 }
@@ -137,7 +144,8 @@ mod tests {
 
     #[test]
     fn names_are_told_apart() {
-        let names: std::collections::BTreeSet<_> = Point::ALL.map(Point::name).into();
-        assert_eq!(names.len(), Point::ALL.len());
+        let mut names: std::collections::BTreeSet<_> = Point::OF_INGESTION.map(Point::name).into();
+        names.extend([Point::DuringCompaction.name(), Point::DuringErasure.name()]);
+        assert_eq!(names.len(), Point::OF_INGESTION.len() + 2);
     }
 }

@@ -7,11 +7,15 @@
 #[cfg(test)]
 mod bench;
 mod counters;
+mod filter;
 mod ledger;
 mod positions;
 mod reader;
+pub mod replay;
+mod retry;
 #[cfg(test)]
 mod tests;
+mod worker;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,8 +29,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 pub use self::counters::{Counters, Reasons, Summary};
+pub use self::filter::Filter;
 use self::ledger::Ledger;
 use self::reader::Reader;
+pub use self::reader::keyed_hash;
+use self::retry::Retry;
 use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
 use crate::query_log::{Event, SourceError};
@@ -44,8 +51,9 @@ pub struct Settings {
     pub batch_bytes: u64,
     /// Longest time between a record's arrival and its commit, in seconds. Range 1 to 3600.
     pub commit_interval_s: u64,
-    /// The same where the end of the log is reached. With 3, what is asked now is in the table within 5 seconds; a log that
-    /// never rests then makes up to 28,800 files a day, which taod does not join yet. Range 1 to 3600.
+    /// The same where the end of the log is reached: what is asked now is in the table within 5 seconds. A log that never
+    /// rests then makes up to 28,800 small files a day, which maintenance joins; where only `taod ingest` runs and nothing
+    /// maintains the tables, raise it. Range 1 to 3600.
     pub end_interval_s: u64,
     /// Memory for ingestion, in MiB. The parts that are set apart must fit in: twice `kafka.fetch_mib`, `batch_bytes`, and
     /// what the program, the records being read and the file being written take. Range 256 to 65536.
@@ -62,6 +70,8 @@ pub struct Settings {
     /// Most text that a row keeps, in bytes; past it the row is cut, marked as truncated and never trains, and `extra`
     /// holds its full size. Of a record that cannot be read at most as many bytes are kept. Range 4096 to 67108864.
     pub max_text_bytes: u64,
+    /// Which calls of a log that several endpoints share belong to this one. The others are skipped and counted.
+    pub filter: Filter,
     /// Log formats of your own, tried in their order before the known ones.
     pub mapping: Vec<Mapping>,
     /// Signs of your own that a caller forbids training, beside the known ones.
@@ -74,13 +84,14 @@ impl Default for Settings {
             kafka: kafka::Settings::default(),
             batch_bytes: 64 << 20,
             commit_interval_s: 30,
-            end_interval_s: 30,
+            end_interval_s: 3,
             memory_mib: 512,
             idle_s: 2,
             stall_s: 60,
             user_key_file: PathBuf::new(),
             detect_language: false,
             max_text_bytes: format::DEFAULT_TEXT_BYTES as u64,
+            filter: Filter::default(),
             mapping: Vec::new(),
             opt_out: Vec::new(),
         }
@@ -91,6 +102,7 @@ impl Settings {
     /// Checks ranges.
     pub fn validate(&self) -> Result<(), String> {
         self.kafka.validate().map_err(|e| format!("kafka.{e}"))?;
+        self.filter.compile().map_err(|e| format!("filter.{e}"))?;
         for (index, mapping) in self.mapping.iter().enumerate() {
             mapping.validate().map_err(|e| format!("mapping[{index}].{e}"))?;
         }
@@ -138,13 +150,25 @@ impl Settings {
         }
     }
 
+    /// Returns what turns records into rows under these settings.
+    fn reader(&self) -> Result<Reader, IngestError> {
+        Ok(Reader {
+            user_key: self.user_key()?,
+            config_hash: self.hash(),
+            detect_language: self.detect_language,
+            rules: self.rules(),
+            choice: self.filter.compile().map_err(IngestError::Filter)?,
+        })
+    }
+
     /// Returns what says, in each row, under which settings it was read.
     fn hash(&self) -> String {
         let text = serde_json::to_vec(self).unwrap_or_default();
         hex::encode(&Sha256::digest(&text)[..8])
     }
 
-    fn user_key(&self) -> Result<Option<Vec<u8>>, IngestError> {
+    /// Reads the key under which end users are hashed.
+    pub fn user_key(&self) -> Result<Option<Vec<u8>>, IngestError> {
         let Some(key) = secret::read("ingest.user_key", Some(&self.user_key_file))? else { return Ok(None) };
         match key.expose().len() {
             16.. => Ok(Some(key.expose().as_bytes().to_vec())),
@@ -173,8 +197,12 @@ pub enum IngestError {
     ShortUserKey { bytes: usize },
     #[error(transparent)]
     Secret(#[from] SecretError),
+    #[error("ingest.filter.{0}: correct it")]
+    Filter(String),
     #[error("the partitions were taken away before what was read of them was stored")]
     Lost,
+    #[error("the dead letter at partition {partition}, offset {offset} cannot be replayed: {why}")]
+    Letter { partition: i32, offset: i64, why: String },
     #[error("a task of ingestion failed: {0}")]
     Task(String),
 }
@@ -184,29 +212,40 @@ impl IngestError {
     fn is_restart(&self) -> bool {
         match self {
             IngestError::Lost => true,
+            IngestError::Source(error) => error.is_fenced(),
             IngestError::Table(error) => error.is_restart(),
             _ => false,
         }
     }
 
+    /// Returns true where this member's name in the group is another's.
+    fn is_fenced(&self) -> bool {
+        matches!(self, IngestError::Source(error) if error.is_fenced())
+    }
+
+    /// Returns true where that other holds the name and is not to be driven out.
+    fn is_name_held(&self) -> bool {
+        matches!(self, IngestError::Source(SourceError::Unreleased { .. }))
+    }
+
+    /// Returns true where it does not get better unless someone acts.
+    fn needs_hands(&self) -> bool {
+        matches!(self, IngestError::Source(error) if error.needs_hands())
+    }
+
     /// Returns true where no retry helps.
     fn is_final(&self) -> bool {
         match self {
-            IngestError::ShortUserKey { .. } | IngestError::Secret(_) => true,
+            IngestError::ShortUserKey { .. } | IngestError::Secret(_) | IngestError::Filter(_) => true,
             IngestError::Source(error) => error.is_settings(),
             IngestError::Table(error) => error.is_foreign(),
-            IngestError::Lost | IngestError::Task(_) => false,
+            IngestError::Lost | IngestError::Letter { .. } | IngestError::Task(_) => false,
         }
     }
 }
 
 /// What the program takes with nothing read: its code, its runtime, the tables' logs.
 const PROGRAM_MIB: u64 = 128;
-
-/// Restarts that `--until-idle` accepts from other members or lost replies before it gives up.
-const RESTARTS: u32 = 10;
-const BACKOFF: Duration = Duration::from_secs(1);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 
 /// Stores the log until the mode's end or until `shutdown` turns true, and returns what was stored.
 pub async fn run(
@@ -216,38 +255,20 @@ pub async fn run(
     mut shutdown: watch::Receiver<bool>,
     mode: Mode,
 ) -> Result<Summary, IngestError> {
-    let reader = Arc::new(Reader {
-        topic: settings.kafka.topic.clone(),
-        user_key: settings.user_key()?,
-        config_hash: settings.hash(),
-        detect_language: settings.detect_language,
-        rules: settings.rules(),
-    });
-    let (mut restarts, mut backoff) = (0, BACKOFF);
+    let reader = Arc::new(settings.reader()?);
+    let mut retry = Retry::new(mode);
     loop {
         let begun = Instant::now();
         let error = match session(settings, tables, &reader, &counters, &mut shutdown, mode).await {
             Ok(()) => return Ok(counters.summary()),
             Err(error) => error,
         };
-        counters.ready.store(false, Ordering::Relaxed);
-        restarts += 1;
-        let hopeless = match mode {
-            Mode::UntilIdle => !error.is_restart() || restarts > RESTARTS,
-            Mode::Forever => error.is_final(),
-        };
-        if hopeless {
-            return Err(error);
-        }
-        if begun.elapsed() > LONGEST_BACKOFF {
-            backoff = BACKOFF;
-        }
-        tracing::warn!(%error, wait_s = backoff.as_secs(), "ingestion starts again from what the tables hold");
+        let worked = counters.ready.swap(false, Ordering::Relaxed);
+        let wait = retry.after(error, begun.elapsed(), worked)?;
         counters.restarts.fetch_add(1, Ordering::Relaxed);
-        if timeout(backoff, told_to_stop(&mut shutdown)).await.is_ok() {
+        if timeout(wait, told_to_stop(&mut shutdown)).await.is_ok() {
             return Ok(counters.summary());
         }
-        backoff = (backoff * 2).min(LONGEST_BACKOFF);
     }
 }
 
@@ -264,7 +285,7 @@ async fn session(
     let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka));
     let connection = connection.await.map_err(|e| IngestError::Task(e.to_string()))??;
     let mut ledger = Ledger::open(tables, &settings.kafka, Arc::clone(reader)).await?;
-    ledger.first_sight(connection.extents()).await?;
+    ledger.first_sight(connection.topics()).await?;
     let source = connection.subscribe()?;
     let mut session =
         Session { settings, counters: Arc::clone(counters), mode, source, ledger, opened: None, upkeep: None };
@@ -351,7 +372,7 @@ impl Session<'_> {
                     self.seal().await?;
                 }
             }
-            Event::End { partition, next } => self.ledger.end(partition, next),
+            Event::End { partition, next } => self.ledger.end(&partition, next),
             Event::Revoked { partitions, reply } => {
                 let deadline = Duration::from_secs(self.settings.kafka.rebalance_timeout_s);
                 timeout(deadline, self.seal()).await.map_err(|_| IngestError::Lost)??;
@@ -371,8 +392,10 @@ impl Session<'_> {
     /// Stores what was read. An error leaves nothing to go on with.
     async fn seal(&mut self) -> Result<(), IngestError> {
         self.opened = None;
-        let Some(sealed) = self.ledger.seal().await? else { return Ok(()) };
-        self.counters.stored(&sealed);
+        let begun = Instant::now();
+        let sealed = self.ledger.seal().await.inspect_err(|error| self.counters.failed(error))?;
+        let Some(sealed) = sealed else { return Ok(()) };
+        self.counters.stored(&sealed, begun.elapsed());
         self.source.advise(&sealed.offsets);
         self.keep_up().await
     }
@@ -400,7 +423,10 @@ impl Session<'_> {
         self.counters.ready.store(true, Ordering::Relaxed);
         self.counters.buffered.store(self.ledger.records(), Ordering::Relaxed);
         self.counters.assigned.store(self.ledger.partitions() as i64, Ordering::Relaxed);
-        self.counters.lag.store(self.ledger.lag(&self.source.ends()), Ordering::Relaxed);
+        let ends = self.source.ends();
+        self.counters.lag.store(self.ledger.lag(&ends), Ordering::Relaxed);
+        self.counters.behind_since_ms.store(self.ledger.behind_since(&ends).unwrap_or_default(), Ordering::Relaxed);
+        self.counters.newest_ms.store(self.ledger.newest().unwrap_or_default(), Ordering::Relaxed);
     }
 
     fn stalled(&self) -> IngestError {

@@ -255,6 +255,12 @@ impl From<f64> for Value {
     }
 }
 
+impl<T: Into<Value>> From<Option<T>> for Value {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Value::Null, Into::into)
+    }
+}
+
 macro_rules! from {
     ($($type:ty => |$value:ident| $made:expr),* $(,)?) => {
         $(impl From<$type> for Value {

@@ -56,6 +56,8 @@ pub mod config;
 
 // Drivers: the only code that knows several stages at once.
 #[cfg(feature = "daemon")]
+pub mod erasure;
+#[cfg(feature = "daemon")]
 pub mod ingest;
 #[cfg(feature = "daemon")]
 pub mod round;

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::lines::Output;
 use super::{Exit, Global, runtime, signals};
+use crate::daemon;
 use crate::ingest::{self, Counters, Mode};
 
 /// Store the query log in the table, every record exactly once, and nothing else.
@@ -14,6 +15,9 @@ pub struct Ingest {
     /// End once everything in the log is stored. An error is then final; without it everything is retried without end.
     #[arg(long)]
     until_idle: bool,
+    /// Serve metrics and health at `admin.listen`, as `taod run` does.
+    #[arg(long, conflicts_with = "until_idle")]
+    metrics: bool,
     /// Print what was stored as one JSON document.
     #[arg(long)]
     json: bool,
@@ -25,6 +29,9 @@ pub(super) fn run(global: &Global, args: &Ingest) -> anyhow::Result<Exit> {
     let tables = config.state.open_tables()?;
     let summary = runtime()?.block_on(async {
         let shutdown = signals::shutdown()?;
+        if args.metrics {
+            return daemon::ingest_only(config, shutdown).await;
+        }
         anyhow::Ok(ingest::run(&config.ingest, &tables, Arc::new(Counters::default()), shutdown, mode).await?)
     })?;
     let mut out = Output::stdout();

@@ -19,10 +19,12 @@ mod lines;
 mod logs;
 mod progress;
 mod records;
+mod replay;
 mod score;
 mod serve;
 mod signals;
 mod status;
+mod table;
 mod tune;
 
 use std::path::PathBuf;
@@ -80,6 +82,7 @@ pub enum Command {
     Serve(serve::Serve),
     Ingest(ingest::Ingest),
     Records(records::Records),
+    Replay(replay::Replay),
     Round(daemon::Round),
     #[command(hide = true)]
     RoundWorker(daemon::RoundWorker),
@@ -101,6 +104,11 @@ pub enum Command {
     #[command(subcommand)]
     Config(config::Command),
     Status(status::Status),
+    /// Check, maintain, correct or erase from the tables.
+    #[command(subcommand)]
+    Table(table::Command),
+    #[command(hide = true)]
+    TableWorker(table::Worker),
 }
 
 /// How a command ended, other than by an error.
@@ -130,6 +138,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Serve(args) => serve::run(global, args),
         Command::Ingest(args) => ingest::run(global, args),
         Command::Records(args) => records::run(global, args),
+        Command::Replay(args) => replay::run(global, args),
         Command::Round(args) => daemon::run_round(global, args),
         Command::RoundWorker(args) => daemon::run_worker(global, args, screen),
         Command::Dataset(command) => dataset::run(global, command),
@@ -142,6 +151,8 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Adapters(command) => adapters::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
+        Command::Table(command) => table::run(global, command),
+        Command::TableWorker(args) => table::run_worker(global, args),
     }
 }
 

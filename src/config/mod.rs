@@ -62,6 +62,8 @@ sections! {
     round: RoundSettings,
     /// The query log and how it is stored.
     ingest: crate::ingest::Settings,
+    /// Compaction, vacuum and checkpoints of the tables.
+    maintenance: crate::table::maintain::Settings,
     /// How logged prompts become training, gate and audit prompts.
     dataset: crate::dataset::Settings,
     /// How candidates for training are drawn.

@@ -4,6 +4,8 @@
 //! the daemon. Rounds run in a child process; this process alone talks to the endpoint. Nothing imports this module but
 //! the command line.
 
+mod lease;
+pub mod maintenance;
 pub mod promotion;
 mod watch;
 
@@ -54,14 +56,17 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let listener = admin::bind(&daemon.config.admin).map_err(anyhow::Error::msg)?;
     let page = admin::spawn(listener, page_state(&daemon, &paths), stopped(stop.clone()))?;
     let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
+    let (grants, owner) = lease::channel_of();
+    let leasing = tokio::spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
     let ingesting = {
         let (daemon, stop) = (daemon.clone(), stop.clone());
         tokio::spawn(
             async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await },
         )
     };
-    let scheduling = tokio::spawn(schedule(daemon.clone(), stop.clone()));
-    let reconciling = tokio::spawn(reconcile(daemon, stop.clone()));
+    let scheduling = tokio::spawn(schedule(daemon.clone(), owner.clone(), stop.clone()));
+    let maintaining = tokio::spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
+    let reconciling = tokio::spawn(reconcile(daemon, owner, stop.clone()));
     watch::ready();
 
     let summary = ingesting.await.context("ingestion ended unexpectedly")?;
@@ -69,7 +74,7 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     if let Err(error) = summary {
         return Err(error.into());
     }
-    for task in [observed, scheduling, reconciling] {
+    for task in [observed, scheduling, maintaining, reconciling, leasing] {
         task.await.context("a loop of the daemon ended unexpectedly")?;
     }
     match page.join() {
@@ -109,19 +114,31 @@ pub async fn load_model(config: &Config) -> Result<Model> {
     Ok(tokio::task::spawn_blocking(move || Model::load(&path)).await??)
 }
 
-/// Waits for each due time and runs a night; a failure is logged, shown, and over with: the next night tries again.
-async fn schedule(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
+/// Waits for each due time and runs a night while this process owns the lease; a failure is logged, shown, and over with: the next night tries again.
+async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
     // The settings were checked when the config was read.
     let Ok(schedule) = Schedule::new(&daemon.config.schedule) else { return };
     let mut last_start = last_round(&daemon.config);
-    settle(&daemon).await;
+    let mut settled = false;
     loop {
+        tokio::select! {
+            () = owner.gained() => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        if !settled {
+            settle(&daemon).await;
+            settled = true;
+        }
         let now = Utc::now();
         let Some(due) = schedule.due(last_start, now) else { return };
         daemon.metrics.rounds.next_start.set(due.timestamp() as f64);
         let wait = (due - now).to_std().unwrap_or_default();
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
+            () = owner.lost() => {
+                settled = false;
+                continue;
+            }
             _ = stop.wait_for(|stop| *stop) => return,
         }
         last_start = Some(Utc::now());
@@ -129,6 +146,11 @@ async fn schedule(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
         let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
         let result = tokio::select! {
             result = night(&daemon.config, &launch) => result,
+            () = owner.lost() => {
+                tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
+                settled = false;
+                continue;
+            }
             // Dropping the night kills its child; what it had finished is resumed by the next one.
             _ = stop.wait_for(|stop| *stop) => return,
         };
@@ -184,11 +206,14 @@ async fn settle(daemon: &Daemon) {
 }
 
 /// Puts the served version back on servers that lost it, for instance by a restart.
-async fn reconcile(daemon: Arc<Daemon>, mut stop: channel::Receiver<bool>) {
+async fn reconcile(daemon: Arc<Daemon>, owner: lease::Owner, mut stop: channel::Receiver<bool>) {
     loop {
         tokio::select! {
             () = tokio::time::sleep(RECONCILE) => {}
             _ = stop.wait_for(|stop| *stop) => return,
+        }
+        if !owner.holds() {
+            continue;
         }
         match promotion::reconcile(&daemon.config).await {
             Ok(changed) => {
@@ -232,6 +257,27 @@ fn page_state(daemon: &Arc<Daemon>, paths: &Paths) -> admin::State {
             Ok(current) => json!(current),
             Err(error) => json!({ "error": error.to_string() }),
         }),
+    }
+}
+
+/// Ingests until `stop` turns true, with metrics and health on the page: one instance of several that only ingest.
+pub async fn ingest_only(config: Config, stop: channel::Receiver<bool>) -> Result<ingest::Summary> {
+    let (metrics, health) = (Arc::new(Metrics::new()?), Arc::new(Health::default()));
+    let (tables, counters) = (config.state.open_tables()?, Arc::new(ingest::Counters::default()));
+    let state = admin::State {
+        metrics: metrics.clone(),
+        health: health.clone(),
+        status: Arc::new(|| json!({ "only": "ingest" })),
+        current: Arc::new(|| serde_json::Value::Null),
+    };
+    let listener = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
+    let page = admin::spawn(listener, state, stopped(stop.clone()))?;
+    let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
+    let summary = ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await?;
+    observed.await.context("a loop of the page ended unexpectedly")?;
+    match page.join() {
+        Ok(result) => result.map(|()| summary).map_err(Into::into),
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 

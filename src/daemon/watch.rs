@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
@@ -52,12 +52,20 @@ fn export(metrics: &Metrics, counters: &Counters) {
     raise(&m.rows, counters.rows.load(Ordering::Relaxed));
     raise(&m.bytes, counters.bytes.load(Ordering::Relaxed));
     raise(m.commits.get(Commit::Committed), counters.commits.load(Ordering::Relaxed));
+    let failed = counters.failed_commits.get();
+    for outcome in [Commit::Fenced, Commit::Failed] {
+        raise(m.commits.get(outcome), failed.get(crate::metrics::Label::as_str(outcome)).copied().unwrap_or_default());
+    }
+    counters.take_seals().iter().for_each(|took| m.commit_seconds.observe(took.as_secs_f64()));
     raise(&m.retries, counters.restarts.load(Ordering::Relaxed));
     m.lag_offsets.set(counters.lag.load(Ordering::Relaxed));
     m.partitions.set(counters.assigned.load(Ordering::Relaxed));
-    let last = counters.last_commit_ms.load(Ordering::Relaxed);
-    let waiting = counters.buffered.load(Ordering::Relaxed) > 0 && last > 0;
-    m.lag_seconds.set(if waiting { (Utc::now().timestamp_millis() - last).max(0) as f64 / 1000.0 } else { 0.0 });
+    let age = |ms: &AtomicI64| match ms.load(Ordering::Relaxed) {
+        0 => 0.0,
+        ms => (Utc::now().timestamp_millis() - ms).max(0) as f64 / 1000.0,
+    };
+    m.lag_seconds.set(age(&counters.behind_since_ms));
+    m.data_age_seconds.set(age(&counters.newest_ms));
     by_reason(&counters.dead_letters.get(), |reason| m.dead_letters.get(reason));
     by_reason(&counters.skipped.get(), |reason| m.skips.get(reason));
 }

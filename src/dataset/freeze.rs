@@ -11,7 +11,7 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, Int32Type, Int64Type, TimeUnit};
 
 use crate::record::{Coordinates, Kind};
-use crate::table::{Name, Table, Tables, TxnStep};
+use crate::table::{Name, Suppressions, Table, Tables, TxnStep};
 
 use super::manifest::{self, Inputs};
 use super::{Dataset, DatasetError, QueryRow, Settings, SplitRow, WorkloadView, assemble, load};
@@ -19,13 +19,16 @@ use super::{Dataset, DatasetError, QueryRow, Settings, SplitRow, WorkloadView, a
 /// The position that all writers of `splits` move.
 const POSITION: &str = "taod/splits";
 
+/// The reason under which rows are counted that an erasure has yet to take out.
+const ERASED: &str = "erased";
+
 /// How often a decision that another writer overtook is made again.
 const ATTEMPTS: usize = 5;
 
 /// What is read of `queries`.
 const QUERY: &str = r#"select topic, partition, "offset", record_index, kind, ingest_date, event_time, request_id,
     trace_id, conversation_id, workload, tenant, feedback, prompt_hash, messages, tools, train_ok, reason, redacted,
-    truncated from t"#;
+    truncated, user_hash from t"#;
 
 /// Freezes a round's dataset into `out`. Where one is there already, a resumed round gets that one.
 pub async fn freeze(
@@ -40,13 +43,18 @@ pub async fn freeze(
         return load(out);
     }
     for _ in 0..ATTEMPTS {
+        let erased = Suppressions::load(tables).await?;
         let queries = tables.open_one(Name::Queries).await?;
         let mut splits = tables.open_one(Name::Splits).await?;
         let position = splits.txn(POSITION).await?;
         let known: Vec<SplitRow> = splits.rows(None).await?;
-        let rows = read(&queries).await?;
+        let (rows, hidden) = read(&queries, &erased).await?;
         let mut inputs = Inputs::of(BTreeMap::from([("queries".to_owned(), queries.version())]), &rows);
-        let assembled = assemble(rows, known, workloads, settings, round, seed);
+        let mut assembled = assemble(rows, known, workloads, settings, round, seed);
+        if hidden > 0 {
+            assembled.excluded.insert(ERASED.to_owned(), hidden);
+            assembled.rows += hidden;
+        }
         if !assembled.new_splits.is_empty() {
             let next = TxnStep { app_id: POSITION.to_owned(), expect: position, set: position.unwrap_or(0) + 1 };
             match splits.append_rows(&assembled.new_splits, &[next]).await {
@@ -61,16 +69,26 @@ pub async fn freeze(
     Err(DatasetError::Contended { attempts: ATTEMPTS })
 }
 
-async fn read(queries: &Table) -> Result<Vec<QueryRow>, DatasetError> {
+/// Returns the rows that may be looked at, and how many an erasure under way has yet to take out.
+async fn read(queries: &Table, erased: &Suppressions) -> Result<(Vec<QueryRow>, u64), DatasetError> {
     let batches = queries.query(QUERY).await?;
     let mut rows = Vec::with_capacity(batches.iter().map(RecordBatch::num_rows).sum());
+    let mut hidden = 0;
     for batch in &batches {
         let columns = Columns::of(batch)?;
+        let whose = ["user_hash", "request_id"].map(|name| column(batch, name, &[DataType::Utf8]));
+        let [users, requests] = whose;
+        let (users, requests) = (users?, requests?);
+        let text = |array: &ArrayRef, i| array.is_valid(i).then(|| array.as_string::<i32>().value(i).to_owned());
         for i in 0..batch.num_rows() {
+            if !erased.is_empty() && erased.hides_call(text(&users, i).as_deref(), text(&requests, i).as_deref()) {
+                hidden += 1;
+                continue;
+            }
             rows.push(columns.row(i)?);
         }
     }
-    Ok(rows)
+    Ok((rows, hidden))
 }
 
 /// The columns of a batch. Readers may hand out text in several layouts, so each is brought into one.

@@ -10,10 +10,10 @@ use std::time::Instant;
 use arrow::json::LineDelimitedWriter;
 use sha2::{Digest, Sha256};
 
+use super::Settings;
 use super::reader::{Known, Reader};
-use crate::query_log::Record;
-use crate::query_log::format::Rules;
-use crate::table::{DataFile, schema};
+use crate::query_log::{Record, TopicPartition};
+use crate::table::{DataFile, Suppressions, schema};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -24,8 +24,9 @@ const CHUNK: usize = 640;
 fn records() -> Vec<Record> {
     let path = std::env::var("TAOD_BENCH_LOG").expect("TAOD_BENCH_LOG names a file of records");
     let text = std::fs::read(path).unwrap();
+    let place = TopicPartition::new("bench", 0);
     let record = |(offset, line): (usize, &[u8])| Record {
-        partition: 0,
+        place: place.clone(),
         offset: offset as i64,
         time_ms: Some(1_772_366_400_000),
         key: None,
@@ -36,13 +37,7 @@ fn records() -> Vec<Record> {
 }
 
 fn reader() -> Reader {
-    Reader {
-        topic: "bench".into(),
-        user_key: Some(vec![7; 32]),
-        config_hash: "0123456789abcdef".into(),
-        detect_language: false,
-        rules: Rules::default(),
-    }
+    Reader { user_key: Some(vec![7; 32]), ..Settings::default().reader().unwrap() }
 }
 
 #[test]
@@ -54,7 +49,7 @@ fn bench_rows() {
         let (mut file, mut read, mut write) = (DataFile::new(&schema::QUERIES).unwrap(), 0.0, 0.0);
         for chunk in records.chunks(CHUNK) {
             let begun = Instant::now();
-            let parsed = reader.read(chunk, &known).unwrap();
+            let parsed = reader.read(chunk, &known, &Suppressions::default()).unwrap();
             let middle = Instant::now();
             file.write(&parsed.batch).unwrap();
             read += (middle - begun).as_secs_f64();
@@ -78,7 +73,7 @@ fn bench_rows() {
 fn hash(records: &[Record], reader: &Reader) -> String {
     let mut hasher = Sha256::new();
     for chunk in records.chunks(CHUNK) {
-        let parsed = reader.read(chunk, &Known::new()).unwrap();
+        let parsed = reader.read(chunk, &Known::new(), &Suppressions::default()).unwrap();
         let date = parsed.batch.schema().index_of("ingest_date").unwrap();
         let others: Vec<usize> = (0..parsed.batch.num_columns()).filter(|&column| column != date).collect();
         let mut text = Vec::new();

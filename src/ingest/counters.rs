@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::Serialize;
 
+use super::IngestError;
 use super::ledger::Sealed;
+use crate::table::TableError;
 
 /// Live numbers, written by ingestion and read by whoever exports them.
 #[derive(Debug, Default)]
@@ -25,6 +28,11 @@ pub struct Counters {
     pub restarts: AtomicU64,
     /// Records in Kafka that are not stored yet, over the partitions assigned here.
     pub lag: AtomicI64,
+    /// Time stamp, in milliseconds since the epoch, of the newest stored record of the partition that is furthest behind
+    /// in time; 0 where none is behind.
+    pub behind_since_ms: AtomicI64,
+    /// Time stamp of the newest record that is stored, likewise; 0 before the first.
+    pub newest_ms: AtomicI64,
     /// Records read that are not stored yet.
     pub buffered: AtomicU64,
     /// Partitions assigned here.
@@ -39,7 +47,14 @@ pub struct Counters {
     pub dead_letters: Reasons,
     /// Records passed over by reason.
     pub skipped: Reasons,
+    /// Commits that failed: `fenced` where another member had moved the position, else `failed`.
+    pub failed_commits: Reasons,
+    /// How long each commit took that nobody has taken from here yet.
+    seals: Mutex<Vec<Duration>>,
 }
+
+/// Commit times that are kept for whoever exports them; where nobody does, the oldest stay.
+const SEALS_KEPT: usize = 10_000;
 
 /// A count per reason code. Reasons come from code, never from the log, so there are few.
 #[derive(Debug, Default)]
@@ -75,8 +90,24 @@ pub struct Summary {
 }
 
 impl Counters {
-    /// Counts a commit.
-    pub(super) fn stored(&self, sealed: &Sealed) {
+    /// Takes what commits took since this was last asked.
+    pub fn take_seals(&self) -> Vec<Duration> {
+        std::mem::take(&mut self.seals.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counts a commit that failed.
+    pub(super) fn failed(&self, error: &IngestError) {
+        let fenced = matches!(error, IngestError::Table(TableError::Fenced { .. }));
+        self.failed_commits.add(&BTreeMap::from([(if fenced { "fenced" } else { "failed" }, 1)]));
+    }
+
+    /// Counts a commit and how long it took.
+    pub(super) fn stored(&self, sealed: &Sealed, took: Duration) {
+        let mut seals = self.seals.lock().unwrap_or_else(PoisonError::into_inner);
+        if seals.len() < SEALS_KEPT {
+            seals.push(took);
+        }
+        drop(seals);
         self.records.fetch_add(sealed.records, Ordering::Relaxed);
         self.rows.fetch_add(sealed.rows, Ordering::Relaxed);
         self.bytes.fetch_add(sealed.bytes, Ordering::Relaxed);

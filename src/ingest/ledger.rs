@@ -15,10 +15,11 @@ use std::sync::Arc;
 use super::IngestError;
 use super::positions::Positions;
 use super::reader::{Known, Letter, Parsed, Reader};
+use super::worker::Worker;
 use crate::crash::{self, Point};
-use crate::query_log::Record;
-use crate::query_log::kafka::{self, Extent};
-use crate::table::{DataFile, Name, Table, TableError, Tables, Upkeep, batch_of, schema};
+use crate::query_log::kafka::{self, Topic};
+use crate::query_log::{Record, TopicPartition};
+use crate::table::{DataFile, ERASURES, Name, Suppressions, Table, TableError, Tables, Upkeep, batch_of, schema};
 
 /// What was read and is not stored yet.
 #[derive(Default)]
@@ -43,7 +44,7 @@ pub(super) struct Sealed {
     pub(super) letters: BTreeMap<&'static str, u64>,
     pub(super) skipped: BTreeMap<&'static str, u64>,
     /// The next offset of every assigned partition.
-    pub(super) offsets: BTreeMap<i32, i64>,
+    pub(super) offsets: BTreeMap<TopicPartition, i64>,
 }
 
 /// The open epoch, and how far the tables are.
@@ -53,7 +54,10 @@ pub(super) struct Ledger {
     letters: Table,
     positions: Positions,
     known: Arc<Known>,
+    /// What was erased when this ledger was opened. An erasure that comes later fences both tables.
+    erased: Arc<Suppressions>,
     epoch: Epoch,
+    worker: Worker,
 }
 
 impl Ledger {
@@ -63,23 +67,33 @@ impl Ledger {
         settings: &kafka::Settings,
         reader: Arc<Reader>,
     ) -> Result<Self, IngestError> {
+        let mut queries = tables.open_one(Name::Queries).await?;
+        let mut letters = tables.open_one(Name::DeadLetters).await?;
+        // Held before the list is read: whatever is added after that moves what is held.
+        queries.hold(ERASURES).await?;
+        letters.hold(ERASURES).await?;
         Ok(Ledger {
             reader,
-            queries: tables.open_one(Name::Queries).await?,
-            letters: tables.open_one(Name::DeadLetters).await?,
+            queries,
+            letters,
             positions: Positions::new(settings),
             known: Arc::default(),
+            erased: Arc::new(Suppressions::load(tables).await?),
             epoch: Epoch::default(),
+            worker: Worker::start()?,
         })
     }
 
     /// Gives partitions that no one has read yet their first offset.
-    pub(super) async fn first_sight(&mut self, extents: &[Extent]) -> Result<(), IngestError> {
-        Ok(self.positions.first_sight(&mut self.queries, extents).await?)
+    pub(super) async fn first_sight(&mut self, topics: &[Topic]) -> Result<(), IngestError> {
+        self.positions.first_sight(&mut self.queries, topics).await
     }
 
     /// Takes on partitions and returns the offset at which each is to be read.
-    pub(super) async fn assign(&mut self, partitions: &[i32]) -> Result<BTreeMap<i32, i64>, IngestError> {
+    pub(super) async fn assign(
+        &mut self,
+        partitions: &[TopicPartition],
+    ) -> Result<BTreeMap<TopicPartition, i64>, IngestError> {
         let (starts, known) = self.positions.assign(partitions, &mut self.queries, &mut self.letters).await?;
         Arc::make_mut(&mut self.known).extend(known);
         Ok(starts)
@@ -88,16 +102,17 @@ impl Ledger {
     /// Adds records to the epoch. Those of partitions that are not held, and those read before, are passed over.
     pub(super) async fn read(&mut self, mut records: Vec<Record>) -> Result<(), IngestError> {
         crash::point(Point::AfterPoll);
-        records.retain(|record| self.positions.take(record.partition, record.offset));
+        records.retain(|record| self.positions.take(record));
         let (reader, known, count) = (Arc::clone(&self.reader), Arc::clone(&self.known), records.len() as u64);
+        let erased = Arc::clone(&self.erased);
         let file = self.epoch.file.take();
-        let work = tokio::task::spawn_blocking(move || {
+        let work = self.worker.run(move || {
             let mut file = file.map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
-            let parsed = reader.read(&records, &known)?;
+            let parsed = reader.read(&records, &known, &erased)?;
             file.write(&parsed.batch)?;
             Ok::<_, TableError>((file, parsed))
         });
-        let (file, parsed) = work.await.map_err(|e| IngestError::Task(e.to_string()))??;
+        let (file, parsed) = work.await??;
         let Parsed { letters, skipped, bytes, .. } = parsed;
         self.epoch.file = Some(file);
         self.epoch.dead_bytes += letters.iter().map(|letter| letter.payload.len() as u64 / 2).sum::<u64>();
@@ -112,12 +127,12 @@ impl Ledger {
 
     /// Takes in that everything of a partition was handed out. Past the last record there may be control records, which
     /// hold no row but move the offset.
-    pub(super) fn end(&mut self, partition: i32, next: Option<i64>) {
+    pub(super) fn end(&mut self, partition: &TopicPartition, next: Option<i64>) {
         self.positions.end(partition, next);
     }
 
     /// Gives partitions up. Their epoch must be sealed before.
-    pub(super) fn revoke(&mut self, partitions: &[i32]) {
+    pub(super) fn revoke(&mut self, partitions: &[TopicPartition]) {
         self.positions.revoke(partitions);
     }
 
@@ -140,6 +155,7 @@ impl Ledger {
         }
         let file = epoch.file.take().map_or_else(|| DataFile::new(&schema::QUERIES), Ok)?;
         let rows = file.rows();
+        let file = self.worker.run(move || file.encode()).await??;
         let appended = self.queries.append_file(file, &steps).await?;
         let sealed = epoch.sealed(rows, appended.version, appended.bytes, self.positions.stored());
         tracing::debug!(version = sealed.version, rows = sealed.rows, bytes = sealed.bytes, "epoch stored");
@@ -178,8 +194,18 @@ impl Ledger {
     }
 
     /// Returns how many records Kafka holds beyond what is stored.
-    pub(super) fn lag(&self, ends: &BTreeMap<i32, i64>) -> i64 {
+    pub(super) fn lag(&self, ends: &BTreeMap<TopicPartition, i64>) -> i64 {
         self.positions.lag(ends)
+    }
+
+    /// Returns the time stamp after which records are not stored, in milliseconds; nothing where all are.
+    pub(super) fn behind_since(&self, ends: &BTreeMap<TopicPartition, i64>) -> Option<i64> {
+        self.positions.behind_since(ends)
+    }
+
+    /// Returns the time stamp of the newest record that is stored, in milliseconds.
+    pub(super) fn newest(&self) -> Option<i64> {
+        self.positions.newest()
     }
 }
 
@@ -193,7 +219,7 @@ impl Ledger {
             format!("{} {} {}", self.positions.fingerprint(), self.queries.fingerprint(), self.letters.fingerprint());
         let mut known: Vec<_> = self.known.iter().flat_map(|(p, at)| at.iter().map(move |at| (p, at))).collect();
         known.sort();
-        let letters: Vec<_> = self.epoch.letters.iter().map(|letter| (letter.partition, letter.offset)).collect();
+        let letters: Vec<_> = self.epoch.letters.iter().map(|letter| (letter.place(), letter.offset)).collect();
         // Rows are what was read and is no dead letter: positions and letters tell them.
         write!(text, "{known:?} {letters:?} {}", self.epoch.records).unwrap();
         text
@@ -201,7 +227,7 @@ impl Ledger {
 }
 
 impl Epoch {
-    fn sealed(self, rows: u64, version: u64, file_bytes: u64, offsets: BTreeMap<i32, i64>) -> Sealed {
+    fn sealed(self, rows: u64, version: u64, file_bytes: u64, offsets: BTreeMap<TopicPartition, i64>) -> Sealed {
         let mut letters: BTreeMap<&'static str, u64> = BTreeMap::new();
         for letter in &self.letters {
             *letters.entry(letter.reason).or_default() += 1;

@@ -7,21 +7,26 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde::{Serialize, Serializer};
 use sha2::Sha256;
 
+use super::filter::Choice;
 use crate::json::{Value, json};
-use crate::query_log::Record;
 use crate::query_log::format::{self, Outcome, Rules};
+use crate::query_log::{Record, TopicPartition};
 use crate::record::{Message, Query, canonical_messages, hex_of, last_user_text, prompt_hash_of};
-use crate::table::{Columns, TableError, schema};
+use crate::table::{Columns, Key, Suppressions, TableError, schema};
 
 /// Characters of a prompt that are enough to tell its language.
 const LANGUAGE_CHARS: usize = 256;
 
+/// Under which reason what was erased is counted when it is read again.
+const ERASED: &str = "erased";
+/// Under which reason calls are counted that [`super::Filter`] leaves to other endpoints.
+const OTHER_ENDPOINT: &str = "other_endpoint";
+
 /// Dead letters that already stand in the table: offset and record index, by partition.
-pub(super) type Known = HashMap<i32, HashSet<(i64, i32)>>;
+pub(super) type Known = HashMap<TopicPartition, HashSet<(i64, i32)>>;
 
 /// Turns records into rows. Holds what all rows of a run share.
 pub(super) struct Reader {
-    pub(super) topic: String,
     /// Keys the hash under which end users are stored; without one no user is.
     pub(super) user_key: Option<Vec<u8>>,
     pub(super) config_hash: String,
@@ -29,6 +34,8 @@ pub(super) struct Reader {
     pub(super) detect_language: bool,
     /// The user's own log formats and signs, and how much of a record is kept.
     pub(super) rules: Rules,
+    /// The calls that belong to this endpoint.
+    pub(super) choice: Choice,
 }
 
 /// What became of some records.
@@ -43,9 +50,9 @@ pub(super) struct Parsed {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Letter {
     topic: String,
-    pub(super) partition: i32,
+    partition: i32,
     pub(super) offset: i64,
-    record_index: i32,
+    pub(super) record_index: i32,
     key: Option<String>,
     headers: Option<String>,
     kafka_time: Option<i64>,
@@ -55,6 +62,13 @@ pub(super) struct Letter {
     message: String,
     taod_version: &'static str,
     config_hash: String,
+}
+
+impl Letter {
+    /// Returns the partition that the record came from.
+    pub(super) fn place(&self) -> TopicPartition {
+        TopicPartition::new(&self.topic, self.partition)
+    }
 }
 
 /// One row of `queries`; JSON columns as text.
@@ -141,21 +155,33 @@ impl<'a> Kept<'a> {
 }
 
 impl Reader {
-    /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again.
-    pub(super) fn read(&self, records: &[Record], known: &Known) -> Result<Parsed, TableError> {
+    /// Reads records. Whatever already stands in `dead_letters` is neither stored nor put there again, and what was erased
+    /// is skipped.
+    pub(super) fn read(&self, records: &[Record], known: &Known, erased: &Suppressions) -> Result<Parsed, TableError> {
         let now = chrono::Utc::now();
         let today = now.format("%Y-%m-%d").to_string();
         let (mut rows, mut letters, mut skipped) = (Columns::new(&schema::QUERIES), Vec::new(), BTreeMap::new());
         for record in records {
             // A tombstone is an empty record: the formats say what that is.
             let payload = record.payload.as_deref().unwrap_or_default();
-            let dead = known.get(&record.partition);
+            let place = &record.place;
+            let dead = known.get(&record.place);
             let mut kept = Kept { payload, left: self.rules.max_text_bytes, first: None };
             for (index, outcome) in (0i32..).zip(format::read(payload, &text_headers(record), &self.rules)) {
                 if dead.is_some_and(|dead| dead.contains(&(record.offset, index))) {
                     continue;
                 }
+                let is_erased = !erased.is_empty()
+                    && (erased.hides(&Key::record(&place.topic, place.partition, record.offset, index))
+                        || matches!(&outcome, Outcome::Row(query) if self.is_erased(query, erased)));
+                if is_erased {
+                    *skipped.entry(ERASED).or_default() += 1;
+                    continue;
+                }
                 match outcome {
+                    Outcome::Row(query) if !self.takes(&query) => {
+                        *skipped.entry(OTHER_ENDPOINT).or_default() += 1;
+                    }
                     Outcome::Row(query) => {
                         rows.push(&self.row(record, index, *query, &today, now.timestamp_micros()))?
                     }
@@ -175,8 +201,8 @@ impl Reader {
         let messages = canonical_messages(&query.messages);
         let kafka_time = record.time_ms.map(|ms| ms.saturating_mul(1000));
         Row {
-            topic: &self.topic,
-            partition: record.partition,
+            topic: &record.place.topic,
+            partition: record.place.partition,
             offset: record.offset,
             record_index: index,
             key: record.key.as_deref().map(Raw),
@@ -227,8 +253,8 @@ impl Reader {
         today: &str,
     ) -> Letter {
         Letter {
-            topic: self.topic.clone(),
-            partition: record.partition,
+            topic: record.place.topic.to_string(),
+            partition: record.place.partition,
             offset: record.offset,
             record_index: index,
             key: record.key.as_ref().map(hex::encode),
@@ -243,13 +269,27 @@ impl Reader {
         }
     }
 
+    fn takes(&self, query: &Query) -> bool {
+        self.choice.takes(query.kind, query.model.as_deref(), query.workload.as_deref())
+    }
+
+    fn is_erased(&self, query: &Query, erased: &Suppressions) -> bool {
+        let user = query.user.as_deref().and_then(|user| self.user_hash(user));
+        erased.hides_call(user.as_deref(), query.request_id.as_deref())
+    }
+
     /// Returns the keyed hash under which an end user is stored.
     fn user_hash(&self, user: &str) -> Option<String> {
-        // HMAC takes a key of any length.
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.user_key.as_ref()?).ok()?;
-        mac.update(user.as_bytes());
-        Some(hex_of(mac.finalize().into_bytes().into()))
+        keyed_hash(self.user_key.as_ref()?, user)
     }
+}
+
+/// Returns HMAC-SHA-256 of a text in lower-case hex: what stands for an end user in the tables.
+pub fn keyed_hash(key: &[u8], text: &str) -> Option<String> {
+    // HMAC takes a key of any length.
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
+    mac.update(text.as_bytes());
+    Some(hex_of(mac.finalize().into_bytes().into()))
 }
 
 /// Returns the headers as formats see them: the last value of each name, as text.
@@ -290,7 +330,7 @@ mod tests {
 
     fn record(offset: i64, payload: Option<&[u8]>) -> Record {
         Record {
-            partition: 1,
+            place: TopicPartition::new("t", 1),
             offset,
             time_ms: Some(1_700_000_000_123),
             key: Some(vec![0xff, 0x00]),
@@ -301,11 +341,11 @@ mod tests {
 
     fn reader(user_key: Option<&[u8]>) -> Reader {
         Reader {
-            topic: "t".into(),
             user_key: user_key.map(<[u8]>::to_vec),
             config_hash: "c".into(),
             detect_language: true,
             rules: Rules::default(),
+            choice: Choice::default(),
         }
     }
 
@@ -321,13 +361,13 @@ mod tests {
     #[test]
     fn what_cannot_be_read_keeps_its_bytes_and_what_is_known_dead_stays_out() {
         let records = [record(5, Some(b"not json")), record(6, None)];
-        let parsed = reader(None).read(&records, &Known::new()).unwrap();
+        let parsed = reader(None).read(&records, &Known::new(), &Suppressions::default()).unwrap();
         assert_eq!((parsed.batch.num_rows(), parsed.letters.len()), (0, 1));
         assert_eq!(parsed.letters[0].payload, hex::encode(b"not json"));
         assert_eq!(parsed.letters[0].headers.as_deref(), Some(r#"[["a","x"],["b",{"hex":"ff"}]]"#));
         assert_eq!(parsed.skipped, BTreeMap::from([("empty", 1)]));
-        let known = Known::from([(1, HashSet::from([(5, 0)]))]);
-        assert!(reader(None).read(&records, &known).unwrap().letters.is_empty());
+        let known = Known::from([(TopicPartition::new("t", 1), HashSet::from([(5, 0)]))]);
+        assert!(reader(None).read(&records, &known, &Suppressions::default()).unwrap().letters.is_empty());
     }
 
     #[test]
@@ -353,19 +393,21 @@ mod tests {
                 }),
             }
             let outcomes = format::read(&bytes, &BTreeMap::new(), &reader.rules).len();
-            let parsed = reader.read(&[record(5, Some(&bytes))], &Known::new()).unwrap();
+            let parsed = reader.read(&[record(5, Some(&bytes))], &Known::new(), &Suppressions::default()).unwrap();
             let skipped = parsed.skipped.values().sum::<u64>() as usize;
             let stored = parsed.batch.num_rows() + parsed.letters.len() + skipped;
             assert!(stored > 0 && stored == outcomes, "{stored} of {outcomes}: {}", String::from_utf8_lossy(&bytes));
             (rows, letters, skips) = (rows + parsed.batch.num_rows(), letters + parsed.letters.len(), skips + skipped);
         }
-        assert!(rows > 100 && letters > 100 && skips > 100, "{rows} rows, {letters} letters, {skips} skips");
+        assert!(rows > 100 && letters > 100 && skips > 10, "{rows} rows, {letters} letters, {skips} skips");
     }
 
     #[test]
     fn of_a_large_record_as_much_is_kept_as_the_bound_allows() {
         let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
-        let letters = |payload: &[u8]| small.read(&[record(5, Some(payload))], &Known::new()).unwrap().letters;
+        let letters = |payload: &[u8]| {
+            small.read(&[record(5, Some(payload))], &Known::new(), &Suppressions::default()).unwrap().letters
+        };
         let large = letters(&vec![b'x'; 5000]);
         assert_eq!((large.len(), large[0].payload.len()), (1, 2 * 4096));
         assert!(
@@ -390,7 +432,7 @@ mod tests {
         let small = Reader { rules: Rules { max_text_bytes: 4096, ..Rules::default() }, ..reader(None) };
         let messages = json!([{"role": "user", "content": "x".repeat(10_000_000)}]);
         let call = json!({"request": {"messages": messages}, "response": "Yes."}).to_string();
-        let parsed = small.read(&[record(5, Some(call.as_bytes()))], &Known::new()).unwrap();
+        let parsed = small.read(&[record(5, Some(call.as_bytes()))], &Known::new(), &Suppressions::default()).unwrap();
         let column = |name: &str| parsed.batch.column_by_name(name).unwrap();
         use arrow::array::AsArray;
         assert_eq!(

@@ -6,6 +6,7 @@ use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 use super::*;
+use crate::query_log::TopicPartition;
 use crate::query_log::embedded::EmbeddedBroker;
 use crate::table::Name;
 
@@ -90,7 +91,7 @@ async fn every_record_is_stored_once_over_two_runs() {
     assert_eq!(bench.offsets(Name::Queries).await, [(0, 0), (1, 1), (1, 2)]);
     assert_eq!(bench.offsets(Name::DeadLetters).await, [(1, 0)]);
     let mut queries = bench.tables().open_one(Name::Queries).await.unwrap();
-    assert_eq!(queries.txn(&bench.settings().kafka.app_id(1)).await.unwrap(), Some(3));
+    assert_eq!(queries.txn(&bench.settings().kafka.app_id(&TopicPartition::new(TOPIC, 1))).await.unwrap(), Some(3));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -174,17 +175,12 @@ async fn at_the_end_of_the_log_a_row_does_not_wait_for_the_long_interval() {
 async fn a_dead_letter_counts_as_often_as_it_is_held() {
     let folder = tempfile::tempdir().unwrap();
     let (tables, settings) = (Tables::open(folder.path()).unwrap(), kafka::Settings::default());
-    let reader = Reader {
-        topic: settings.topic.clone(),
-        user_key: None,
-        config_hash: "c".into(),
-        detect_language: false,
-        rules: format::Rules::default(),
-    };
+    let reader = Settings::default().reader().unwrap();
     let mut ledger = Ledger::open(&tables, &settings, Arc::new(reader)).await.unwrap();
-    ledger.assign(&[0]).await.unwrap();
+    let place = TopicPartition::new(&settings.topic, 0);
+    ledger.assign(std::slice::from_ref(&place)).await.unwrap();
     let record = |offset, payload: String| crate::query_log::Record {
-        partition: 0,
+        place: place.clone(),
         offset,
         time_ms: None,
         key: None,

@@ -59,6 +59,8 @@ label! {
         NoContent = "no_content",
         BadCompression = "bad_compression",
         TooLarge = "too_large",
+        Erased = "erased",
+        OtherEndpoint = "other_endpoint",
         Other = "other",
     }
 }
@@ -67,7 +69,6 @@ label! {
     /// How a commit ended.
     Commit as "outcome" {
         Committed = "committed",
-        Conflict = "conflict",
         Fenced = "fenced",
         Failed = "failed",
     }
@@ -144,5 +145,30 @@ label! {
         Round = "round",
         Promotion = "promotion",
         Admin = "admin",
+        Lease = "lease",
+        Maintenance = "maintenance",
+    }
+}
+
+label! {
+    /// What maintenance does to a table.
+    MaintenanceTask as "task" {
+        Retain = "retain",
+        Compact = "compact",
+        Vacuum = "vacuum",
+        Sweep = "sweep",
+        Checkpoint = "checkpoint",
+        Clean = "clean",
+    }
+}
+
+label! {
+    /// How a task of maintenance ended.
+    MaintenanceOutcome as "outcome" {
+        Done = "done",
+        Idle = "idle",
+        Refused = "refused",
+        Conflict = "conflict",
+        Failed = "failed",
     }
 }

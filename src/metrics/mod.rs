@@ -41,13 +41,29 @@ group! {
         lag_offsets: IntGauge = "taod_ingest_lag_offsets",
             "Offsets between the ends of the assigned partitions and what the table holds.";
         lag_seconds: Gauge = "taod_ingest_lag_seconds",
-            "Age of the oldest record that is read but not committed; 0 when there is none.";
-        data_age_seconds: Gauge = "taod_ingest_data_age_seconds", "Age of the newest call in the table.";
+            "Age of the newest stored record of the partition that is furthest behind; 0 when nothing is left to store.";
+        data_age_seconds: Gauge = "taod_ingest_data_age_seconds", "Age of the newest record that this process stored, by its time stamp in Kafka.";
         partitions: IntGauge = "taod_ingest_assigned_partitions", "Partitions that this process reads.";
         commits: By<Commit, IntCounter> = "taod_ingest_commits_total", "Commits to the table, by how they ended.";
         commit_seconds: Histogram = "taod_ingest_commit_seconds",
             "Time from sealing an epoch to its commit being durable.";
         retries: IntCounter = "taod_ingest_retries_total", "Times the ingestion started again after an error.";
+    }
+}
+
+group! {
+    /// The maintenance of the tables.
+    Maintenance {
+        files: IntGauge = "taod_maintenance_table_files", "Data files of all tables after the latest maintenance.";
+        log_entries: IntGauge = "taod_maintenance_log_entries",
+            "Log entries since the checkpoint, of the table that has most, after the latest maintenance.";
+        seconds: By<MaintenanceTask, Gauge> = "taod_maintenance_task_seconds",
+            "Time each task of the latest maintenance took, over all tables.";
+        tasks: By<MaintenanceOutcome, IntCounter> = "taod_maintenance_tasks_total",
+            "Tasks of maintenance, one for each table, by how they ended.";
+        rewritten: IntCounter = "taod_maintenance_rewritten_bytes_total", "Bytes that compaction wrote.";
+        removed: IntCounter = "taod_maintenance_removed_files_total",
+            "Files removed: replaced long enough ago, or never committed.";
     }
 }
 
@@ -131,6 +147,7 @@ group! {
 #[derive(Debug)]
 pub struct Metrics {
     pub ingest: Ingest,
+    pub maintenance: Maintenance,
     pub rounds: Rounds,
     pub rewards: Rewards,
     pub training: Training,
@@ -148,6 +165,7 @@ impl Metrics {
         registry.register(Box::new(ProcessCollector::new(process, "taod")))?;
         let metrics = Metrics {
             ingest: Ingest::declare(&registry)?,
+            maintenance: Maintenance::declare(&registry)?,
             rounds: Rounds::declare(&registry)?,
             rewards: Rewards::declare(&registry)?,
             training: Training::declare(&registry)?,

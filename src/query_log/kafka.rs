@@ -5,12 +5,16 @@
 //! ([`Event::Revoked`]). Both waits end at a deadline below the group's own, after which the member gives up.
 //! What is committed back to Kafka is advice for lag tools.
 
+mod certificate;
+mod connect;
+mod refusal;
 mod settings;
+mod topic_ids;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rdkafka::config::RDKafkaLogLevel;
@@ -21,8 +25,10 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, Statistics, TopicPartitionList};
 use tokio::sync::mpsc;
 
+pub use self::connect::{Connection, Extent, Topic};
+use self::refusal::Refusal;
 pub use self::settings::{Settings, Start};
-use super::{Event, Record, SourceError};
+use super::{Event, Record, SourceError, TopicPartition};
 
 /// Bytes and records of one hand-over to the reader.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -34,99 +40,8 @@ const CHUNKS_WAITING: usize = 8;
 /// one being gathered and the one being read.
 pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
 
-/// What Kafka holds of one partition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    pub partition: i32,
-    /// The oldest offset.
-    pub low: i64,
-    /// The offset that the next record will get.
-    pub high: i64,
-}
-
-/// A broker that answers and a topic that exists; not yet a member of the group.
-pub struct Connection {
-    settings: Settings,
-    client: Arc<BaseConsumer<Context>>,
-    events: mpsc::Receiver<Event>,
-    extents: Vec<Extent>,
-}
-
-impl Connection {
-    /// Looks for the broker and the topic. Blocks for at most the connect time-out (per answer awaited).
-    pub fn open(settings: &Settings) -> Result<Self, SourceError> {
-        let (sender, events) = mpsc::channel(CHUNKS_WAITING);
-        let context = Context {
-            topic: settings.topic.clone(),
-            patience: Duration::from_secs(settings.rebalance_timeout_s),
-            events: sender,
-            shared: Mutex::default(),
-        };
-        let client: BaseConsumer<Context> =
-            settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
-        let extents = look(settings, &client)?;
-        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, extents })
-    }
-
-    /// Returns what Kafka held of each partition when the connection was made.
-    pub fn extents(&self) -> &[Extent] {
-        &self.extents
-    }
-
-    /// Joins the group and begins to read.
-    pub fn subscribe(self) -> Result<Consumer, SourceError> {
-        let topic = self.settings.topic.clone();
-        let fail = |cause: String| SourceError::Consume { topic: self.settings.topic.clone(), cause };
-        self.client.subscribe(&[&topic]).map_err(|e| fail(e.to_string()))?;
-        let client = Arc::clone(&self.client);
-        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
-        let thread = thread.map_err(|e| fail(e.to_string()))?;
-        Ok(Consumer { settings: self.settings, client: self.client, events: self.events, thread })
-    }
-}
-
-/// Asks for the topic and the extent of its partitions.
-fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Extent>, SourceError> {
-    let patience = Duration::from_secs(settings.connect_timeout_s);
-    let unreachable = |error: KafkaError| {
-        // Why the broker cannot be reached stands only in the error callback, which runs inside poll.
-        while client.poll(Duration::from_millis(10)).is_some() {}
-        let cause = client.context().cause().unwrap_or_else(|| error.to_string());
-        SourceError::Unreachable { brokers: settings.brokers.clone(), cause }
-    };
-    let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
-    let metadata = client.fetch_metadata(Some(&settings.topic), patience).map_err(unreachable)?;
-    let topic = metadata.topics().iter().find(|t| t.name() == settings.topic).ok_or_else(no_topic)?;
-    match topic.error() {
-        None if topic.partitions().is_empty() => return Err(no_topic()),
-        None => {}
-        Some(
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART
-            | RDKafkaRespErr::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC
-            | RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION,
-        ) => return Err(no_topic()),
-        Some(error) => {
-            let cause = RDKafkaErrorCode::from(error).to_string();
-            return Err(SourceError::Consume { topic: settings.topic.clone(), cause });
-        }
-    }
-    let extent = |partition| {
-        let (low, high) = client.fetch_watermarks(&settings.topic, partition, patience).map_err(unreachable)?;
-        Ok(Extent { partition, low, high })
-    };
-    topic.partitions().iter().map(|partition| extent(partition.id())).collect()
-}
-
-fn refused(settings: &Settings, error: KafkaError) -> SourceError {
-    match error {
-        KafkaError::ClientConfig(_, why, key, _) => SourceError::Property { key, why },
-        other => SourceError::Unreachable { brokers: settings.brokers.clone(), cause: other.to_string() },
-    }
-}
-
 /// A member of the group, read through its events.
 pub struct Consumer {
-    settings: Settings,
     client: Arc<BaseConsumer<Context>>,
     events: mpsc::Receiver<Event>,
     thread: JoinHandle<()>,
@@ -139,11 +54,11 @@ impl Consumer {
     }
 
     /// Tells Kafka how far the tables are, for lag tools. Nothing depends on it.
-    pub fn advise(&self, offsets: &BTreeMap<i32, i64>) {
+    pub fn advise(&self, offsets: &BTreeMap<TopicPartition, i64>) {
         let mut list = TopicPartitionList::new();
-        for (partition, next) in offsets {
-            if let Err(error) = list.add_partition_offset(&self.settings.topic, *partition, Offset::Offset(*next)) {
-                tracing::debug!(%error, partition, "offset not told to kafka");
+        for (place, next) in offsets {
+            if let Err(error) = list.add_partition_offset(&place.topic, place.partition, Offset::Offset(*next)) {
+                tracing::debug!(%error, ?place, "offset not told to kafka");
             }
         }
         if list.count() > 0
@@ -154,7 +69,7 @@ impl Consumer {
     }
 
     /// Returns the end of each partition as last reported by the broker.
-    pub fn ends(&self) -> BTreeMap<i32, i64> {
+    pub fn ends(&self) -> BTreeMap<TopicPartition, i64> {
         self.client.context().lock().ends.clone()
     }
 
@@ -183,12 +98,14 @@ struct Shared {
     chunk: Vec<Record>,
     bytes: usize,
     cause: Option<String>,
-    ends: BTreeMap<i32, i64>,
+    refusal: Option<Refusal>,
+    ends: BTreeMap<TopicPartition, i64>,
+    /// Where the end of a partition was last told, until there is another record of it.
+    told: BTreeMap<TopicPartition, i64>,
 }
 
 struct Context {
-    topic: String,
-    patience: Duration,
+    settings: Settings,
     events: mpsc::Sender<Event>,
     shared: Mutex<Shared>,
 }
@@ -201,6 +118,28 @@ impl Context {
 
     fn cause(&self) -> Option<String> {
         self.lock().cause.clone()
+    }
+
+    fn take_refusal(&self) -> Option<Refusal> {
+        self.lock().refusal.take()
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.settings.rebalance_timeout_s)
+    }
+
+    /// Returns what an error that does not pass by itself means for the operator. `why` is all that the client says.
+    fn unreadable(&self, code: RDKafkaErrorCode, why: Option<String>) -> SourceError {
+        let Settings { topic, group, brokers, properties, .. } = self.settings.clone();
+        let instance = properties.get("group.instance.id").cloned().unwrap_or_default();
+        match code {
+            RDKafkaErrorCode::UnreleasedInstanceId => SourceError::Unreleased { instance, group },
+            RDKafkaErrorCode::FencedInstanceId => SourceError::Fenced { instance, group },
+            RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::GroupAuthorizationFailed => {
+                SourceError::Forbidden { topic, group, brokers, cause: code.to_string() }
+            }
+            _ => SourceError::Consume { topic, cause: why.unwrap_or_else(|| code.to_string()) },
+        }
     }
 
     /// Sends an event; false once nobody listens.
@@ -222,6 +161,9 @@ impl Context {
     fn push(&self, record: Record) -> bool {
         let full = {
             let mut shared = self.lock();
+            if !shared.told.is_empty() {
+                shared.told.remove(&record.place);
+            }
             shared.bytes += record.size();
             shared.chunk.push(record);
             shared.bytes >= CHUNK_BYTES || shared.chunk.len() >= CHUNK_RECORDS
@@ -236,10 +178,11 @@ impl Context {
         if !self.send(Event::Assigned { partitions: partitions.clone(), reply }) {
             return false;
         }
-        let Ok(starts) = starts.recv_timeout(self.patience) else { return false };
+        let Ok(starts) = starts.recv_timeout(self.patience()) else { return false };
         partitions.iter().all(|partition| {
+            let TopicPartition { topic, partition: number } = partition;
             let start = starts.get(partition).copied();
-            start.is_some_and(|n| list.set_partition_offset(&self.topic, *partition, Offset::Offset(n)).is_ok())
+            start.is_some_and(|n| list.set_partition_offset(topic, *number, Offset::Offset(n)).is_ok())
         })
     }
 
@@ -249,7 +192,7 @@ impl Context {
             consumer.unassign()?;
             consumer.unsubscribe();
             let cause = "no start offsets were given for the assigned partitions in time".to_owned();
-            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause }));
+            self.send(Event::Failed(SourceError::Consume { topic: self.settings.topic.clone(), cause }));
             return Ok(());
         }
         if list.count() == 0 {
@@ -263,12 +206,14 @@ impl Context {
     }
 
     fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) -> KafkaResult<()> {
-        if consumer.assignment_lost() {
+        if let Some((code, why)) = consumer.client().fatal_error() {
+            self.send(Event::Failed(self.unreadable(code, Some(why))));
+        } else if consumer.assignment_lost() {
             self.send(Event::Lost);
         } else if list.count() > 0 {
             let (reply, stored) = sync_channel(1);
             if self.send(Event::Revoked { partitions: partitions_of(list), reply })
-                && stored.recv_timeout(self.patience).is_err()
+                && stored.recv_timeout(self.patience()).is_err()
             {
                 tracing::warn!(
                     "partitions go without their last rows stored: they will be read again by the next owner"
@@ -282,11 +227,11 @@ impl Context {
     }
 }
 
-fn partitions_of(list: &TopicPartitionList) -> Vec<i32> {
+fn partitions_of(list: &TopicPartitionList) -> Vec<TopicPartition> {
     // `elements` of an empty list is not safe to call.
     match list.count() {
         0 => Vec::new(),
-        _ => list.elements().iter().map(|element| element.partition()).collect(),
+        _ => list.elements().iter().map(|e| TopicPartition::new(e.topic(), e.partition())).collect(),
     }
 }
 
@@ -297,16 +242,24 @@ impl ClientContext for Context {
     }
 
     fn stats(&self, statistics: Statistics) {
-        let Some(topic) = statistics.topics.get(&self.topic) else { return };
-        let ends = topic.partitions.values().filter(|p| p.partition >= 0 && p.ls_offset >= 0);
-        self.lock().ends.extend(ends.map(|p| (p.partition, p.ls_offset)));
+        let mut shared = self.lock();
+        for topic in statistics.topics.values() {
+            let ends = topic.partitions.values().filter(|p| p.partition >= 0 && p.ls_offset >= 0);
+            shared.ends.extend(ends.map(|p| (TopicPartition::new(&topic.topic, p.partition), p.ls_offset)));
+        }
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(target: "librdkafka", %error, reason);
         let mut shared = self.lock();
-        // "All brokers are down" follows each cause and says less.
-        let vague = matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::AllBrokersDown));
+        if let Some(refusal) = error.rdkafka_error_code().and_then(|code| Refusal::heard(code, reason)) {
+            shared.refusal = Some(refusal);
+        }
+        // "All brokers are down" follows each cause and says less; the end of a partition is no trouble at all.
+        let vague = matches!(
+            error.rdkafka_error_code(),
+            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::PartitionEOF)
+        );
         if !vague || shared.cause.is_none() {
             shared.cause = Some(reason.to_owned());
         }
@@ -322,7 +275,10 @@ impl ConsumerContext for Context {
             _ => self.revoke(consumer, list),
         };
         if let Err(error) = done {
-            self.send(Event::Failed(SourceError::Consume { topic: self.topic.clone(), cause: error.to_string() }));
+            self.send(Event::Failed(SourceError::Consume {
+                topic: self.settings.topic.clone(),
+                cause: error.to_string(),
+            }));
         }
     }
 }
@@ -331,17 +287,22 @@ impl ConsumerContext for Context {
 fn poll(client: &BaseConsumer<Context>) {
     let context = Arc::clone(client.context());
     let mut waiting = false;
+    let mut names = Names::default();
     while !context.events.is_closed() {
         // While records are at hand they are gathered; the first pause hands them over.
         let patience = if waiting { Duration::from_millis(100) } else { Duration::ZERO };
         let listening = match client.poll(patience) {
             Some(Ok(message)) => {
                 waiting = false;
-                context.push(record(&message))
+                context.push(record(&message, names.of(message.topic())))
             }
             None => {
                 waiting = true;
                 context.flush()
+            }
+            // The position counts what was served in order, control records included: nothing below it is still to come.
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                context.flush() && ends(client, partition).into_iter().all(|end| context.send(end))
             }
             Some(Err(error)) => context.flush() && context.send(event(client, &context, error)),
         };
@@ -351,13 +312,28 @@ fn poll(client: &BaseConsumer<Context>) {
     }
 }
 
-fn record(message: &BorrowedMessage<'_>) -> Record {
+/// The names of topics, each kept once for all of its records.
+#[derive(Default)]
+struct Names(Vec<Arc<str>>);
+
+impl Names {
+    fn of(&mut self, topic: &str) -> Arc<str> {
+        if let Some(known) = self.0.iter().find(|known| ***known == *topic) {
+            return Arc::clone(known);
+        }
+        let name: Arc<str> = topic.into();
+        self.0.push(Arc::clone(&name));
+        name
+    }
+}
+
+fn record(message: &BorrowedMessage<'_>, topic: Arc<str>) -> Record {
     let headers = message.headers().map(|headers| {
         let owned = headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::to_vec)));
         owned.collect()
     });
     Record {
-        partition: message.partition(),
+        place: TopicPartition { topic, partition: message.partition() },
         offset: message.offset(),
         time_ms: message.timestamp().to_millis(),
         key: message.key().map(<[u8]>::to_vec),
@@ -368,12 +344,16 @@ fn record(message: &BorrowedMessage<'_>) -> Record {
 
 /// Returns what an error on poll means: an end, a passing trouble, or the end of the source.
 fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -> Event {
-    let topic = context.topic.clone();
+    let topic = context.settings.topic.clone();
+    if let Some(refusal) = context.take_refusal() {
+        // A new client reads its certificates and secrets anew: they may have been renewed since.
+        return Event::Failed(refusal.error(&context.settings));
+    }
+    if let Some((code, why)) = client.client().fatal_error() {
+        return Event::Failed(context.unreadable(code, Some(why)));
+    }
     let cause = context.cause().unwrap_or_else(|| error.to_string());
     match error {
-        // The position counts what was served in order, control records included: nothing below it is still to come.
-        KafkaError::PartitionEOF(partition) => Event::End { partition, next: position(client, &topic, partition) },
-        KafkaError::MessageConsumptionFatal(_) => Event::Failed(SourceError::Consume { topic, cause }),
         KafkaError::MessageConsumption(code) => match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 Event::Failed(SourceError::OutOfRange { topic, cause })
@@ -382,17 +362,43 @@ fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -
             | RDKafkaErrorCode::UnknownTopic
             | RDKafkaErrorCode::UnknownPartition
             | RDKafkaErrorCode::TopicAuthorizationFailed
-            | RDKafkaErrorCode::GroupAuthorizationFailed
-            | RDKafkaErrorCode::Authentication => Event::Failed(SourceError::Consume { topic, cause }),
+            | RDKafkaErrorCode::GroupAuthorizationFailed => Event::Failed(context.unreadable(code, Some(cause))),
             _ => Event::Trouble(cause),
         },
         _ => Event::Trouble(cause),
     }
 }
 
-fn position(client: &BaseConsumer<Context>, topic: &str, partition: i32) -> Option<i64> {
-    match client.position().ok()?.find_partition(topic, partition)?.offset() {
+/// Returns the ends that an end of the partition with this number may stand for.
+///
+/// The client does not say of which topic it is. Where several topics have such a partition, those whose end was told
+/// already are left out, and of the others the broker is asked.
+fn ends(client: &BaseConsumer<Context>, partition: i32) -> Vec<Event> {
+    let Ok(positions) = client.position() else { return Vec::new() };
+    let list = if positions.count() > 0 { positions.elements() } else { Vec::new() };
+    let at = |offset| match offset {
         Offset::Offset(next) => Some(next),
         _ => None,
-    }
+    };
+    let numbered = list.iter().filter(|element| element.partition() == partition);
+    let all: Vec<_> = numbered.map(|e| (TopicPartition::new(e.topic(), partition), at(e.offset()))).collect();
+    let told = client.context().lock().told.clone();
+    let is_new = |place: &TopicPartition, next: &Option<i64>| next.is_none() || told.get(place) != next.as_ref();
+    let several = all.len() > 1;
+    let open: Vec<_> = all.into_iter().filter(|(place, next)| !several || is_new(place, next)).collect();
+    let alone = open.len() == 1;
+    let ended = open.into_iter().filter(|(place, next)| alone || is_at_end(client, place, *next));
+    let events = ended.map(|(partition, next)| {
+        if let Some(next) = next {
+            client.context().lock().told.insert(partition.clone(), next);
+        }
+        Event::End { partition, next }
+    });
+    events.collect()
+}
+
+/// Asks the broker whether a position is the end of its partition.
+fn is_at_end(client: &BaseConsumer<Context>, place: &TopicPartition, next: Option<i64>) -> bool {
+    let end = client.fetch_watermarks(&place.topic, place.partition, Duration::from_secs(1));
+    next.zip(end.ok()).is_some_and(|(next, (_, end))| next >= end)
 }

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 pub mod book;
 pub mod child;
+pub mod erase;
 mod rows;
 mod state;
 mod train;

@@ -4,6 +4,7 @@
 //! own whose manifest proves that it is complete. Whoever comes after a kill reads the same files and goes on.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -34,19 +35,32 @@ impl Paths {
         self.root.join("rounds").join(id)
     }
 
-    fn rounds(&self) -> PathBuf {
+    pub(super) fn rounds(&self) -> PathBuf {
         self.root.join("rounds")
     }
 
     /// Takes the lock that keeps two rounds from running at a time; it goes with the returned file, also on a crash.
     pub fn lock(&self) -> Result<File, RoundError> {
         durable::create_folder(&self.root)?;
-        let path = self.root.join("round.lock");
-        let file = File::create(&path).map_err(|e| durable::FileError::io("cannot create", &path, e))?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(_) => Err(RoundError::Busy { lock: path.display().to_string() }),
+        let path = self.lock_file();
+        let fail = |e| durable::FileError::io("cannot create", &path, e);
+        let mut file = File::options().create(true).truncate(false).write(true).open(&path).map_err(fail)?;
+        if file.try_lock().is_err() {
+            return Err(RoundError::Busy { lock: path.display().to_string() });
         }
+        // Who holds it, for whoever has to stop this round.
+        file.set_len(0).and_then(|()| write!(file, "{}", std::process::id())).map_err(fail)?;
+        Ok(file)
+    }
+
+    /// The file that is locked while a round runs; it holds the number of the round's process.
+    pub(super) fn lock_file(&self) -> PathBuf {
+        self.root.join("round.lock")
+    }
+
+    /// Folder of the receipts of erasures, and of what is still to be erased.
+    pub fn erasures(&self) -> PathBuf {
+        self.root.join("erasures")
     }
 
     /// Returns the ids of all rounds, oldest first.
@@ -64,10 +78,11 @@ impl Paths {
         Ok(ids)
     }
 
-    /// Returns the newest round that has a plan but no outcome.
+    /// Returns the newest round that has a plan but no outcome. One that an erasure took rows from is over.
     pub fn unfinished(&self) -> Result<Option<String>, RoundError> {
         let ids = self.round_ids()?;
-        Ok(ids.into_iter().rev().find(|id| !self.round(id).join(OUTCOME).exists()))
+        let is_open = |id: &String| [OUTCOME, ERASED].iter().all(|file| !self.round(id).join(file).exists());
+        Ok(ids.into_iter().rev().find(is_open))
     }
 
     /// Returns the id the next round takes.
@@ -81,6 +96,9 @@ impl Paths {
 pub(super) const PLAN: &str = "plan.json";
 /// Name of the file that ends a round.
 pub(super) const OUTCOME: &str = "outcome.json";
+
+/// Name of the file that marks a round whose files lost rows to an erasure; it names the receipts.
+pub(super) const ERASED: &str = "erased.json";
 
 /// Name of the file with what each finished stage did.
 pub(super) const STAGES: &str = "stages.json";

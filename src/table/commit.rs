@@ -10,16 +10,17 @@ use std::time::{Duration, SystemTime};
 
 use arrow::array::RecordBatch;
 use bytes::Bytes;
+use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
-use deltalake::kernel::{EagerSnapshot, Snapshot};
 use deltalake::logstore::{CommitOrBytes, LogStoreRef};
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
-use super::log::{self, Add, Line, Txn};
+use super::log::{self, Add, Line, Remove, Rewrite, Txn};
 use super::schema::TableSpec;
-use super::write::{self, DataFile};
-use super::{TableError, TableLocation, rows};
+use super::write::{self, EncodedFile};
+use super::{TableError, TableLocation, evolve, location, rows};
 use crate::crash::{self, Point};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
@@ -30,6 +31,9 @@ const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 0 } else { 50 });
 /// version number that looks free because its entry is gone must never be written.
 const STALE: Duration = Duration::from_secs(3600);
 
+/// An upload this old is no longer committed; the sweep of orphans leaves twice as long.
+const UPLOAD_HOURS: i64 = 12;
+
 /// One Delta table at one version.
 pub struct Table {
     pub(super) spec: &'static TableSpec,
@@ -37,6 +41,8 @@ pub struct Table {
     pub(super) version: u64,
     name: String,
     positions: HashMap<String, Option<i64>>,
+    /// Positions that this table's commits do not move, but only hold while they stand where they stood.
+    held: Vec<(String, Option<i64>)>,
     seen: SystemTime,
     /// The version at which upkeep was last looked for.
     pub(super) upkept: u64,
@@ -68,11 +74,38 @@ impl Table {
         if !exists {
             create(&log, &name, spec).await?;
         }
-        let (positions, seen) = (HashMap::new(), SystemTime::UNIX_EPOCH);
-        let mut table = Table { spec, log, version: 0, name, positions, seen, upkept: 0 };
+        match Table::attach(log.clone(), spec).await {
+            // Perhaps it is only older than this taod.
+            Err(TableError::Schema { .. }) => {
+                evolve::add_columns(&log, &name, spec).await?;
+                Table::attach(log, spec).await
+            }
+            other => other,
+        }
+    }
+
+    /// Opens the table of a log at its newest version, as it is.
+    pub(super) async fn attach(log: LogStoreRef, spec: &'static TableSpec) -> Result<Table, TableError> {
+        let (name, seen) = (location::display(log.root_url()), SystemTime::UNIX_EPOCH);
+        let (positions, held) = (HashMap::new(), Vec::new());
+        let mut table = Table { spec, log, version: 0, name, positions, held, seen, upkept: 0 };
         table.reopen().await?;
         table.upkept = table.version;
         Ok(table)
+    }
+
+    /// Opens the table at `location`, or returns nothing where there is none.
+    pub async fn open_existing(
+        location: &TableLocation,
+        spec: &'static TableSpec,
+    ) -> Result<Option<Table>, TableError> {
+        let log = location.log_store()?;
+        let name = location.to_string();
+        let exists = log.is_delta_table_location().await.map_err(|e| TableError::store("cannot look for", &name, e))?;
+        match exists {
+            true => Table::open_or_create(location, spec).await.map(Some),
+            false => Ok(None),
+        }
     }
 
     /// Returns the version that reads see and the next append builds on.
@@ -90,11 +123,7 @@ impl Table {
         if self.is_stale() {
             return self.reopen().await;
         }
-        while let Some(bytes) = self.read_entry(self.version + 1).await? {
-            self.apply(self.version + 1, &bytes)?;
-        }
-        self.seen = SystemTime::now();
-        Ok(())
+        self.read_on(&[]).await
     }
 
     /// Returns the position of `app_id` at this version.
@@ -106,14 +135,35 @@ impl Table {
     pub async fn txns(&mut self, app_ids: &[String]) -> Result<Vec<Option<i64>>, TableError> {
         let unknown: Vec<&String> = app_ids.iter().filter(|id| !self.positions.contains_key(*id)).collect();
         if !unknown.is_empty() {
-            let fail = |e| TableError::store("cannot read the positions of", &self.name, e);
-            let snapshot = EagerSnapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
-            for id in unknown {
-                let position = snapshot.transaction_version(self.log.as_ref(), id).await.map_err(fail)?;
-                self.positions.insert(id.clone(), position);
-            }
+            let found = self.replay(unknown.into_iter().cloned().collect()).await?;
+            self.positions.extend(found);
         }
         Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
+    }
+
+    /// Makes every later commit of this table fail as fenced once `app_id` has moved from where it stands now.
+    ///
+    /// This is how a list that rows are checked against (what was erased) is bound to them: whoever changes the list
+    /// moves the position after it, and from then on no row that was checked against the old list can land.
+    pub async fn hold(&mut self, app_id: &str) -> Result<(), TableError> {
+        let position = self.txn(app_id).await?;
+        self.held.push((app_id.to_owned(), position));
+        Ok(())
+    }
+
+    /// Looks positions up in the log: a replay from the newest checkpoint that makes no list of the files.
+    async fn replay(&self, ids: Vec<String>) -> Result<Vec<(String, Option<i64>)>, TableError> {
+        let (root, engine, version) = (self.log.root_url().clone(), self.log.engine(None), self.version);
+        let found = tokio::task::spawn_blocking(move || {
+            let snapshot = delta_kernel::Snapshot::builder_for(root).at_version(version).build(engine.as_ref())?;
+            let position = |id: String| Ok((snapshot.get_app_id_version(&id, engine.as_ref())?, id));
+            let found: delta_kernel::DeltaResult<Vec<_>> = ids.into_iter().map(position).collect();
+            found
+        });
+        let fail = "cannot read the positions of";
+        let found = found.await.map_err(|e| TableError::store(fail, &self.name, e))?;
+        let found = found.map_err(|e| TableError::store(fail, &self.name, e))?;
+        Ok(found.into_iter().map(|(position, id)| (id, position)).collect())
     }
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
@@ -123,7 +173,7 @@ impl Table {
     }
 
     /// Appends the rows of a file and moves positions in one commit: all of it lands, once, or none.
-    pub async fn append_file(&mut self, file: DataFile, txns: &[TxnStep]) -> Result<Appended, TableError> {
+    pub async fn append_file(&mut self, file: EncodedFile, txns: &[TxnStep]) -> Result<Appended, TableError> {
         if file.rows() == 0 && txns.is_empty() {
             return Ok(Appended { version: self.version, bytes: 0 });
         }
@@ -133,7 +183,7 @@ impl Table {
             _ => vec![file.store(&self.name, &self.log).await?],
         };
         let bytes = adds.iter().map(|add| add.size).sum();
-        match self.commit(&adds, txns).await {
+        match self.commit(&adds, txns, None).await {
             Ok(version) => Ok(Appended { version, bytes }),
             Err(error) => {
                 if matches!(error, TableError::Fenced { .. }) {
@@ -150,15 +200,56 @@ impl Table {
         self.append(&[batch], txns).await
     }
 
-    /// Writes the log entry, past the commits of other writers and past lost replies.
-    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep]) -> Result<u64, TableError> {
-        if self.is_stale() {
-            self.reopen().await?;
-        }
+    /// Moves positions without rows, and says in the commit's info why.
+    pub async fn move_positions(&mut self, txns: &[TxnStep], note: &Value) -> Result<u64, TableError> {
+        self.commit(&[], txns, Some(note)).await
+    }
+
+    /// Commits an append.
+    async fn commit(&mut self, adds: &[Add], steps: &[TxnStep], note: Option<&Value>) -> Result<u64, TableError> {
         let id = Uuid::new_v4();
         let txns: Vec<Txn> = steps.iter().map(|step| Txn { app_id: step.app_id.clone(), version: step.set }).collect();
+        self.refuse_overdue(adds)?;
+        let bytes = log::append(id, self.version, adds, &txns, note, now_ms());
+        self.write(id, bytes, steps, &[]).await
+    }
+
+    /// Commits files in the place of others. It fails as [`TableError::Conflict`] where another writer took out one of
+    /// those first; appends that land in between are no conflict.
+    pub(super) async fn commit_rewrite(
+        &mut self,
+        rewrite: Rewrite,
+        removes: &[Remove],
+        adds: &[Add],
+    ) -> Result<u64, TableError> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=".contains(c);
+        if let Some(odd) = removes.iter().find(|remove| !remove.path.chars().all(is_plain)) {
+            // Its name in the log is another than in the store: a `Remove` of ours would not meet its `Add`.
+            let why = format!("the file {:?} has a name that is escaped in the log; rewrite it elsewhere", odd.path);
+            return Err(TableError::Refused { table: self.name.clone(), why });
+        }
+        let id = Uuid::new_v4();
+        self.refuse_overdue(adds)?;
+        let bytes = log::rewrite(id, self.version, rewrite, removes, adds, now_ms());
+        self.write(id, bytes, &[], removes).await
+    }
+
+    /// Writes the log entry, past the commits of other writers and past lost replies.
+    async fn write(
+        &mut self,
+        id: Uuid,
+        bytes: Bytes,
+        steps: &[TxnStep],
+        removes: &[Remove],
+    ) -> Result<u64, TableError> {
+        if self.is_stale() {
+            // An opening passes over the commits in between, which may have taken out the same files.
+            if !removes.is_empty() {
+                return Err(TableError::Conflict { table: self.name.clone() });
+            }
+            self.reopen().await?;
+        }
         let mut trouble = 0;
-        let bytes = log::append(id, self.version, adds, &txns, now_ms());
         loop {
             self.check(steps).await?;
             let version = self.version + 1;
@@ -174,10 +265,13 @@ impl Table {
             match self.read_entry(version).await {
                 Ok(Some(found)) if found == bytes => return self.landed(version, &bytes),
                 Ok(Some(found)) => {
-                    self.apply(version, &found)?;
+                    self.take_in(version, &found, removes)?;
                     // Others are at work: to read past all of them costs less than to lose a write to each. Our own
                     // entry is not among them: it was never written above one that another writer took.
-                    if let Err(error) = self.refresh().await {
+                    if let Err(error) = self.read_on(removes).await {
+                        if matches!(error, TableError::Conflict { .. }) {
+                            return Err(error);
+                        }
                         tracing::warn!(table = self.name, %error, "cannot read on in the log; the next write tells more");
                     }
                     continue;
@@ -193,6 +287,37 @@ impl Table {
         }
     }
 
+    /// Takes in the commits of others up to the newest, as [`Table::take_in`] does.
+    async fn read_on(&mut self, removes: &[Remove]) -> Result<(), TableError> {
+        while let Some(found) = self.read_entry(self.version + 1).await? {
+            self.take_in(self.version + 1, &found, removes)?;
+        }
+        self.seen = SystemTime::now();
+        Ok(())
+    }
+
+    /// Takes in another's commit; a conflict where it took out one of the files that ours would take out.
+    fn take_in(&mut self, version: u64, found: &[u8], removes: &[Remove]) -> Result<(), TableError> {
+        self.apply(version, found)?;
+        if removes.is_empty() {
+            return Ok(());
+        }
+        let gone = log::parse(&self.name, version, found)?.into_iter().filter_map(|line| line.remove);
+        match gone.into_iter().any(|gone| removes.iter().any(|ours| ours.path == gone.path)) {
+            true => Err(TableError::Conflict { table: self.name.clone() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Refuses files so old that the sweep of orphans may be about to take them (the process slept, or the clock jumped).
+    fn refuse_overdue(&self, adds: &[Add]) -> Result<(), TableError> {
+        let oldest = adds.iter().map(|add| (now_ms() - add.modification_time) / 3_600_000).max();
+        match oldest.filter(|hours| *hours >= UPLOAD_HOURS) {
+            Some(hours) => Err(TableError::Overdue { table: self.name.clone(), hours }),
+            None => Ok(()),
+        }
+    }
+
     fn landed(&mut self, version: u64, bytes: &Bytes) -> Result<u64, TableError> {
         self.apply(version, bytes)?;
         self.seen = SystemTime::now();
@@ -201,22 +326,29 @@ impl Table {
 
     /// Refuses the steps unless every position stands where it is expected, at this version.
     async fn check(&mut self, steps: &[TxnStep]) -> Result<(), TableError> {
+        let table = self.name.clone();
+        let fenced = |app_id: &str, expected, found| TableError::Fenced {
+            table: table.clone(),
+            app_id: app_id.to_owned(),
+            expected,
+            found,
+        };
+        let held: Vec<String> = self.held.iter().map(|(id, _)| id.clone()).collect();
+        let found = self.txns(&held).await?;
+        if let Some(((id, expected), found)) = self.held.iter().zip(found).find(|((_, was), is)| was != is) {
+            return Err(fenced(id, *expected, found));
+        }
         let ids: Vec<String> = steps.iter().map(|step| step.app_id.clone()).collect();
         let found = self.txns(&ids).await?;
         match steps.iter().zip(found).find(|(step, found)| step.expect != *found) {
             None => Ok(()),
-            Some((step, found)) => Err(TableError::Fenced {
-                table: self.name.clone(),
-                app_id: step.app_id.clone(),
-                expected: step.expect,
-                found,
-            }),
+            Some((step, found)) => Err(fenced(&step.app_id, step.expect, found)),
         }
     }
 
     /// Takes in a commit that stands in the log, ours or another's.
     fn apply(&mut self, version: u64, bytes: &[u8]) -> Result<(), TableError> {
-        for Line { txn, protocol, meta_data } in log::parse(&self.name, version, bytes)? {
+        for Line { txn, protocol, meta_data, .. } in log::parse(&self.name, version, bytes)? {
             if let Some(protocol) = protocol {
                 protocol.check(&self.name)?;
             }
@@ -246,7 +378,7 @@ impl Table {
         Ok(())
     }
 
-    async fn read_entry(&self, version: u64) -> Result<Option<Bytes>, TableError> {
+    pub(super) async fn read_entry(&self, version: u64) -> Result<Option<Bytes>, TableError> {
         let entry = self.log.read_commit_entry(version).await;
         entry.map_err(|e| TableError::store("cannot read the log of", &self.name, e))
     }

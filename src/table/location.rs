@@ -96,11 +96,13 @@ fn place(text: &str, options: &BTreeMap<String, String>) -> Result<Place, TableE
 
 impl std::fmt::Display for TableLocation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.url.to_file_path() {
-            Ok(path) => write!(f, "{}", path.display()),
-            Err(()) => write!(f, "{}", self.url),
-        }
+        f.write_str(&display(&self.url))
     }
+}
+
+/// Returns a location for people: the path where it is one.
+pub(super) fn display(url: &Url) -> String {
+    url.to_file_path().map_or_else(|()| url.to_string(), |path| path.display().to_string())
 }
 
 #[cfg(test)]

@@ -24,6 +24,26 @@ pub(super) struct Line {
     pub(super) txn: Option<Txn>,
     pub(super) protocol: Option<Protocol>,
     pub(super) meta_data: Option<Metadata>,
+    pub(super) add: Option<Added>,
+    pub(super) remove: Option<Removed>,
+}
+
+/// A data file that someone's commit adds.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Added {
+    pub(super) path: String,
+    pub(super) size: u64,
+    #[serde(default)]
+    pub(super) stats: Option<String>,
+    #[serde(default)]
+    pub(super) deletion_vector: Option<Value>,
+}
+
+/// A data file that someone's commit takes out of the table.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Removed {
+    pub(super) path: String,
 }
 
 /// How far an application got; stored in the commit that took it there.
@@ -74,8 +94,17 @@ pub(super) fn parse(table: &str, version: u64, bytes: &[u8]) -> Result<Vec<Line>
 }
 
 /// Returns the bytes of an append. `id` makes them unlike any other writer's, so that a commit can be recognised.
-pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], now_ms: i64) -> Bytes {
-    let mut lines = vec![json!({ "commitInfo": {
+///
+/// `note` says why in the commit's info, where the reason is more than new rows.
+pub(super) fn append(
+    id: Uuid,
+    read_version: u64,
+    adds: &[Add],
+    txns: &[Txn],
+    note: Option<&Value>,
+    now_ms: i64,
+) -> Bytes {
+    let mut info = json!({ "commitInfo": {
         "timestamp": now_ms,
         "operation": "WRITE",
         "operationParameters": { "mode": "Append", "partitionBy": "[]" },
@@ -85,10 +114,84 @@ pub(super) fn append(id: Uuid, read_version: u64, adds: &[Add], txns: &[Txn], no
         "isBlindAppend": true,
         "engineInfo": engine(),
         "txnId": id,
-    }})];
+    }});
+    if let Some(note) = note {
+        info["commitInfo"]["taod"] = note.clone();
+    }
+    let mut lines = vec![info];
     lines.extend(txns.iter().map(|txn| json!({ "txn": txn })));
     lines.extend(adds.iter().map(|add| json!({ "add": add })));
     join(&lines)
+}
+
+/// A data file that one of our commits takes out of the table.
+#[derive(Debug, Clone)]
+pub(super) struct Remove {
+    pub(super) path: String,
+    pub(super) size: u64,
+}
+
+/// Why files stand in the place of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rewrite {
+    /// They hold the same rows.
+    Compaction,
+    /// They hold what is left of the rows. The commit tells no predicate: that would name whom the others were about.
+    Erasure,
+}
+
+/// Returns the bytes of a commit that puts `adds` in the place of `removes`.
+pub(super) fn rewrite(
+    id: Uuid,
+    read_version: u64,
+    rewrite: Rewrite,
+    removes: &[Remove],
+    adds: &[Add],
+    now_ms: i64,
+) -> Bytes {
+    let (operation, parameters, isolation) = match rewrite {
+        Rewrite::Compaction => ("OPTIMIZE", json!({ "predicate": "[]" }), "SnapshotIsolation"),
+        Rewrite::Erasure => ("DELETE", json!({}), "Serializable"),
+    };
+    let mut lines = vec![json!({ "commitInfo": {
+        "timestamp": now_ms,
+        "operation": operation,
+        "operationParameters": parameters,
+        "operationMetrics": { "num_removed_files": removes.len(), "num_added_files": adds.len() },
+        "readVersion": read_version,
+        "isolationLevel": isolation,
+        "isBlindAppend": false,
+        "engineInfo": engine(),
+        "txnId": id,
+    }})];
+    lines.extend(removes.iter().map(|remove| {
+        json!({ "remove": {
+            "path": remove.path,
+            "deletionTimestamp": now_ms,
+            "dataChange": rewrite == Rewrite::Erasure,
+            "extendedFileMetadata": true,
+            "partitionValues": {},
+            "size": remove.size,
+        }})
+    }));
+    lines.extend(adds.iter().map(|add| json!({ "add": add })));
+    join(&lines)
+}
+
+/// Returns the bytes of a commit that adds columns by new metadata.
+pub(super) fn new_metadata(id: Uuid, read_version: u64, metadata: &Value, added: &[String], now_ms: i64) -> Bytes {
+    join(&[
+        json!({ "commitInfo": {
+            "timestamp": now_ms,
+            "operation": "ADD COLUMNS",
+            "operationParameters": { "columns": json!(added).to_string() },
+            "readVersion": read_version,
+            "isBlindAppend": false,
+            "engineInfo": engine(),
+            "txnId": id,
+        }}),
+        json!({ "metaData": metadata }),
+    ])
 }
 
 /// Returns the bytes of the commit that creates a table.
@@ -133,6 +236,11 @@ fn join(lines: &[Value]) -> Bytes {
 }
 
 impl Protocol {
+    /// Returns true where the table asks for this feature.
+    pub(super) fn has(&self, feature: &str) -> bool {
+        self.reader_features.iter().chain(&self.writer_features).flatten().any(|asked| asked == feature)
+    }
+
     /// Refuses a table that asks of its writers what taod's commits do not do.
     pub(super) fn check(&self, table: &str) -> Result<(), TableError> {
         let refuse = |feature: String| TableError::Feature { table: table.to_owned(), feature };

@@ -9,8 +9,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use super::TableError;
+use super::batch_of_any;
 use super::schema::TableSpec;
-use super::write::batch_of_any;
 
 /// Returns the batch of `rows`.
 pub(super) fn to_batch<T: Serialize>(table: &str, spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {

@@ -1,4 +1,4 @@
-//! The nine tables: their columns, and what readers and writers must know about each column.
+//! The ten tables: their columns, and what readers and writers must know about each column.
 //!
 //! One [`TableSpec`] is the only description of a table. The Arrow schema, the Delta schema, the writer's settings and
 //! the statistics follow from it. Structure that is rich and small lives as JSON text in a column of its own.
@@ -244,6 +244,17 @@ pub static PROMOTIONS: TableSpec = TableSpec {
         optional("trial", Kind::Word),
         optional("reason", Kind::Text),
         optional("detail", Kind::Rest),
+    ],
+};
+
+/// What was erased and must not come back: hashes only.
+pub static SUPPRESSIONS: TableSpec = TableSpec {
+    name: "suppressions",
+    columns: &[
+        required("kind", Kind::Word),
+        required("key_hash", Kind::Id),
+        required("time", Kind::Time),
+        required("receipt", Kind::Id),
     ],
 };
 

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use deltalake::logstore::LogStoreRef;
+
 use super::schema::{self, TableSpec};
 use super::{Table, TableError, TableLocation};
 
@@ -18,11 +20,12 @@ pub enum Name {
     Trials,
     GateSteps,
     Promotions,
+    Suppressions,
 }
 
 impl Name {
     /// All names, in the order of the flow.
-    pub const ALL: [Name; 9] = [
+    pub const ALL: [Name; 10] = [
         Name::Queries,
         Name::DeadLetters,
         Name::Splits,
@@ -32,6 +35,7 @@ impl Name {
         Name::Trials,
         Name::GateSteps,
         Name::Promotions,
+        Name::Suppressions,
     ];
 
     /// Returns what the table holds.
@@ -46,6 +50,7 @@ impl Name {
             Name::Trials => &schema::TRIALS,
             Name::GateSteps => &schema::GATE_STEPS,
             Name::Promotions => &schema::PROMOTIONS,
+            Name::Suppressions => &schema::SUPPRESSIONS,
         }
     }
 }
@@ -72,9 +77,30 @@ impl Tables {
         &self.root
     }
 
+    /// Returns true where the table is there.
+    pub async fn exists(&self, name: Name) -> Result<bool, TableError> {
+        let location = self.root.join(name.spec().name);
+        let found = location.log_store()?.is_delta_table_location().await;
+        found.map_err(|e| TableError::store("cannot look for", &location, e))
+    }
+
     /// Opens one table at its newest version, creating it where there is none.
     pub async fn open_one(&self, name: Name) -> Result<Table, TableError> {
         let spec = name.spec();
         Table::open_or_create(&self.root.join(spec.name), spec).await
+    }
+
+    /// Opens one table at its newest version, or returns nothing where there is none.
+    pub async fn open_existing(&self, name: Name) -> Result<Option<Table>, TableError> {
+        let spec = name.spec();
+        Table::open_existing(&self.root.join(spec.name), spec).await
+    }
+
+    /// Returns the log of a table, or nothing where there is none.
+    pub(super) async fn log_of(&self, name: Name) -> Result<Option<LogStoreRef>, TableError> {
+        let location = self.root.join(name.spec().name);
+        let log = location.log_store()?;
+        let exists = log.is_delta_table_location().await;
+        Ok(exists.map_err(|e| TableError::store("cannot look for", &location, e))?.then_some(log))
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute;
-use arrow::datatypes::{Date32Type, Int32Type, Int64Type, TimestampMicrosecondType};
+use arrow::datatypes::{Date32Type, Int32Type, Int64Type, SchemaRef, TimestampMicrosecondType};
 use arrow::json::ReaderBuilder;
 use deltalake::Path;
 use deltalake::logstore::LogStoreRef;
@@ -29,7 +29,7 @@ const ROW_GROUP_BYTES: usize = 64 << 20;
 
 /// Returns a batch of rows whose fields are columns of the table in any order, JSON columns already as text. A field that
 /// is no column is refused, never dropped.
-pub(super) fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
+pub fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result<RecordBatch, TableError> {
     let schema = spec.arrow_schema();
     let decode = || {
         let mut decoder = ReaderBuilder::new(Arc::clone(&schema))
@@ -48,7 +48,9 @@ pub(super) fn batch_of_any<T: Serialize>(spec: &TableSpec, rows: &[T]) -> Result
 pub struct DataFile {
     spec: &'static TableSpec,
     writer: ArrowWriter<Vec<u8>>,
-    /// The columns with bounds in the log, of all batches; they are few and narrow.
+    /// Where the columns with bounds in the log stand.
+    bounded: Vec<usize>,
+    /// Those columns of all batches; they are few and narrow.
     bounds: Vec<RecordBatch>,
 }
 
@@ -58,16 +60,21 @@ impl DataFile {
 
     /// Returns a file without a row.
     pub fn new(spec: &'static TableSpec) -> Result<Self, TableError> {
-        let writer = properties(spec).and_then(|p| ArrowWriter::try_new(Vec::new(), spec.arrow_schema(), Some(p)));
-        Ok(DataFile { spec, writer: writer.map_err(|e| misfit(spec, e))?, bounds: Vec::new() })
+        DataFile::of(spec, spec.arrow_schema())
+    }
+
+    /// Returns a file without a row that holds the columns of `schema`: the table's, or those and another writer's.
+    pub(super) fn of(spec: &'static TableSpec, schema: SchemaRef) -> Result<Self, TableError> {
+        let with_bounds = spec.columns.iter().filter(|column| column.stats);
+        let bounded = with_bounds.filter_map(|column| schema.index_of(column.name).ok()).collect();
+        let writer = properties(spec).and_then(|p| ArrowWriter::try_new(Vec::new(), schema, Some(p)));
+        Ok(DataFile { spec, writer: writer.map_err(|e| misfit(spec, e))?, bounded, bounds: Vec::new() })
     }
 
     /// Encodes rows: heavy, not for an async thread.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<(), TableError> {
         self.writer.write(batch).map_err(|e| misfit(self.spec, e))?;
-        let chosen = self.spec.columns.iter().enumerate().filter(|(_, column)| column.stats).map(|(index, _)| index);
-        let bounds = batch.project(&chosen.collect::<Vec<_>>()).map_err(|e| misfit(self.spec, e))?;
-        self.bounds.push(bounds);
+        self.bounds.push(batch.project(&self.bounded).map_err(|e| misfit(self.spec, e))?);
         Ok(())
     }
 
@@ -76,12 +83,30 @@ impl DataFile {
         self.bounds.iter().map(|batch| batch.num_rows() as u64).sum()
     }
 
+    /// Ends the file: heavy as well.
+    pub fn encode(self) -> Result<EncodedFile, TableError> {
+        let (rows, stats) = (self.rows(), stats(self.spec, &self.bounds));
+        let bytes = self.writer.into_inner().map_err(|e| misfit(self.spec, e))?;
+        Ok(EncodedFile { rows, stats, bytes })
+    }
+}
+
+/// A data file whose bytes are made and not stored yet.
+pub struct EncodedFile {
+    rows: u64,
+    stats: String,
+    bytes: Vec<u8>,
+}
+
+impl EncodedFile {
+    /// Returns how many rows it holds.
+    pub(super) fn rows(&self) -> u64 {
+        self.rows
+    }
+
     /// Writes the file next to the log and returns the action that will add it.
     pub(super) async fn store(self, table: &str, log: &LogStoreRef) -> Result<Add, TableError> {
-        let stats = stats(self.spec, &self.bounds);
-        let spec = self.spec;
-        let encoded = tokio::task::spawn_blocking(move || self.writer.into_inner());
-        let bytes = encoded.await.map_err(|e| misfit(spec, e))?.map_err(|e| misfit(spec, e))?;
+        let EncodedFile { stats, bytes, .. } = self;
         let path = format!("part-00000-{}-c000.zstd.parquet", Uuid::new_v4());
         let size = bytes.len() as u64;
         let store = log.object_store(None);
@@ -93,14 +118,21 @@ impl DataFile {
 }
 
 /// Returns the file of some batches. Encoding is heavy and leaves the async threads.
-pub(super) async fn data_file(spec: &'static TableSpec, batches: &[RecordBatch]) -> Result<DataFile, TableError> {
+pub(super) async fn data_file(spec: &'static TableSpec, batches: &[RecordBatch]) -> Result<EncodedFile, TableError> {
     // Batches are reference-counted: the clone copies no row.
     let owned = batches.to_vec();
     let encoded = tokio::task::spawn_blocking(move || {
         let mut file = DataFile::new(spec)?;
-        owned.iter().try_for_each(|batch| file.write(batch)).map(|()| file)
+        owned.iter().try_for_each(|batch| file.write(batch))?;
+        file.encode()
     });
     encoded.await.map_err(|e| misfit(spec, e))?
+}
+
+/// Ends a file off the async threads.
+pub(super) async fn encoded(file: DataFile) -> Result<EncodedFile, TableError> {
+    let spec = file.spec;
+    tokio::task::spawn_blocking(move || file.encode()).await.map_err(|e| misfit(spec, e))?
 }
 
 fn misfit(spec: &TableSpec, why: impl std::fmt::Display) -> TableError {

@@ -49,6 +49,9 @@ def wait_for_crash(era, instance):
 
 def crash(point):
     def fault(era):
+        if point == "during_checkpoint":
+            era.main
+            wait_for_table(era)
         for instance in list(era.instances):
             era.end(instance)
         nth = era.rng.choice([1, 1, 2, 3])
@@ -283,7 +286,7 @@ def maintenance(era):
     era.main
     era.produce()
     wait_for_table(era)
-    crash_at = era.rng.choice([None, "during_compaction", "during_compaction", "during_checkpoint"])
+    crash_at = era.rng.choice([None, "during_compaction:1", "during_compaction:2", "during_checkpoint"])
     done = era.tool("table", "maintain", crash_at=crash_at)
     if done.returncode not in (0, 1) or "panicked" in done.stderr:
         raise Violation(f"maintenance ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -302,7 +305,7 @@ def erasure(era):
     chosen = era.rng.sample(sorted(here), min(len(here), era.rng.randint(1, 3)))
     era.checker.erased |= {(*place, 0) for place, _ in chosen}
     era.produce()
-    crash_at = era.rng.choice([None, "during_erasure"])
+    crash_at = era.rng.choice([None, "during_erasure:1", "during_erasure:2", "during_erasure:3"])
     done = era.tool("table", "erase", "--request-id", *[request for _, request in chosen], crash_at=crash_at)
     if done.returncode != 0:
         raise Violation(f"an erasure ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -312,6 +315,32 @@ def erasure(era):
     if back:
         raise Violation(f"{back} were erased and are still there")
     era.run.count("rows erased", len(chosen))
+
+
+def replay(era):
+    """Dead letters that another mapping can read are replayed beside ingestion, sometimes with a kill in the midst."""
+    if era.mapped:
+        era.mapped = False
+        era.replace()
+    era.main
+    era.produce()
+    era.settle()
+    era.mapped = True
+    era.replace()
+    entries = era.log.ledger.entries
+    readable = {place for place in era.checker.letters.present if entries[place[:2]].either}
+    era.checker.replayed |= readable
+    era.produce(10, 60)
+    crash_at = era.rng.choice([None, "during_upload", "after_upload", "after_put"])
+    done = era.tool("replay", crash_at=crash_at)
+    if done.returncode != 0:
+        raise Violation(f"a replay ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    era.log.flush()
+    era.advance()
+    left = sorted(place for place in readable if place not in era.checker.queries.present)
+    if left:
+        raise Violation(f"{len(left)} dead letters were not replayed, the first {left[0]}:\n{done.stdout}")
+    era.run.count("dead letters replayed", len(readable))
 
 
 def wait_for_table(era):
@@ -345,6 +374,7 @@ FAULTS = [
     (foreign_compaction, 4, None),
     (maintenance, 8, "maintenance"),
     (erasure, 5, "erasure"),
+    (replay, 5, "replay"),
 ]
 
 
@@ -359,6 +389,7 @@ def fits(era, need):
         # A store refuses a signature of another day, and rightly so.
         "maintenance": era.run.has_maintenance,
         "erasure": era.run.has_erasure,
+        "replay": era.run.has_replay,
         "clock": era.kind != "s3" and era.run.clock is not None,
     }[need]
 

@@ -74,6 +74,7 @@ class Run:
         self.proxy = Proxy(self.s3.port)
         knows = lambda *command: subprocess.run([self.binary, *command, "--help"], capture_output=True).returncode == 0
         self.has_maintenance, self.has_erasure = knows("table", "maintain"), knows("table", "erase")
+        self.has_replay = knows("replay")
         self.clock = parts.build_clock(self.sitting)
         if self.clock is None:
             self.skip("clock", "there is no C compiler")
@@ -162,7 +163,7 @@ def main():
     parser.add_argument("--era-cycles", type=int, default=20, help="cycles on the same tables")
     parser.add_argument("--minutes", type=float, help="end after this time, with whatever is done by then")
     parser.add_argument("--sabotage", choices=sorted(faults.SABOTAGE), help="wreck the table; the run must fail")
-    parser.add_argument("--assignors", default="range,cooperative-sticky", help="any of " + ",".join(ASSIGNORS))
+    parser.add_argument("--assignors", default=",".join(ASSIGNORS), help="any of " + ",".join(ASSIGNORS))
     parser.add_argument("--only", help="only the faults whose names begin so, for looking into one")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on from here"))

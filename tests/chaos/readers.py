@@ -28,7 +28,10 @@ def snapshot(era, name):
     """Returns the newest version of a table, its files with their sizes, and its offsets."""
     table = open_table(era, name)
     actions = pyarrow.table(table.get_add_actions(flatten=True)).to_pydict()
-    txns = {app_id: txn.version for app_id, txn in table.transaction_versions().items()}
+    # Those seen before, and those of partitions that came since.
+    app_ids = {*era.checker.queries.txns, *(f"{era.checker.prefix}{p}" for p in range(era.partitions))}
+    found = {app_id: table.transaction_version(app_id) for app_id in app_ids}
+    txns = {app_id: version for app_id, version in found.items() if version is not None}
     return table.version(), dict(zip(actions["path"], actions["size_bytes"])), txns
 
 

@@ -11,7 +11,9 @@ use serde::Deserialize;
 use serde_json::json;
 use taod::crash::{CRASH_AT, Point};
 use taod::query_log::embedded::EmbeddedBroker;
-use taod::table::{Name, Tables, TxnStep};
+use taod::table::{Name, Tables, TxnStep, batch_of_any, schema};
+
+use crate::harness::taod_in;
 
 const TOPIC: &str = "queries";
 const SIGKILL: i32 = 9;
@@ -99,7 +101,61 @@ async fn check(point: Point) {
 // A thread for each point: they mostly wait for a broker that believes the killed member to be alive.
 #[tokio::test(flavor = "multi_thread", worker_threads = 7)]
 async fn a_kill_at_any_point_of_ingestion_loses_and_doubles_nothing() {
-    for checked in Point::ALL.map(|point| tokio::spawn(check(point))) {
+    for checked in Point::OF_INGESTION.map(|point| tokio::spawn(check(point))) {
         checked.await.unwrap();
+    }
+}
+
+const FILES: i64 = 20;
+
+/// Makes a table of small files under the default state folder: every letter of an even offset is from one tenant.
+async fn small_files(folder: &Path) -> PathBuf {
+    let root = folder.join("var/tables");
+    let mut table = Tables::open(&root).unwrap().open_one(Name::Queries).await.unwrap();
+    for offset in 0..FILES {
+        let row = json!({ "topic": "t", "partition": 0, "offset": offset, "record_index": 0, "event_time": 0,
+            "ingest_date": "2026-02-03", "kind": "call", "status": 200, "messages": "[]", "params": "{}",
+            "tenant": if offset % 2 == 0 { "acme" } else { "other" }, "prompt_hash": "h", "format": "openai",
+            "redacted": false, "train_ok": true, "sample_weight": 1.0, "truncated": false, "taod_version": "0",
+            "config_hash": "c", "extra": "{}" });
+        table.append(&[batch_of_any(&schema::QUERIES, &[row]).unwrap()], &[]).await.unwrap();
+    }
+    root
+}
+
+async fn offsets(root: &Path) -> Vec<i64> {
+    let mut found = places(root, Name::Queries).await;
+    found.sort_unstable();
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compaction_killed_before_or_after_its_commit_is_made_whole_by_the_next() {
+    for nth in ["1", "2"] {
+        let folder = tempfile::tempdir().unwrap();
+        let root = small_files(folder.path()).await;
+        let point = format!("{}:{nth}", Point::DuringCompaction.name());
+        let killed = taod_in(folder.path(), &["table", "maintain"], &[(CRASH_AT, &point)]);
+        assert!(killed.code(1).err.contains("SIGKILL"), "{point} was not come by");
+        assert_eq!(offsets(&root).await, (0..FILES).collect::<Vec<_>>(), "after {point}");
+        taod_in(folder.path(), &["table", "maintain"], &[]).code(0);
+        assert_eq!(offsets(&root).await, (0..FILES).collect::<Vec<_>>());
+        assert_eq!(taod_in(folder.path(), &["table", "check"], &[]).code(0).out, "nothing is wrong\n");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_killed_at_any_step_is_finished_by_the_next_maintenance() {
+    for nth in ["1", "2", "3"] {
+        let folder = tempfile::tempdir().unwrap();
+        let root = small_files(folder.path()).await;
+        let point = format!("{}:{nth}", Point::DuringErasure.name());
+        let erase = ["table", "erase", "--where", "tenant = 'acme'"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_taod"));
+        command.args(erase).current_dir(folder.path()).env(CRASH_AT, &point).stdin(Stdio::null()).stdout(Stdio::null());
+        assert_eq!(command.status().unwrap().signal(), Some(SIGKILL), "{point} was not come by");
+        taod_in(folder.path(), &["table", "maintain"], &[]).code(0);
+        let left: Vec<i64> = (0..FILES).filter(|offset| offset % 2 == 1).collect();
+        assert_eq!(offsets(&root).await, left, "after {point}");
     }
 }

@@ -1,7 +1,6 @@
 //! Ingestion from a real Apache Kafka: every row exactly once, whatever kills the program on the way.
 
 use std::collections::HashMap;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -9,99 +8,19 @@ use std::time::{Duration, Instant};
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Int32Type, Int64Type};
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::{ClientContext, DefaultClientContext};
+use rdkafka::client::ClientContext;
 use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext, ThreadedProducer};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use taod::table::{Name, Tables};
 
+use crate::harness::kafka::Kafka;
 use crate::{harness, readers};
 
 const ROWS: u64 = 100_000;
 const PARTITIONS: i32 = 6;
 const TOPIC: &str = "llm-queries";
-
-/// A single-node Apache Kafka; dropping it kills it.
-struct Kafka {
-    folder: tempfile::TempDir,
-    port: u16,
-}
-
-impl Kafka {
-    /// Starts it, or returns nothing where this machine cannot.
-    fn start() -> Option<Self> {
-        let there = script(&["have"]).is_ok();
-        if !harness::has("kafka", there, "run `tests/kafka/kafka.sh get` (it needs Java 17 and Maven)") {
-            return None;
-        }
-        let kafka = Kafka { folder: tempfile::tempdir().unwrap(), port: two_free_ports() };
-        // A killed member must leave the group soon, or each restart waits for it.
-        let more = "group.min.session.timeout.ms=500";
-        script(&["start", &kafka.data(), &kafka.port.to_string(), more]).unwrap();
-        Some(kafka)
-    }
-
-    fn data(&self) -> String {
-        self.folder.path().join("broker").display().to_string()
-    }
-
-    fn brokers(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
-    }
-
-    async fn create_topic(&self, name: &str, partitions: i32) {
-        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
-        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-        let created = admin.create_topics(&[topic], &AdminOptions::new()).await.unwrap();
-        created.into_iter().for_each(|one| drop(one.unwrap()));
-    }
-
-    fn client(&self) -> ClientConfig {
-        let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", self.brokers());
-        config
-    }
-
-    /// Writes a config for `topic` whose tables lie in `folder`, and returns its path.
-    fn config(&self, folder: &Path, topic: &str) -> PathBuf {
-        let path = folder.join(format!("{topic}.toml"));
-        let text = format!(
-            "[state]\ndir = {dir:?}\n[ingest]\nbatch_bytes = 1048576\ncommit_interval_s = 1\n\
-             [ingest.kafka]\nbrokers = {brokers:?}\ntopic = {topic:?}\ngroup = \"taod-{topic}\"\nconnect_timeout_s = 10\n\
-             [ingest.kafka.properties]\n\"session.timeout.ms\" = \"1000\"\n\"heartbeat.interval.ms\" = \"300\"\n",
-            dir = folder.join("state"),
-            brokers = self.brokers(),
-        );
-        std::fs::write(&path, text).unwrap();
-        path
-    }
-}
-
-impl Drop for Kafka {
-    fn drop(&mut self) {
-        script(&["stop", &self.data(), "-9"]).ok();
-    }
-}
-
-fn script(arguments: &[&str]) -> Result<(), String> {
-    let output = Command::new(harness::root().join("tests/kafka/kafka.sh")).args(arguments).output();
-    let output = output.map_err(|e| e.to_string())?;
-    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
-}
-
-/// Returns a port that is free together with the next one.
-fn two_free_ports() -> u16 {
-    loop {
-        let first = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = first.local_addr().unwrap().port();
-        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return port;
-        }
-    }
-}
 
 type Hash = [u8; 32];
 type Ledger = HashMap<(i32, i64), Hash>;
@@ -182,6 +101,13 @@ fn produce(kafka: &Kafka) -> Ledger {
     ledger
 }
 
+/// Writes a config for `topic` whose tables lie in `folder`. A killed member must leave the group soon, or each restart waits
+/// for it.
+fn config(kafka: &Kafka, folder: &Path, topic: &str) -> PathBuf {
+    let properties = [("session.timeout.ms", "1000"), ("heartbeat.interval.ms", "300")];
+    kafka.member(topic).setting("connect_timeout_s = 10").properties(&properties).write(folder)
+}
+
 fn ingest(config: &Path) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_taod"));
     command.args(["ingest", "--until-idle", "--config"]).arg(config);
@@ -219,11 +145,11 @@ async fn stored(tables: &Tables) -> Ledger {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_row_of_kafka_is_stored_once_whatever_is_killed() {
-    let Some(kafka) = Kafka::start() else { return };
+    let Some(kafka) = Kafka::start(&["group.min.session.timeout.ms=500"]) else { return };
     kafka.create_topic(TOPIC, PARTITIONS).await;
     let ledger = produce(&kafka);
     let folder = tempfile::tempdir().unwrap();
-    let config = kafka.config(folder.path(), TOPIC);
+    let config = config(&kafka, folder.path(), TOPIC);
     let root = folder.path().join("state/tables");
     let table = root.join("queries");
 
@@ -269,8 +195,8 @@ async fn every_row_of_kafka_is_stored_once_whatever_is_killed() {
 async fn control_records_count_as_read(kafka: &Kafka, folder: &Path) {
     let topic = "transactional";
     kafka.create_topic(topic, 1).await;
-    let mut config = kafka.client();
-    let producer: BaseProducer = config.set("transactional.id", "t").create().unwrap();
+    let mut client = kafka.client();
+    let producer: BaseProducer = client.set("transactional.id", "t").create().unwrap();
     producer.init_transactions(Duration::from_secs(30)).unwrap();
     for commit in [true, false] {
         producer.begin_transaction().unwrap();
@@ -284,7 +210,7 @@ async fn control_records_count_as_read(kafka: &Kafka, folder: &Path) {
     }
     let folder = folder.join(topic);
     std::fs::create_dir(&folder).unwrap();
-    assert!(ingest(&kafka.config(&folder, topic)).wait().unwrap().success());
+    assert!(ingest(&config(kafka, &folder, topic)).wait().unwrap().success());
     let mut queries = Tables::open(&folder.join("state/tables")).unwrap().open_one(Name::Queries).await.unwrap();
     assert_eq!(queries.count().await.unwrap(), 1);
     // A row and its commit marker, a row and its abort marker.
@@ -292,7 +218,7 @@ async fn control_records_count_as_read(kafka: &Kafka, folder: &Path) {
 }
 
 fn a_missing_topic_is_one_line(kafka: &Kafka, folder: &Path) {
-    let config = kafka.config(folder, "nowhere").display().to_string();
+    let config = config(kafka, folder, "nowhere").display().to_string();
     let outcome = harness::taod(&["ingest", "--until-idle", "--config", &config]).code(1);
     let lines: Vec<&str> = outcome.err.lines().filter(|line| line.contains("nowhere")).collect();
     assert_eq!(lines.len(), 1, "{}", outcome.err);

@@ -19,6 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["endpoint", "serve"],
     &["config"],
     &["ingest", "schedule", "round"],
+    &["erasure"],
     &["admin"],
     &["daemon"],
     &["demo"],

@@ -8,6 +8,8 @@
 mod harness;
 
 mod bad_input;
+mod bad_tables;
+mod bench_commit;
 mod bench_train;
 mod chaos;
 mod cli;
@@ -15,11 +17,18 @@ mod config;
 mod crash;
 mod dashboards;
 mod docs;
+mod erase;
 mod ingest;
+mod kafka_bad_input;
+mod kafka_group;
+mod kafka_security;
 mod layers;
 mod metrics;
 mod power_loss;
 mod readers;
 mod round;
 mod spark;
+mod stores;
+mod tables;
+mod topics;
 mod training;

@@ -10,7 +10,7 @@ use arrow::datatypes::{
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use taod::table::schema::{Column, Kind};
-use taod::table::{Name, Table, Tables, TxnStep};
+use taod::table::{Name, Table, TableLocation, TableSpec, Tables, TxnStep, maintain};
 
 use crate::harness;
 
@@ -150,5 +150,36 @@ async fn other_readers_read_every_table_as_we_do() {
     for (name, said) in Name::ALL.into_iter().zip(read(&python, &folders)) {
         assert_eq!(said["deltalake"]["rows"], 12);
         assert_same(&tables.open_one(name).await.unwrap(), &said).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_an_older_taod_is_read_by_others_after_its_new_column_and_a_compaction() {
+    let Some(python) = harness::readers() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let place = TableLocation::parse(&folder.path().to_string_lossy(), &Default::default()).unwrap();
+    let spec = Name::DeadLetters.spec();
+    let columns: Vec<_> = spec.columns.iter().filter(|column| column.name != "headers").copied().collect();
+    let older: &'static TableSpec = Box::leak(Box::new(TableSpec { name: spec.name, columns: columns.leak() }));
+    let mut expect = None;
+    for (spec, commits) in [(older, 0..3), (spec, 3..6)] {
+        let mut table = Table::open_or_create(&place, spec).await.unwrap();
+        for i in commits {
+            let cells = spec.columns.iter().map(|c| (c.name.to_owned(), value(c, i)));
+            let row = Value::Object(cells.collect::<Map<_, _>>());
+            let step = TxnStep { app_id: "test".into(), expect, set: i };
+            table.append_rows(&[row], &[step]).await.unwrap();
+            expect = Some(i);
+        }
+    }
+    let path = folder.path().display().to_string();
+    for compacted in [false, true] {
+        let table = Table::open_or_create(&place, spec).await.unwrap();
+        let said = &read(&python, std::slice::from_ref(&path))[0];
+        assert_eq!(said["deltalake"]["rows"], 6, "compacted: {compacted}");
+        assert_same(&table, said).await;
+        let settings = maintain::Settings { compact_from_files: 2, ..maintain::Settings::default() };
+        let report = maintain::one(table, &settings).await;
+        assert_eq!((report.failed(), report.files), (false, 1), "{report}");
     }
 }

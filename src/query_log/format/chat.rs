@@ -59,22 +59,31 @@ pub(super) struct Answer {
     pub(super) rest: Value,
 }
 
+/// What helps where a request was changed on its way.
+const AS_SENT: &str = "log the request as it was sent";
+
 /// Reads messages: a list of objects with a role.
 pub(super) fn messages(value: Value) -> Result<Vec<Message>, Refusal> {
     let items = match value {
         Value::Array(items) if items.is_empty() => {
-            return Err(Refusal::dead(Reason::MissingMessages, "the call has no messages: the list is empty"));
+            return Err(Refusal::dead(
+                Reason::MissingMessages,
+                "the call has no messages, its list is empty: log the request as it was sent",
+            ));
         }
         Value::Array(items) => items,
         other => {
-            return Err(Refusal::dead(Reason::BadMessages, format!("messages is {}, not a list", kind_of(&other))));
+            return Err(Refusal::dead(
+                Reason::BadMessages,
+                format!("messages is {}, not a list: {AS_SENT}", kind_of(&other)),
+            ));
         }
     };
     items.into_iter().enumerate().map(|(i, item)| message(i, item)).collect()
 }
 
 fn message(index: usize, value: Value) -> Result<Message, Refusal> {
-    let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("messages[{index}] {what}"));
+    let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("messages[{index}] {what}: {AS_SENT}"));
     let Value::Object(mut map) = value else {
         return Err(bad("is not an object"));
     };

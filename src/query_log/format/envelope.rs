@@ -80,11 +80,13 @@ fn unpack(payload: &[u8], most: usize) -> Result<Cow<'_, [u8]>, Refusal> {
         return Ok(Cow::Borrowed(payload));
     };
     match plain {
-        Err(error) => {
-            Err(Refusal::dead(Reason::BadCompression, format!("the {name} data cannot be unpacked: {error}")))
-        }
+        Err(error) => Err(Refusal::dead(
+            Reason::BadCompression,
+            format!("the {name} data cannot be unpacked ({error}): send it whole"),
+        )),
         Ok(plain) if plain.len() > limit => {
-            let message = format!("the {name} data of {} bytes holds more than {limit}", payload.len());
+            let message =
+                format!("the {name} data of {} bytes holds more than {limit}: send smaller records", payload.len());
             Err(Refusal::dead(Reason::TooLarge, message))
         }
         Ok(plain) => Ok(Cow::Owned(plain)),

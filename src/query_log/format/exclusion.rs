@@ -15,6 +15,9 @@ pub const INTERNAL_USER: &str = "taod-internal";
 /// The header that taod puts into every request of its own.
 pub const INTERNAL_HEADER: &str = "x-taod-internal";
 
+/// The headers by which a caller forbids training: ours, and Cloudflare's.
+pub(super) const HEADERS: [&str; 2] = ["x-taod-train", "cf-aig-collect-log-payload"];
+
 /// What loggers leave in place of masked text. A mask anywhere excludes the row: half-masked rows are common, and a
 /// model must not learn to write masks. Closing brackets are left out on purpose (`[REDACTED_EMAIL]`).
 static SENTINELS: LazyLock<Regex> = LazyLock::new(|| {
@@ -76,7 +79,7 @@ pub(super) fn mark(query: &mut Query, headers: &Headers<'_>, mut found: Vec<Excl
     if query.user.as_deref() == Some(INTERNAL_USER) || headers.get(INTERNAL_HEADER).is_some() {
         found.push(Exclusion::Own);
     }
-    if headers.denies("x-taod-train") || headers.denies("cf-aig-collect-log-payload") {
+    if HEADERS.iter().any(|name| headers.denies(name)) {
         found.push(Exclusion::OptOut);
     }
     query.redacted = is_redacted(query);

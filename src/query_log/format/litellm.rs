@@ -174,7 +174,10 @@ fn listed(value: Value) -> Result<Vec<Message>, Refusal> {
     match value {
         Value::Object(mut map) if !map.contains_key("role") => match map.shift_remove("messages") {
             Some(inner @ Value::Array(_)) => chat::messages(inner),
-            _ => Err(Refusal::dead(Reason::BadMessages, "messages is an object with neither a role nor messages")),
+            _ => Err(Refusal::dead(
+                Reason::BadMessages,
+                "messages is an object with neither a role nor messages: log them as they were sent",
+            )),
         },
         message @ Value::Object(_) => chat::messages(Value::Array(vec![message])),
         list => chat::messages(list),
@@ -204,7 +207,8 @@ fn read_identity(query: &mut Query, fields: &mut Fields, found: &mut Vec<Exclusi
     query.tenant = metadata.text(&["tenant", "user_api_key_team_id", "user_api_key_team_alias", "user_api_key_org_id"]);
     let owner = metadata.text(&["user_api_key_end_user_id", "user_id", "user_api_key_user_id"]);
     query.workload = metadata.text(&["workload", "workload_id"]);
-    if exclusion::takes_opt_out(&mut metadata) {
+    // Each is looked at: both are taken.
+    if [exclusion::takes_opt_out(fields), exclusion::takes_opt_out(&mut metadata)].contains(&true) {
         found.push(Exclusion::OptOut);
     }
     let users = [end_user, query.user.take(), owner];

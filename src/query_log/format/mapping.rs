@@ -38,6 +38,9 @@ const PARTS: [(&str, &str); 20] = [
     ("truncated", "truncated"),
 ];
 
+/// Parts of a request that is put together.
+const BODY: [&str; 3] = ["system", "tools", "params"];
+
 /// One log format of your own, tried before the known ones.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -49,7 +52,7 @@ pub struct Mapping {
     /// What that field holds, as text; empty: anything.
     pub equals: String,
     /// JSON pointers of the parts of a call. Parts: request (a whole body) or messages (a list, or the text of one user
-    /// turn), system, tools, params, model, response (a body or a text), time, duration_ms, status, request_id, trace_id,
+    /// turn) with system, tools, params; model, response (a body or a text), time, duration_ms, status, request_id, trace_id,
     /// conversation_id, workload, tenant, user, served_version, feedback, do_not_train, truncated.
     pub parts: BTreeMap<String, String>,
 }
@@ -69,6 +72,10 @@ impl Mapping {
         if let Some(part) = self.parts.keys().find(|part| !PARTS.iter().any(|(known, _)| known == part)) {
             let known: Vec<&str> = PARTS.iter().map(|(part, _)| *part).collect();
             return Err(format!("parts.{part} is no part of a call: choose from {}", known.join(", ")));
+        }
+        let has = |part: &&&str| self.parts.contains_key(**part);
+        if let Some(part) = BODY.iter().filter(|_| has(&&"request")).find(has) {
+            return Err(format!("parts.{part} goes with messages: a whole request holds its own"));
         }
         match ["request", "messages"].map(|part| self.parts.contains_key(part)) {
             [true, false] | [false, true] => Ok(()),
@@ -118,15 +125,16 @@ impl Mapping {
 fn request(parts: &mut BTreeMap<&str, Value>) -> Value {
     let mut body = match parts.remove("params") {
         Some(Value::Object(params)) => params,
-        _ => Map::new(),
+        Some(other) => Map::from_iter([("params".to_owned(), other)]),
+        None => Map::new(),
     };
     let mut messages = match parts.remove("messages") {
         Some(Value::String(text)) => json!([Message::text("user", text)]),
         Some(messages) => messages,
         None => json!([]),
     };
-    if let (Some(Value::String(system)), Value::Array(list)) = (parts.remove("system"), &mut messages) {
-        list.insert(0, json!(Message::text("system", system)));
+    if let (Some(content), Value::Array(list)) = (parts.remove("system"), &mut messages) {
+        list.insert(0, json!({"role": "system", "content": content}));
     }
     body.insert("messages", messages);
     for field in ["tools", "model"] {
@@ -193,6 +201,11 @@ mod tests {
         assert_eq!(query.extra["record.request"], 7);
         assert_eq!((&query.extra["q"], &query.extra["status"]), (&json!({"n": 1}), &json!("warm")));
         assert!(query.train_ok);
+        let odd = row(
+            json!({"kind": "ask", "q": {"text": "Why?", "rules": [{"type": "text", "text": "Be brief."}], "how": "hot"}}),
+        );
+        assert_eq!(odd.messages[0].content[0]["text"], "Be brief.");
+        assert_eq!(odd.extra["request"], json!({"params": "hot"}));
         let query = row(json!({"kind": "ask", "q": {"text": "Why?"}, "private": true}));
         assert_eq!(query.reason.as_deref(), Some("opt_out"));
     }
@@ -214,6 +227,8 @@ mod tests {
         bad.parts.remove("answer");
         assert_eq!(bad.validate(), Ok(()));
         bad.parts.insert("request".into(), "/r".into());
+        assert_eq!(bad.validate().unwrap_err(), "parts.system goes with messages: a whole request holds its own");
+        BODY.iter().for_each(|part| drop(bad.parts.remove(*part)));
         assert_eq!(bad.validate().unwrap_err(), "parts has both request and messages: keep one");
         bad.when = "kind".into();
         assert_eq!(bad.validate().unwrap_err(), "when is \"kind\": write a JSON pointer, such as /a/b");

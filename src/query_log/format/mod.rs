@@ -248,10 +248,24 @@ fn items(payload: &[u8]) -> Vec<Result<Value, Refusal>> {
     if shape::is_bomb(payload) {
         return vec![Err(too_many_values())];
     }
-    match parse(payload) {
+    let items = match parse(payload) {
         Ok(value) => spread(value),
         Err(refusal) => lines(payload).unwrap_or_else(|| vec![Err(refusal)]),
-    }
+    };
+    items.into_iter().map(|item| item.map_err(with_remedy)).collect()
+}
+
+/// Adds to what is wrong with a document what its producer can do.
+fn with_remedy(refusal: Refusal) -> Refusal {
+    let Refusal { reason, message: Some(message) } = refusal else { return refusal };
+    let remedy = match reason {
+        Reason::NotJson => "send a JSON object, an array of them or one a line",
+        Reason::InvalidUtf8 => "send UTF-8",
+        Reason::TooDeep => "send the inner part as text",
+        Reason::BadNumber => "send such a number as text",
+        _ => return Refusal::dead(reason, message),
+    };
+    Refusal::dead(reason, format!("the record cannot be read ({message}): {remedy}"))
 }
 
 /// Reads JSON lines. `None` where no line is an object or an array of its own: then the payload is one broken document.
@@ -329,7 +343,7 @@ fn detect(value: Value, headers: &BTreeMap<String, String>, mappings: &[Mapping]
         Value::Object(map) => map,
         Value::Null => return vec![Refusal::skip(Reason::Empty).into()],
         other => {
-            let message = format!("the record is {}, not an object", fields::kind_of(&other));
+            let message = format!("the record is {}, not an object: send one object a call", fields::kind_of(&other));
             return vec![Refusal::dead(Reason::UnknownFormat, message).into()];
         }
     };

@@ -33,7 +33,7 @@ pub(super) fn read(
     let mut found = Vec::new();
 
     read_prompt(&mut query, &mut request, fields.get("response"), &mut found)?;
-    query.model = request.text(&["model"]);
+    query.model = request.text(&["model"]).or_else(|| fields.text(&["model"]));
     query.user = request.text(&["user"]);
     let mut metadata = request.object("metadata");
     read_metadata(&mut query, &mut metadata, &mut found);
@@ -57,16 +57,17 @@ pub(super) fn read(
 fn request_of(fields: &mut Fields) -> Result<Fields, Refusal> {
     match fields.embedded("request") {
         Some(Ok(Value::Object(map))) => Ok(Fields::new(map)),
-        Some(Ok(other)) => {
-            Err(Refusal::dead(Reason::BadRequest, format!("request holds {}, not an object", kind_of(&other))))
-        }
+        Some(Ok(other)) => Err(Refusal::dead(
+            Reason::BadRequest,
+            format!("request holds {}, not an object: log the body as it was sent", kind_of(&other)),
+        )),
         Some(Err(refusal)) => {
             let why = refusal.message.unwrap_or_else(|| "it is empty".to_owned());
             let is_limit = matches!(refusal.reason, Reason::TooDeep | Reason::TooManyItems);
             let reason = if is_limit { refusal.reason } else { Reason::BadRequest };
-            Err(Refusal::dead(reason, format!("request is a string that holds no JSON: {why}")))
+            Err(Refusal::dead(reason, format!("request is a string that holds no JSON ({why}): log the whole body")))
         }
-        None => Err(Refusal::dead(Reason::BadRequest, "the record has no request")),
+        None => Err(Refusal::dead(Reason::BadRequest, "the record has no request: log the whole body")),
     }
 }
 
@@ -95,7 +96,7 @@ fn read_prompt(
 /// Takes the prompt of a legacy completion. Images and embeddings have fields of the same names, but no such answer.
 fn raw_prompt(request: &mut Fields, response: Option<&Value>) -> Result<String, Refusal> {
     let Some(name) = ["prompt", "input"].into_iter().find(|name| request.has(name)) else {
-        return Err(Refusal::dead(Reason::MissingMessages, "the request has no messages"));
+        return Err(Refusal::dead(Reason::MissingMessages, "the request has no messages: log the whole body"));
     };
     let is_completion = match response {
         Some(Value::String(text)) => text.contains("\"choices\""),

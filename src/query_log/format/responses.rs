@@ -100,13 +100,17 @@ pub(super) fn read_prompt(query: &mut Query, request: &mut Fields, found: &mut V
             }
         }
         Some(other) => {
-            let message = format!("input is {}, not a text or a list of items", kind_of(&other));
+            let message =
+                format!("input is {}, not a text or a list of items: log the request as it was sent", kind_of(&other));
             return Err(Refusal::dead(Reason::BadMessages, message));
         }
         None => {}
     }
     if prompt.messages.is_empty() {
-        return Err(Refusal::dead(Reason::MissingMessages, "the request has no input that could be a message"));
+        return Err(Refusal::dead(
+            Reason::MissingMessages,
+            "the request has no input that could be a message: log the request as it was sent",
+        ));
     }
     query.messages = prompt.messages;
     query.tools = request.take("tools").map(tools);
@@ -117,7 +121,9 @@ pub(super) fn read_prompt(query: &mut Query, request: &mut Fields, found: &mut V
 
 impl Prompt {
     fn item(&mut self, index: usize, item: Value) -> Result<(), Refusal> {
-        let bad = |what: &str| Refusal::dead(Reason::BadMessages, format!("input[{index}] {what}"));
+        let bad = |what: &str| {
+            Refusal::dead(Reason::BadMessages, format!("input[{index}] {what}: log the request as it was sent"))
+        };
         let Value::Object(map) = item else { return Err(bad("is not an object")) };
         let mut item = Fields::new(map);
         match item.get("type").and_then(Value::as_str).unwrap_or("message").to_owned().as_str() {

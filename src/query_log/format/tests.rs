@@ -371,6 +371,9 @@ fn whatever_is_no_call_says_why() {
     ];
     for (text, expected) in cases {
         assert_eq!(reasons(&text), [expected], "{}", &text[..text.len().min(80)]);
+        if let [Outcome::DeadLetter { message, .. }] = read_text(&text).as_slice() {
+            assert!(message.contains(": ") && !message.ends_with('.'), "no remedy: {message}");
+        }
     }
     let bad = read(b"{\"request\": \"\xff\"}", &BTreeMap::new(), &Rules::default());
     assert!(matches!(bad.as_slice(), [Outcome::DeadLetter { reason: Reason::InvalidUtf8, .. }]), "{bad:?}");

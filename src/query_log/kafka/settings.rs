@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use rdkafka::ClientConfig;
+use rdkafka::error::KafkaError;
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use crate::query_log::SourceError;
+use crate::query_log::{SourceError, TopicPartition};
 
 /// Where a topic is read from when it is first seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -24,7 +26,8 @@ pub enum Start {
 pub struct Settings {
     /// Bootstrap servers, `host:port`, comma-separated.
     pub brokers: String,
-    /// The topic that holds the query log.
+    /// The topic that holds the query log, or a regular expression that begins with `^`: all topics that it matches, also
+    /// those that come later.
     pub topic: String,
     /// Consumer group. Daemons that share it share the partitions.
     pub group: String,
@@ -41,7 +44,8 @@ pub struct Settings {
     /// How long a rebalance waits until what was read is stored, in seconds. Range 1 to 240, below
     /// `max.poll.interval.ms` (300 s unless set under `properties`).
     pub rebalance_timeout_s: u64,
-    /// More librdkafka properties, by name, such as `security.protocol`.
+    /// More librdkafka properties, by name, such as `security.protocol`. With `group.protocol = "consumer"` the broker decides
+    /// the session time-out, the heartbeat and the assignment.
     pub properties: BTreeMap<String, String>,
     /// librdkafka properties whose values are read from files, such as `sasl.password`.
     pub secret_files: BTreeMap<String, PathBuf>,
@@ -76,6 +80,17 @@ const OWN: [&str; 7] = [
     "queued.max.messages.kbytes",
 ];
 
+/// Properties that the group protocol `consumer` (KIP-848) does not know, and what to do instead.
+const CLASSIC: [(&str, &str); 4] = [
+    ("session.timeout.ms", "the broker decides it (group.consumer.session.timeout.ms)"),
+    ("heartbeat.interval.ms", "the broker decides it (group.consumer.heartbeat.interval.ms)"),
+    ("partition.assignment.strategy", "set group.remote.assignor, or leave it to the broker"),
+    ("group.protocol.type", "there is only one"),
+];
+
+/// Librdkafka's own `max.poll.interval.ms`.
+const POLL_INTERVAL_MS: u64 = 300_000;
+
 impl Settings {
     /// Checks ranges and properties.
     pub fn validate(&self) -> Result<(), String> {
@@ -86,6 +101,9 @@ impl Settings {
                 return Err(format!("{key} is {value:?}: give a name without slashes and spaces"));
             }
         }
+        if let Some(Err(error)) = self.pattern() {
+            return Err(format!("topic is {:?}, which is no regular expression: {error}", self.topic));
+        }
         in_range("fetch_mib", u64::from(self.fetch_mib), 1, 2048)?;
         in_range("connect_timeout_s", self.connect_timeout_s, 1, 300)?;
         in_range("rebalance_timeout_s", self.rebalance_timeout_s, 1, 240)?;
@@ -94,17 +112,96 @@ impl Settings {
                 return Err(format!("properties.{key} cannot be set: taod decides it; leave it out"));
             }
         }
-        match self.properties.keys().find(|key| is_secret(key)) {
-            Some(key) => {
-                Err(format!("properties.{key} is a secret: put it in a file and name the file in secret_files"))
+        if let Some(key) = self.properties.keys().find(|key| is_secret(key)) {
+            return Err(format!("properties.{key} is a secret: put it in a file and name the file in secret_files"));
+        }
+        self.check_known()?;
+        self.check_group()
+    }
+
+    /// Checks that librdkafka knows the properties, each by itself.
+    fn check_known(&self) -> Result<(), String> {
+        let mut config = ClientConfig::new();
+        for (key, value) in &self.properties {
+            config.set(key, value);
+        }
+        // What stands in the files is not looked at: they may be on another machine.
+        for key in self.secret_files.keys() {
+            config.set(key, "secret");
+        }
+        match config.create_native_config() {
+            Err(KafkaError::ClientConfig(_, why, key, _)) => {
+                let table = if self.properties.contains_key(&key) { "properties" } else { "secret_files" };
+                Err(format!("{table}.{key} is refused by kafka's client ({why}): correct it or leave it out"))
             }
-            None => Ok(()),
+            Err(other) => Err(format!("properties are refused by kafka's client: {other}")),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Checks what the properties say about the membership of the group.
+    fn check_group(&self) -> Result<(), String> {
+        let set = |key: &str| self.properties.contains_key(key);
+        match self.is_classic() {
+            false => {
+                if let Some((key, remedy)) = CLASSIC.into_iter().find(|(key, _)| set(key)) {
+                    return Err(format!(
+                        "properties.{key} is not supported with group.protocol = \"consumer\": leave it out; {remedy}"
+                    ));
+                }
+            }
+            true if set("group.remote.assignor") => {
+                return Err("properties.group.remote.assignor needs group.protocol = \"consumer\": set it, too".into());
+            }
+            true => {}
+        }
+        let interval = self.properties.get("max.poll.interval.ms").and_then(|ms| ms.parse().ok());
+        match interval.unwrap_or(POLL_INTERVAL_MS) {
+            ms if self.rebalance_timeout_s * 1000 >= ms => Err(format!(
+                "rebalance_timeout_s is {}: choose less than properties.max.poll.interval.ms, which is {ms}",
+                self.rebalance_timeout_s
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns true under the group protocol of old, where the members hold the time-outs and share the partitions out.
+    fn is_classic(&self) -> bool {
+        !self.properties.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer"))
+    }
+
+    /// Returns the expression for the topics, where the setting is one.
+    fn pattern(&self) -> Option<Result<Regex, regex::Error>> {
+        self.is_pattern().then(|| Regex::new(&self.topic))
+    }
+
+    /// Returns true where the setting names topics by an expression.
+    pub(super) fn is_pattern(&self) -> bool {
+        self.topic.starts_with('^')
+    }
+
+    /// Returns true for a topic that is read.
+    pub fn reads(&self, topic: &str) -> bool {
+        match self.pattern() {
+            None => topic == self.topic,
+            // Kafka's own topics are nobody's log.
+            Some(pattern) => !topic.starts_with("__") && pattern.is_ok_and(|pattern| pattern.is_match(topic)),
         }
     }
 
     /// Returns the name under which the offset of a partition is stored.
-    pub fn app_id(&self, partition: i32) -> String {
-        format!("taod/{}/{}/{}/{partition}", self.name, self.generation, self.topic)
+    pub fn app_id(&self, place: &TopicPartition) -> String {
+        format!("taod/{}/{}/{}/{}", self.name, self.generation, place.topic, place.partition)
+    }
+
+    /// Returns the name under which the id that Kafka gave to a topic is stored.
+    pub fn topic_id(&self, topic: &str) -> String {
+        format!("taod/{}/{}/{topic}/topic-id", self.name, self.generation)
+    }
+
+    /// Returns the app id that counts the replays of a topic's dead letters.
+    pub fn replay_id(&self, topic: &str) -> String {
+        format!("taod/{}/{}/replay/{topic}", self.name, self.generation)
     }
 
     /// Returns the client's properties: taod's defaults, then the operator's, then what the protocol needs.
@@ -112,7 +209,6 @@ impl Settings {
         let mut config = ClientConfig::new();
         let defaults = [
             ("client.id", "taod"),
-            ("session.timeout.ms", "10000"),
             ("statistics.interval.ms", "5000"),
             // librdkafka stops fetching for a whole second when its queue is full; a fast reader then waits idle.
             ("fetch.queue.backoff.ms", "10"),
@@ -121,6 +217,9 @@ impl Settings {
         ];
         for (key, value) in defaults {
             config.set(key, value);
+        }
+        if self.is_classic() {
+            config.set("session.timeout.ms", "10000");
         }
         for (key, value) in &self.properties {
             config.set(key, value);
@@ -153,7 +252,7 @@ fn in_range(key: &str, value: u64, low: u64, high: u64) -> Result<(), String> {
 }
 
 fn is_secret(key: &str) -> bool {
-    key.contains("password") || key.contains("secret") || key.ends_with("key.pem")
+    ["password", "passphrase", "secret"].iter().any(|word| key.contains(word)) || key.ends_with("key.pem")
 }
 
 #[cfg(test)]
@@ -181,9 +280,74 @@ mod tests {
         assert!(error.contains("/no/such/file") && error.contains("sasl.password"), "{error}");
     }
 
+    fn with(properties: &[(&str, &str)]) -> Settings {
+        let properties = properties.iter().map(|(key, value)| (key.to_string(), value.to_string()));
+        Settings { properties: properties.collect(), ..Settings::default() }
+    }
+
+    #[test]
+    fn any_property_of_the_client_passes_and_another_is_named() {
+        let settings = with(&[("socket.keepalive.enable", "true"), ("client.rack", "a"), ("client.id", "mine")]);
+        settings.validate().unwrap();
+        let client = settings.client().unwrap();
+        assert_eq!(client.get("client.rack"), Some("a"));
+        assert_eq!(client.get("client.id"), Some("mine"), "before the default");
+        let refusal = with(&[("sesion.timeout.ms", "1")]).validate().unwrap_err();
+        assert!(refusal.contains("properties.sesion.timeout.ms") && refusal.contains("No such"), "{refusal}");
+        let refusal = with(&[("session.timeout.ms", "soon")]).validate().unwrap_err();
+        assert!(refusal.contains("properties.session.timeout.ms"), "{refusal}");
+        let mut settings = Settings::default();
+        settings.secret_files.insert("sasl.pasword".into(), "/no/such/file".into());
+        let refusal = settings.validate().unwrap_err();
+        assert!(refusal.contains("secret_files.sasl.pasword"), "{refusal}");
+    }
+
+    #[test]
+    fn what_the_new_group_protocol_does_not_know_is_named() {
+        let protocol = ("group.protocol", "consumer");
+        let settings = with(&[protocol, ("group.instance.id", "a"), ("group.remote.assignor", "uniform")]);
+        settings.validate().unwrap();
+        assert_eq!(settings.client().unwrap().get("session.timeout.ms"), None);
+        assert_eq!(Settings::default().client().unwrap().get("session.timeout.ms"), Some("10000"));
+        for (key, value) in [
+            ("session.timeout.ms", "10000"),
+            ("heartbeat.interval.ms", "3000"),
+            ("partition.assignment.strategy", "range"),
+            ("group.protocol.type", "consumer"),
+        ] {
+            with(&[(key, value)]).validate().unwrap();
+            let refusal = with(&[protocol, (key, value)]).validate().unwrap_err();
+            assert!(refusal.contains(&format!("properties.{key} is not supported")), "{refusal}");
+            // The list is librdkafka's own.
+            let client = with(&[protocol, (key, value)]).client().unwrap();
+            let error = client.create::<rdkafka::consumer::BaseConsumer>().err().unwrap().to_string();
+            assert!(error.contains(key) && error.contains("not supported"), "{error}");
+        }
+        assert!(with(&[("group.remote.assignor", "uniform")]).validate().is_err());
+    }
+
+    #[test]
+    fn a_rebalance_ends_before_the_broker_gives_the_member_up() {
+        let mut settings = with(&[("max.poll.interval.ms", "60000")]);
+        let refusal = settings.validate().unwrap_err();
+        assert!(refusal.contains("rebalance_timeout_s is 60") && refusal.contains("60000"), "{refusal}");
+        settings.rebalance_timeout_s = 59;
+        settings.validate().unwrap();
+    }
+
+    #[test]
+    fn a_pattern_reads_what_it_matches_and_a_name_itself_alone() {
+        let settings = |topic: &str| Settings { topic: topic.into(), ..Settings::default() };
+        let reads = |topic: &str, asked: &str| settings(topic).reads(asked);
+        assert!(reads("llm", "llm") && !reads("llm", "llm-2"));
+        assert!(reads("^llm", "llm-2") && !reads("^llm", "my-llm") && !reads("^.*", "__consumer_offsets"));
+        settings("^llm-(a|b)$").validate().unwrap();
+        assert!(settings("^(").validate().unwrap_err().contains("topic is \"^(\""));
+    }
+
     #[test]
     fn the_offset_of_a_partition_has_its_own_name_per_generation() {
         let settings = Settings { generation: 2, ..Settings::default() };
-        assert_eq!(settings.app_id(3), "taod/kafka/2/llm-queries/3");
+        assert_eq!(settings.app_id(&TopicPartition::new("llm-queries", 3)), "taod/kafka/2/llm-queries/3");
     }
 }

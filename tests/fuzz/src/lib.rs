@@ -6,11 +6,12 @@
 
 mod tree;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::LazyLock;
 
 use serde_json::{Map, Value, json};
-use taod::query_log::format::{Mapping, OptOut, Rules, invariants};
+use taod::query_log::format::{self, Mapping, OptOut, Rules, invariants};
 
 #[doc(hidden)]
 pub use libfuzzer_sys;
@@ -66,7 +67,7 @@ impl Target {
         let rules = if matches!(self, Target::Mapping) { RULES.clone() } else { Rules::default() };
         let record = match self {
             Target::Read | Target::OtlpProtobuf => bytes.to_vec(),
-            Target::Envelope => packed(bytes),
+            Target::Envelope => enveloped(bytes, &rules),
             Target::Vllm => line(bytes),
             _ => self.record(bytes).to_string().into_bytes(),
         };
@@ -131,10 +132,33 @@ fn line(bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Packs bytes as the first of them says, and breaks the result where it says so too.
-fn packed(bytes: &[u8]) -> Vec<u8> {
+/// Packs bytes as the first of them says, in one frame or in two, and breaks the result where it says so too. What is not
+/// broken must be read as the bytes themselves are.
+fn enveloped(bytes: &[u8], rules: &Rules) -> Vec<u8> {
     let Some((&how, bytes)) = bytes.split_first() else { return Vec::new() };
-    let packed = match how & 3 {
+    let (first, second) = bytes.split_at(if how & 4 == 0 { bytes.len() } else { bytes.len() / 2 });
+    let mut record = packed(how, first).unwrap_or_default();
+    if how & 4 != 0 {
+        record.extend(packed(how, second).unwrap_or_default());
+    }
+    match how >> 3 {
+        // Bytes that are packed already would be read as such.
+        0..8 if !matches!(bytes, [0 | 0x04 | 0x1F | 0x28, ..]) => {
+            let read = |bytes: &[u8]| format::read(bytes, &BTreeMap::new(), rules);
+            assert_eq!(read(&record), read(bytes), "packed and plain are not read alike");
+        }
+        0..8 => {}
+        cut @ 8..16 => record.truncate(record.len().saturating_sub(usize::from(cut) - 7)),
+        at => {
+            let at = (usize::from(at) * 7) % record.len().max(1);
+            record.get_mut(at).into_iter().for_each(|byte| *byte ^= how);
+        }
+    }
+    record
+}
+
+fn packed(how: u8, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+    match how & 3 {
         0 => Ok(bytes.to_vec()),
         1 => {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -145,17 +169,7 @@ fn packed(bytes: &[u8]) -> Vec<u8> {
             let mut lz4 = lz4_flex::frame::FrameEncoder::new(Vec::new());
             lz4.write_all(bytes).and_then(|()| lz4.finish().map_err(std::io::Error::other))
         }
-    };
-    let mut packed = packed.unwrap_or_default();
-    match how >> 2 {
-        0..16 => {}
-        cut @ 16..32 => packed.truncate(packed.len().saturating_sub(usize::from(cut) - 15)),
-        at => {
-            let at = (usize::from(at) * 7) % packed.len().max(1);
-            packed.get_mut(at).into_iter().for_each(|byte| *byte ^= how);
-        }
     }
-    packed
 }
 
 /// Changes an input: as a tree where it is JSON, as bytes otherwise and in between. Returns its new size.

@@ -1,5 +1,6 @@
 //! What the cases share: files of the repository, golden files, the program itself, parts that a machine may lack.
 
+pub(crate) mod kafka;
 pub(crate) mod night;
 
 use std::path::{Path, PathBuf};

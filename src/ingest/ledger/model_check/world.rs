@@ -18,11 +18,12 @@ use url::Url;
 
 use super::store::{Fault, Gated};
 use crate::ingest::IngestError;
+use crate::ingest::filter::Choice;
 use crate::ingest::ledger::Ledger;
 use crate::ingest::reader::Reader;
-use crate::query_log::Record;
 use crate::query_log::format::{Mapping, Rules};
-use crate::query_log::kafka::{self, Extent};
+use crate::query_log::kafka::{self, Extent, Topic};
+use crate::query_log::{Record, TopicPartition};
 use crate::table::{TableLocation, Tables};
 
 const TOPIC: &str = "queries";
@@ -178,7 +179,7 @@ impl World {
                 let end = self.end(*p);
                 self.members[*m].source.insert(*p, end);
                 if let State::Up(ledger) = &mut self.members[*m].state {
-                    ledger.end(*p, Some(end));
+                    ledger.end(&place(*p), Some(end));
                 }
             }
             Action::Seal(m, fault) => {
@@ -195,7 +196,7 @@ impl World {
             Action::Revoke(m, p) => {
                 self.seal(*m).await;
                 if let State::Up(ledger) = &mut self.members[*m].state {
-                    ledger.revoke(&[*p]);
+                    ledger.revoke(&[place(*p)]);
                     self.members[*m].source.remove(p);
                     self.owners.insert(*p, None);
                 }
@@ -206,20 +207,21 @@ impl World {
     }
 
     async fn start(&mut self, m: usize) {
-        let extents: Vec<Extent> =
-            self.records.keys().map(|&partition| Extent { partition, low: 0, high: self.end(partition) }).collect();
+        let extent = |&p: &i32| Extent { place: place(p), low: 0, high: self.end(p) };
+        let extents: Vec<Extent> = self.records.keys().map(extent).collect();
+        let topic = Topic { name: TOPIC.to_owned(), id: Some(7), extents };
         let member = &mut self.members[m];
         member.store.plan(Fault::None);
         let mut ledger = Ledger::open(&member.tables, &settings(), reader(m)).await.unwrap();
-        ledger.first_sight(&extents).await.unwrap();
+        ledger.first_sight(&[topic]).await.unwrap();
         member.state = State::Up(Box::new(ledger));
     }
 
     async fn assign(&mut self, m: usize, p: i32) {
         let State::Up(ledger) = &mut self.members[m].state else { return };
-        match ledger.assign(&[p]).await {
+        match ledger.assign(&[place(p)]).await {
             Ok(starts) => {
-                self.members[m].source.extend(starts);
+                self.members[m].source.extend(starts.into_iter().map(|(place, next)| (place.partition, next)));
                 self.owners.insert(p, Some(m));
             }
             Err(_) => self.kill(m),
@@ -318,7 +320,8 @@ impl World {
             return Err(format!("{both:?} is a row and a dead letter"));
         }
         for record in self.records.values().flatten() {
-            let (place, next) = ((record.partition, record.offset), found.stored(record.partition));
+            let partition = record.place.partition;
+            let (place, next) = ((partition, record.offset), found.stored(partition));
             if record.offset < next && !found.rows.contains(&place) && !found.letters.contains(&place) {
                 return Err(format!("{place:?} is missing below {next}"));
             }
@@ -376,7 +379,7 @@ impl Found {
 
     /// Returns the next offset of a partition by the table of rows.
     fn stored(&self, partition: i32) -> i64 {
-        self.txns.get(&("queries", settings().app_id(partition))).copied().unwrap_or(0)
+        self.txns.get(&("queries", settings().app_id(&place(partition)))).copied().unwrap_or(0)
     }
 }
 
@@ -384,7 +387,7 @@ impl Found {
 /// something that nobody reads, and a gap at the end.
 fn records(partition: i32) -> Vec<Record> {
     let record = |offset: i64, payload: &str| Record {
-        partition,
+        place: place(partition),
         offset,
         time_ms: Some(1_700_000_000_000),
         key: None,
@@ -398,6 +401,10 @@ fn records(partition: i32) -> Vec<Record> {
     ]
 }
 
+fn place(partition: i32) -> TopicPartition {
+    TopicPartition::new(TOPIC, partition)
+}
+
 fn settings() -> kafka::Settings {
     kafka::Settings { topic: TOPIC.into(), ..kafka::Settings::default() }
 }
@@ -407,7 +414,8 @@ fn reader(member: usize) -> Arc<Reader> {
     let own = json!({ "name": "own", "when": "/question", "parts": { "messages": "/question" } });
     let own: Mapping = serde_json::from_value(own).unwrap();
     let rules = Rules { mappings: if member == 0 { Vec::new() } else { vec![own] }, ..Rules::default() };
-    Arc::new(Reader { topic: TOPIC.into(), user_key: None, config_hash: "c".into(), rules, detect_language: false })
+    let choice = Choice::default();
+    Arc::new(Reader { user_key: None, config_hash: "c".into(), rules, choice, detect_language: false })
 }
 
 /// Returns the coordinates of the rows in a data file.

@@ -2,7 +2,8 @@
 //!
 //! - OpenTelemetry's semantic conventions for generative AI: `gen_ai.input.messages` and its siblings, a list of
 //!   messages with parts, as JSON text on spans and as a value on events.
-//! - Their older form: span events `gen_ai.content.prompt` and `gen_ai.content.completion` with JSON text.
+//! - Their older form: span events `gen_ai.content.prompt` and `gen_ai.content.completion` with JSON text, which some put
+//!   on the span itself.
 //! - OpenLLMetry before 0.55: `gen_ai.prompt.0.role`, one attribute a field.
 //! - OpenInference: `llm.input_messages.0.message.role`, one attribute a field.
 
@@ -67,15 +68,17 @@ fn conventions(_: &mut Entry, attributes: &mut Fields) -> Content {
     content
 }
 
-fn span_events(entry: &mut Entry, _: &mut Fields) -> Content {
+fn span_events(entry: &mut Entry, attributes: &mut Fields) -> Content {
     let mut content = Content::default();
     let mut take = |event: &str, attribute: &str| -> Vec<Value> {
         let found = entry.events.iter_mut().filter(|found| found.name == event);
         found.flat_map(|found| embedded(found.attributes.shift_remove(attribute))).collect()
     };
-    let prompt = take("gen_ai.content.prompt", "gen_ai.prompt");
+    let mut prompt = take("gen_ai.content.prompt", "gen_ai.prompt");
+    prompt.extend(list(attributes, "gen_ai.prompt"));
     content.messages = prompt.into_iter().map(flat).map(|(message, _)| message).collect();
-    let completion = take("gen_ai.content.completion", "gen_ai.completion");
+    let mut completion = take("gen_ai.content.completion", "gen_ai.completion");
+    completion.extend(list(attributes, "gen_ai.completion"));
     content.answers(completion.into_iter().map(flat).map(|(message, reason)| (Some(message), reason)));
     content
 }

@@ -106,11 +106,25 @@ fn outcome(mut entry: Entry, headers: &Headers<'_>) -> Result<Outcome, Refusal> 
     if !is_call(&entry, &attributes) {
         return Err(Refusal::skip(Reason::NotChat));
     }
+    // Of an event some write the fields into its body.
+    if entry.is_log
+        && let Value::Object(body) = &mut entry.body
+    {
+        for (name, value) in body.iter_mut().filter(|(name, _)| name.starts_with("gen_ai.")) {
+            if !attributes.has(name) {
+                attributes.put_rest(name, value.take());
+            }
+        }
+        body.retain(|_, value| !value.is_null());
+    }
     let is_cut = content::is_cut(&entry, &attributes);
     let content = Content { is_cut, ..content::take(&mut entry, &mut attributes) };
     if content.messages.is_empty() {
         return Err(match content.answer {
-            Some(_) => Refusal::dead(Reason::MissingMessages, "the span holds an answer and no prompt"),
+            Some(_) => Refusal::dead(
+                Reason::MissingMessages,
+                "the span holds an answer and no prompt: capture input messages too, in the same batch",
+            ),
             None => Refusal::skip(Reason::NoContent),
         });
     }
@@ -127,20 +141,21 @@ fn is_call(entry: &Entry, attributes: &Fields) -> bool {
         return CHATS.contains(&operation);
     }
     says("openinference.span.kind").is_some_and(|kind| kind == "LLM")
-        || ["gen_ai.input.messages", "gen_ai.prompt.0.role", "gen_ai.prompt.0.content"]
+        || ["gen_ai.input.messages", "gen_ai.prompt", "gen_ai.prompt.0.role", "gen_ai.prompt.0.content"]
             .iter()
             .any(|n| attributes.has(n))
         || entry.events.iter().any(|event| event.name == "gen_ai.content.prompt")
 }
 
-fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Headers<'_>) -> Query {
+fn call(mut entry: Entry, mut attributes: Fields, content: Content, headers: &Headers<'_>) -> Query {
     let mut query = feedback::blank(Kind::Call, "otlp");
     let mut resource = Fields::new(entry.resource.for_row());
     let mut found = Vec::new();
     query.event_time_us = entry.start_ns.and_then(|ns| time(&ns.into()));
     let duration = entry.start_ns.zip(entry.end_ns).map(|(start, end)| (end as f64 - start as f64) / 1e6);
     query.duration_ms = duration.filter(|ms| *ms >= 0.0);
-    query.request_id = attributes.text(&["gen_ai.response.id"]).or_else(|| not_empty(&entry.span_id));
+    let response_id = attributes.text(&["gen_ai.response.id"]);
+    query.request_id = response_id.or_else(|| not_empty(&std::mem::take(&mut entry.span_id)));
     query.trace_id = not_empty(&entry.trace_id);
     query.conversation_id =
         attributes.text(&["gen_ai.conversation.id", "session.id", "traceloop.association.properties.session_id"]);
@@ -158,7 +173,7 @@ fn call(entry: Entry, mut attributes: Fields, content: Content, headers: &Header
         "gen_ai.usage.completion_tokens",
         "llm.token_count.completion",
     ]);
-    if exclusion::takes_opt_out(&mut attributes) || sender_opts_out(&entry) {
+    if exclusion::takes_opt_out(&mut attributes) || sender_opts_out(&entry) || header_opts_out(&attributes) {
         found.push(Exclusion::OptOut);
     }
     query.truncated = content.is_cut;
@@ -179,6 +194,16 @@ fn sender_opts_out(entry: &Entry) -> bool {
     let whole = entry.resource.whole();
     let said = |name: &str| whole.get(name).map(|value| (name.to_owned(), value.clone()));
     exclusion::takes_opt_out(&mut Fields::new(exclusion::OPT_OUTS.into_iter().filter_map(said).collect()))
+}
+
+/// Returns true where a header of the request, which instrumentations log as an attribute, forbids training.
+fn header_opts_out(attributes: &Fields) -> bool {
+    let logged =
+        |name: &&str| Some(((**name).to_owned(), attributes.get(&format!("http.request.header.{name}"))?.clone()));
+    let logged = Value::Object(exclusion::HEADERS.iter().filter_map(logged).collect());
+    let (kafka, names) = (BTreeMap::new(), exclusion::HEADERS);
+    let headers = Headers::new(&kafka, Some(&logged));
+    names.iter().any(|name| headers.denies(name))
 }
 
 fn not_empty(text: &str) -> Option<String> {
@@ -251,7 +276,7 @@ fn extra(entry: Entry, attributes: Fields, resource: Fields) -> Map {
         event.rest()
     };
     let mut more = Fields::new(entry.more);
-    more.put_rest("spanId", entry.span_id);
+    more.put_rest("spanId", not_empty(&entry.span_id));
     let says_something = |event: &Event| !event.attributes.is_empty() || !event.more.is_empty();
     let events: Vec<Value> =
         entry.events.into_iter().filter(says_something).map(|found| Value::Object(event(found))).collect();
@@ -411,6 +436,10 @@ mod tests {
         let sender: Value = many.chain([attribute("do_not_train", "true")]).collect();
         let rows = rows(3, &[asked()], sender, &Rules::default());
         assert!(rows.iter().all(|query| query.reason.as_deref() == Some("opt_out")));
+        let values = json!({"arrayValue": {"values": [{"stringValue": "false"}]}});
+        let header = json!({"key": "http.request.header.cf-aig-collect-log-payload", "value": values});
+        let refused = self::rows(1, &[asked(), header], json!([]), &Rules::default());
+        assert_eq!(refused[0].reason.as_deref(), Some("opt_out"));
     }
 
     #[test]
@@ -418,6 +447,19 @@ mod tests {
         let one = |attributes: &[Value]| rows(1, attributes, json!([]), &Rules::default()).remove(0);
         let texts = one(&[attribute("gen_ai.input.messages", "[\"Hi\", {\"role\": \"user\", \"content\": \"Ho\"}]")]);
         assert_eq!(texts.messages, [Message::text("user", "Hi"), Message::text("user", "Ho")]);
+        let bare = one(&[attribute("gen_ai.prompt", "Hi"), attribute("gen_ai.completion", "{\"content\": \"Ho\"}")]);
+        assert_eq!((&bare.messages[0], bare.response.as_deref()), (&Message::text("user", "Hi"), Some("Ho")));
+        let messages = json!({"stringValue": "[{\"role\": \"user\", \"content\": \"Hi\"}]"});
+        let body = json!({"kvlistValue": {"values": [{"key": "gen_ai.input.messages", "value": messages},
+            {"key": "more", "value": {"boolValue": true}}]}});
+        let event = json!({"resourceLogs": [{"scopeLogs": [{"logRecords": [{"eventName": DETAILS, "body": body}]}]}]});
+        match read(event.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
+            [Outcome::Row(query)] => assert_eq!(
+                query.extra,
+                Map::from_iter([("name", json!(DETAILS)), ("body", json!({"more": true}))])
+            ),
+            other => panic!("{other:?}"),
+        }
         let flat = [
             attribute("gen_ai.prompt.0", "Hi"),
             attribute("gen_ai.prompt.1.content", "Ho"),

@@ -3,6 +3,9 @@
 
 use std::rc::Rc;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+
 use super::wire::{Entry, Event as SpanEvent, Shared, library, sender};
 use crate::json::{Map, Name, Value, json};
 
@@ -354,7 +357,8 @@ impl AnyValue {
             Some(Kind::Double(number)) => number.into(),
             Some(Kind::Array(array)) => array.values.into_iter().map(AnyValue::plain).collect(),
             Some(Kind::Pairs(pairs)) => Value::Object(object(pairs.values)),
-            Some(Kind::Bytes(bytes)) => hex::encode(bytes).into(),
+            // As JSON has them.
+            Some(Kind::Bytes(bytes)) => BASE64_STANDARD.encode(bytes).into(),
         }
     }
 }
