@@ -32,7 +32,7 @@ test: setup-test models
 
 test-full: models
 	tools/setup.sh full
-	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark} $(CARGO) test $(FLAGS) -- --include-ignored
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark,azurite} $(CARGO) test $(FLAGS) -- --include-ignored
 
 check: setup
 	$(CARGO) fmt --check

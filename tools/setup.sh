@@ -6,7 +6,8 @@
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment; strace and (where there is Go) Toxiproxy for the
 #                           tests that break things
-#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), and Apache Spark with Delta (0.5 GB)
+#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), Apache Spark with Delta (0.5 GB), and
+#                           (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
 #   tools/setup.sh bench    what `test` has, and what the ingestion bench and its peers need
 set -euo pipefail
@@ -91,8 +92,20 @@ delta_jars() {
 if [ "$purpose" = bench ]; then
   environment bench-python tools/bench/requirements.txt
 fi
+# Azure's stand-in; its scripts of installation are not run, and none is needed.
+azurite() {
+  local folder=$cache/azurite version=3.37.0
+  if ! has npm; then
+    say "no Node.js with npm, so no Azurite for the tests of Azure's tables"
+  elif ! grep -qs "\"version\": \"$version\"" "$folder/node_modules/azurite/package.json"; then
+    say "fetching Azurite into $folder"
+    npm install --prefix "$folder" --no-save --ignore-scripts --no-audit --no-fund --loglevel error \
+      "azurite@$version" >/dev/null
+  fi
+}
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
   environment spark tools/spark.txt
   delta_jars
+  azurite
 fi

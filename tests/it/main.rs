@@ -28,6 +28,7 @@ mod power_loss;
 mod readers;
 mod round;
 mod spark;
+mod stores;
 mod tables;
 mod topics;
 mod training;
