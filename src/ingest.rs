@@ -4,6 +4,8 @@
 //! the [`ledger`], which alone decides what is stored and when a record counts as read. A session that fails is dropped
 //! whole, and the next one asks the tables where to go on.
 
+#[cfg(test)]
+mod bench;
 mod counters;
 mod filter;
 mod ledger;

@@ -9,7 +9,7 @@
 //! Reading order: [`record`] is what flows; the stages follow in the order of the loop; [`round`] names them all;
 //! [`daemon`] wires everything. The shape and its reasons stand in `ARCHITECTURE.md`.
 //!
-//! Without the feature `daemon` only [`record`] and [`query_log::format`] are built.
+//! Without the feature `daemon` only [`json`], [`record`] and [`query_log::format`] are built.
 
 // Leaves: used by every stage, use nothing of ours.
 #[cfg(feature = "daemon")]
@@ -18,6 +18,7 @@ pub mod crash;
 pub mod durable;
 #[cfg(feature = "daemon")]
 pub mod health;
+pub mod json;
 #[cfg(feature = "daemon")]
 pub mod metrics;
 #[cfg(feature = "daemon")]

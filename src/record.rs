@@ -7,10 +7,10 @@
 mod canonical;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 pub use self::canonical::canonical_messages;
+use crate::json::{Map, Value};
 
 /// One chat message in OpenAI's shape. Fields that taod does not interpret (tool calls, names, ids) stay in `rest`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,7 +22,7 @@ pub struct Message {
     pub content: Value,
     /// Everything else the message carried, unchanged.
     #[serde(flatten)]
-    pub rest: Map<String, Value>,
+    pub rest: Map,
 }
 
 impl Message {
@@ -62,8 +62,20 @@ pub fn prompt_hash_of(canonical_messages: &str, tools: Option<&Value>) -> String
     hasher.update(r#","tools":"#);
     hasher.update(canonical::canonical(tools.unwrap_or(&Value::Null)));
     hasher.update("}");
-    hex::encode(hasher.finalize())
+    hex_of(hasher.finalize().into())
 }
+
+/// Returns a hash as text, in lower-case hex.
+pub fn hex_of(hash: [u8; 32]) -> String {
+    let mut text = [0; 64];
+    for (byte, pair) in hash.iter().zip(text.chunks_exact_mut(2)) {
+        pair[0] = DIGITS[usize::from(byte >> 4)];
+        pair[1] = DIGITS[usize::from(byte & 15)];
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
 /// Where a row came from; unique for every row taod ever stores.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -117,7 +129,7 @@ pub struct Query {
     pub duration_ms: Option<f64>,
     pub messages: Vec<Message>,
     /// Decoding parameters of the request.
-    pub params: Map<String, Value>,
+    pub params: Map,
     pub tools: Option<Value>,
     /// The assistant's message of the first choice, as text.
     pub response: Option<String>,
@@ -137,7 +149,7 @@ pub struct Query {
     /// True where the logger cut the text.
     pub truncated: bool,
     /// Fields that no column takes; nothing is lost.
-    pub extra: Map<String, Value>,
+    pub extra: Map,
 }
 
 /// Why a completion ended.
@@ -205,7 +217,7 @@ mod tests {
         let b: Vec<Message> = serde_json::from_str(r#"[{"name":"x","content":"hi","role":"user"}]"#).unwrap();
         assert_eq!(prompt_hash(&a, None), prompt_hash(&b, None));
         assert_ne!(prompt_hash(&a, None), prompt_hash(&[Message::text("user", "hi!")], None));
-        assert_ne!(prompt_hash(&a, None), prompt_hash(&a, Some(&serde_json::json!([{"type": "function"}]))));
+        assert_ne!(prompt_hash(&a, None), prompt_hash(&a, Some(&crate::json::json!([{"type": "function"}]))));
     }
 
     #[test]
@@ -214,6 +226,12 @@ mod tests {
         assert_eq!(seed, derive_seed(7, &["ab", "c"]));
         assert_ne!(seed, derive_seed(8, &["ab", "c"]));
         assert_ne!(seed, derive_seed(7, &["a", "bc"]));
+    }
+
+    #[test]
+    fn a_hash_is_written_as_everyone_writes_it() {
+        let hash = std::array::from_fn(|at| (at as u8).wrapping_mul(37));
+        assert_eq!(hex_of(hash), hex::encode(hash));
     }
 
     #[test]

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde::Deserialize;
-use serde_json::Value;
 
 use crate::engine::{Adapter, Model};
+use crate::json::Value;
 use crate::record::{FinishReason, Message};
 
 /// A model and what is put on top of it.

@@ -32,9 +32,9 @@ mod tests;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::durable::FileError;
+use crate::json::Value;
 use crate::record::{Coordinates, Message};
 use crate::table::TableError;
 

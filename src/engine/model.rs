@@ -3,7 +3,6 @@
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::config::ModelConfig;
 use super::decoder::Decoder;
@@ -13,6 +12,7 @@ use super::source::ModelSource;
 use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 use super::weights::Weights;
+use crate::json::Value;
 use crate::record::Message;
 
 /// What names a model exactly, in manifests and adapters.

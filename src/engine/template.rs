@@ -8,12 +8,12 @@ use std::io;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value as JinjaValue, context, filters};
 use serde::Serialize;
-use serde_json::Value;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 use sha2::{Digest, Sha256};
 
 use super::error::EngineError;
 use super::source::Files;
+use crate::json::Value;
 use crate::record::Message;
 
 const NAME: &str = "chat";
@@ -72,9 +72,10 @@ type Found = (Option<String>, Option<String>, Option<String>);
 fn in_folder(files: &Files) -> Result<Found, EngineError> {
     let config = files.json("tokenizer_config.json")?;
     let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str()).map(str::to_string);
-    let named = |list: &Vec<Value>| list.iter().find(|t| t["name"] == "default").map(|t| t["template"].clone());
+    let named =
+        |list: &Vec<serde_json::Value>| list.iter().find(|t| t["name"] == "default").map(|t| t["template"].clone());
     let inside = match &config["chat_template"] {
-        Value::Array(list) => named(list).and_then(|t| t.as_str().map(str::to_string)),
+        serde_json::Value::Array(list) => named(list).and_then(|t| t.as_str().map(str::to_string)),
         other => other.as_str().map(str::to_string),
     };
     let beside = std::fs::read_to_string(files.home().join("chat_template.jinja")).ok();
@@ -93,12 +94,13 @@ fn plain(message: &Message) -> Result<Value, String> {
     if let Some(Value::Array(calls)) = message.rest.get_mut("tool_calls") {
         for call in calls {
             let parsed = call["function"]["arguments"].as_str().and_then(|text| serde_json::from_str(text).ok());
-            if let Some(arguments @ Value::Object(_)) = parsed {
-                call["function"]["arguments"] = arguments;
+            if let (Some(arguments @ Value::Object(_)), Some(place)) = (parsed, call.pointer_mut("/function/arguments"))
+            {
+                *place = arguments;
             }
         }
     }
-    serde_json::to_value(&message).map_err(|e| e.to_string())
+    serde_json::to_value(&message).map(Value::from).map_err(|e| e.to_string())
 }
 
 fn compile(source: &str) -> Result<Environment<'static>, Error> {
@@ -177,10 +179,14 @@ mod tests {
 
     use super::*;
 
-    fn render(source: &str, messages: Value, tools: Option<Value>) -> Result<String, EngineError> {
+    fn render(
+        source: &str,
+        messages: serde_json::Value,
+        tools: Option<serde_json::Value>,
+    ) -> Result<String, EngineError> {
         let template = ChatTemplate::new("m", Some(source.into()), Some("<s>".into()), None).unwrap();
         let messages: Vec<Message> = serde_json::from_value(messages).unwrap();
-        template.render(&messages, tools.as_ref())
+        template.render(&messages, tools.map(Value::from).as_ref())
     }
 
     #[test]

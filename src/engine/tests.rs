@@ -22,7 +22,7 @@ struct Golden {
 #[derive(Deserialize)]
 struct Case {
     messages: Vec<Message>,
-    tools: Option<Value>,
+    tools: Option<crate::json::Value>,
     prompt_ids: Vec<u32>,
     answer: String,
     completion_ids: Vec<u32>,

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use arrow::array::RecordBatch;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Serialize, Serializer};
-use serde_json::{Value, json};
 use sha2::Sha256;
 
 use super::filter::Choice;
+use crate::json::{Value, json};
 use crate::query_log::format::{self, Outcome, Rules};
 use crate::query_log::{Record, TopicPartition};
-use crate::record::{Message, Query, canonical_messages, last_user_text, prompt_hash_of};
+use crate::record::{Message, Query, canonical_messages, hex_of, last_user_text, prompt_hash_of};
 use crate::table::{Columns, Key, Suppressions, TableError, schema};
 
 /// Characters of a prompt that are enough to tell its language.
@@ -289,7 +289,7 @@ pub fn keyed_hash(key: &[u8], text: &str) -> Option<String> {
     // HMAC takes a key of any length.
     let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
     mac.update(text.as_bytes());
-    Some(hex::encode(mac.finalize().into_bytes()))
+    Some(hex_of(mac.finalize().into_bytes().into()))
 }
 
 /// Returns the headers as formats see them: the last value of each name, as text.

@@ -7,9 +7,9 @@
 use std::cmp::Ordering;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
 
 use super::Message;
+use crate::json::{Map, Value};
 
 /// Integers up to here are written by JavaScript, too, digit by digit.
 const EXACT: u64 = 1 << 53;
@@ -67,7 +67,7 @@ fn message(out: &mut Vec<u8>, message: &Message) {
     object(out, members);
 }
 
-fn members(map: &Map<String, Value>) -> Vec<(&str, &Value)> {
+fn members(map: &Map) -> Vec<(&str, &Value)> {
     map.iter().map(|(name, value)| (name.as_str(), value)).collect()
 }
 
@@ -110,7 +110,7 @@ fn scalar<T: Serialize + ?Sized>(out: &mut Vec<u8>, scalar: &T) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::json::json;
 
     #[test]
     fn it_is_what_the_general_implementation_writes() {

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::RewardError;
 use super::rules::{Check, Rule};
+use crate::json::Value;
 use crate::record::Message;
 
 /// One `[[workload]]` of the config.
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn messages_lose_the_house_rules_wherever_they_stand() {
         let short = workload("name = 'short'\nhouse_rules = 'Be brief.'");
-        let parts = serde_json::json!([{"type": "text", "text": "Tea?\n\nBe brief."}, {"type": "image_url"}]);
+        let parts = crate::json::json!([{"type": "text", "text": "Tea?\n\nBe brief."}, {"type": "image_url"}]);
         let mut user = Message::text("user", "");
         user.content = parts;
         let only_rules = [Message::text("system", "Be brief."), Message::text("user", "Be brief.")];

@@ -99,7 +99,7 @@ impl From<Refusal> for ApiError {
 pub(crate) struct ChatRequest {
     pub(crate) model: Option<String>,
     pub(crate) messages: Vec<Message>,
-    pub(crate) tools: Option<Value>,
+    pub(crate) tools: Option<crate::json::Value>,
     pub(crate) stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     n: Option<usize>,

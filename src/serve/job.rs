@@ -36,7 +36,7 @@ pub(crate) struct Job {
     /// Name of the adapter to answer with; `None` for the base.
     pub(crate) adapter: Option<String>,
     pub(crate) messages: Vec<Message>,
-    pub(crate) tools: Option<serde_json::Value>,
+    pub(crate) tools: Option<crate::json::Value>,
     pub(crate) sampling: Sampling,
     /// One seed for each sample.
     pub(crate) seeds: Vec<u64>,

@@ -6,7 +6,8 @@ use crate::harness::{files, text};
 
 /// The layers, lowest first. Modules of one layer do not use each other.
 const LAYERS: &[&[&str]] = &[
-    &["crash", "durable", "health", "metrics", "progress", "record", "secret"],
+    &["crash", "durable", "health", "json", "metrics", "progress", "secret"],
+    &["record"],
     &["query_log", "engine"],
     &["table"],
     &["dataset"],

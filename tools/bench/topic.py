@@ -3,11 +3,14 @@
 The text is AlpacaEval's instructions with GPT-4's answers (Apache-2.0, fetched by tools/fetch-models.sh), each answer cut
 at paragraphs. Every value differs in ids and times. A text comes again after about a megabyte of other texts, farther
 than what the compression of a table or a batch looks back within one page.
+
+    topic.py TEXTS ROWS    prints the records, one a line
 """
 
 import json
 import random
 import re
+import sys
 
 PARAGRAPH = 220
 
@@ -123,3 +126,9 @@ def fill(brokers, topic, rows, partitions, codec, source):
             producer.poll(0)
     producer.flush()
     return size
+
+
+if __name__ == "__main__":
+    PAIRS = texts(sys.argv[1])
+    for I in range(int(sys.argv[2])):
+        sys.stdout.buffer.write(value(PAIRS, I) + b"\n")

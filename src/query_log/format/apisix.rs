@@ -6,8 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
-
+use crate::json::{Value, json};
 use crate::record::Query;
 
 use super::fields::Fields;

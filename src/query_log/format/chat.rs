@@ -1,7 +1,6 @@
 //! Chat requests and answers in OpenAI's shape, which several log formats carry.
 
-use serde_json::{Map, Value};
-
+use crate::json::{Map, Value};
 use crate::record::Message;
 
 use super::fields::{Fields, integer, kind_of};
@@ -96,7 +95,7 @@ fn message(index: usize, value: Value) -> Result<Message, Refusal> {
 }
 
 /// Takes the decoding parameters out of a request.
-pub(super) fn params(request: &mut Fields) -> Map<String, Value> {
+pub(super) fn params(request: &mut Fields) -> Map {
     request.subset(&PARAMS)
 }
 
@@ -174,7 +173,7 @@ fn first_choice(body: &mut Fields, answer: &mut Answer) {
             message.take("role");
         }
         choice.put_rest("message", message.rest());
-        if choice.get("index").is_some_and(|index| index == 0) {
+        if choice.get("index").is_some_and(|index| *index == 0) {
             choice.take("index");
         }
         *map = choice.rest();

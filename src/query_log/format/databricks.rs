@@ -7,8 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
+use crate::json::Value;
 use crate::record::Query;
 
 use super::fields::Fields;

@@ -6,10 +6,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::json::{Map, Value, json};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde_json::map::Entry;
-use serde_json::{Map, Value, json};
 
 use crate::record::Query;
 
@@ -96,7 +95,7 @@ fn read_access(mut fields: Fields, kafka_headers: &BTreeMap<String, String>) -> 
 
 /// One direction of a tapped call.
 struct Side {
-    headers: Map<String, Value>,
+    headers: Map,
     /// The body as text; null where there is none.
     body: Value,
     /// True where the tap cut the body.
@@ -127,18 +126,17 @@ fn text_of(base64: &str, budget: &Budget) -> Option<String> {
 }
 
 /// Takes a list of headers as an object: so credentials among them are known by their names. What is no header stays.
-fn headers(side: &mut Fields) -> Map<String, Value> {
+fn headers(side: &mut Fields) -> Map {
     let Some(Value::Array(mut list)) = side.take("headers") else { return Map::new() };
     let mut headers = Map::new();
     list.retain(|header| {
         let value = ["value", "raw_value"].iter().find_map(|name| header.get(*name));
         let Some((name, value)) = header.get("key").and_then(Value::as_str).zip(value) else { return true };
-        match headers.entry(name.to_ascii_lowercase()) {
-            Entry::Vacant(place) => drop(place.insert(value.clone())),
-            Entry::Occupied(mut place) => match place.get_mut() {
-                Value::Array(values) => values.push(value.clone()),
-                first => *first = json!([first.take(), value]),
-            },
+        let name = name.to_ascii_lowercase();
+        match headers.get_mut(&name) {
+            None => drop(headers.insert(name, value.clone())),
+            Some(Value::Array(values)) => values.push(value.clone()),
+            Some(first) => *first = json!([first.take(), value]),
         }
         false
     });

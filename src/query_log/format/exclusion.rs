@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 
 use regex::Regex;
-use serde_json::Value;
 
+use crate::json::Value;
 use crate::record::{Message, Query};
 
 use super::fields::{Fields, Headers};

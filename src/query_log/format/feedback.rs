@@ -1,7 +1,6 @@
 //! Late feedback on a call: thumbs, ratings, corrections. It joins its call when a dataset is frozen.
 
-use serde_json::{Map, Value};
-
+use crate::json::{Map, Value};
 use crate::record::{Kind, Query};
 
 use super::fields::Fields;

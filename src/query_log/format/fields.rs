@@ -6,9 +6,9 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, NaiveDateTime};
-use serde_json::{Map, Value};
 
 use super::{Refusal, parse};
+use crate::json::{Map, Name, Value};
 
 /// Fields and headers that are dropped: credentials, and addresses and names of people that are no training data. The
 /// end user is kept beside them, for its keyed hash.
@@ -39,10 +39,10 @@ const TIMES: std::ops::Range<f64> = 946_684_800.0..4_102_444_800.0;
 /// A foreign object whose fields are being taken. What is taken leaves a null behind, which is as good as nothing: moving
 /// all later fields up each time would cost more than reading them.
 #[derive(Debug, Default)]
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields(Map);
 
 impl Fields {
-    pub(super) fn new(map: Map<String, Value>) -> Self {
+    pub(super) fn new(map: Map) -> Self {
         Fields(map)
     }
 
@@ -55,7 +55,7 @@ impl Fields {
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.0.keys().map(Name::as_str)
     }
 
     /// Takes a field as it is; null counts as absent.
@@ -75,7 +75,16 @@ impl Fields {
 
     /// Takes a text that is not blank; a number is taken as its digits.
     pub(super) fn text(&mut self, names: &[&str]) -> Option<String> {
-        self.take_as(names, text)
+        names.iter().find_map(|name| {
+            let value = self.0.get_mut(*name)?;
+            let found = match value {
+                Value::String(text) if !text.trim().is_empty() => std::mem::take(text),
+                Value::Number(number) => number.to_string(),
+                _ => return None,
+            };
+            *value = Value::Null;
+            Some(found)
+        })
     }
 
     pub(super) fn number(&mut self, names: &[&str]) -> Option<f64> {
@@ -130,15 +139,12 @@ impl Fields {
     }
 
     /// Takes the fields of these names, for a column that holds an object.
-    pub(super) fn subset(&mut self, names: &[&str]) -> Map<String, Value> {
-        // The object is small as a rule: comparing with its few names is faster than hashing many.
-        let present = |name: &&&str| self.0.keys().any(|key| key == **name);
-        let present: Vec<&str> = names.iter().filter(present).copied().collect();
-        present.into_iter().filter_map(|name| Some((name.to_owned(), self.take(name)?))).collect()
+    pub(super) fn subset(&mut self, names: &[&str]) -> Map {
+        names.iter().filter_map(|name| Some((*name, self.take(name)?))).collect()
     }
 
     /// Returns what nobody took, without nulls and without what is [`PERSONAL`].
-    pub(super) fn rest(self) -> Map<String, Value> {
+    pub(super) fn rest(self) -> Map {
         let mut rest = self.0;
         rest.retain(|name, value| !value.is_null() && !is_personal(name));
         rest.values_mut().for_each(drop_personal);
@@ -204,7 +210,7 @@ impl<'a> Headers<'a> {
                 Value::Bool(truth) => Some(if *truth { "true" } else { "false" }),
                 value => value.as_str(),
             });
-            self.0.extend(texts.map(|text| (name.to_ascii_lowercase(), text)));
+            self.0.extend(texts.map(|text| (name.as_str().to_ascii_lowercase(), text)));
         }
     }
 
@@ -228,14 +234,6 @@ pub(super) fn kind_of(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
-    }
-}
-
-fn text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) if !text.trim().is_empty() => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        _ => None,
     }
 }
 
@@ -301,7 +299,7 @@ pub(super) fn time(value: &Value) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::json::json;
 
     #[test]
     fn times_are_read_in_every_unit_and_only_in_this_century() {

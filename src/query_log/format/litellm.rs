@@ -6,8 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value};
-
+use crate::json::{Map, Value};
 use crate::record::{Kind, Message, Query};
 
 use super::chat::{self, Answer};
@@ -56,7 +55,7 @@ pub(super) fn read_wrapped(mut fields: Fields, headers: &BTreeMap<String, String
     let mut query = read(payload, headers)?;
     // The arguments have fields of the payload's names.
     for (name, value) in fields.rest() {
-        let name = if query.extra.contains_key(&name) { format!("kwargs.{name}") } else { name };
+        let name = if query.extra.contains_key(&name) { format!("kwargs.{name}").into() } else { name };
         query.extra.insert(name, value);
     }
     Ok(query)

@@ -49,7 +49,7 @@ fn plant(value: &mut Value, left: &mut Option<usize>) {
             if let Some(number) = left.filter(|_| is_open(map)) {
                 *left = number.checked_sub(1);
                 if left.is_none() {
-                    map.insert("planted".to_owned(), "MARK".into());
+                    map.insert("planted", "MARK".into());
                 }
             }
             for (name, value) in map.iter_mut().filter(|(name, _)| !CLOSED.contains(&name.as_str())) {
@@ -88,7 +88,7 @@ fn plant_event(line: &str, left: &mut Option<usize>) -> String {
 const CLOSED: [&str; 2] = ["consumer", "authenticated_entity"];
 
 /// Returns false for the wrappers of OTLP, which have no fields but their own.
-fn is_open(map: &Map<String, Value>) -> bool {
+fn is_open(map: &Map) -> bool {
     let wrappers = ["resourceSpans", "scopeSpans", "spans", "resourceLogs", "scopeLogs", "logRecords"];
     let is_pair = map.len() == 2 && map.contains_key("key") && map.contains_key("value");
     let is_any = map.len() == 1 && map.keys().all(|name| name.ends_with("Value") || name == "values");

@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
 
+use crate::json::{Map, Value, json};
 use crate::record::{Message, Query};
 
 use super::fields::Fields;
@@ -116,7 +116,7 @@ impl Mapping {
             pair.put_rest(field, value);
         }
         let mut query = openai::read(pair, headers, "mapping")?;
-        query.extra.insert("mapping".to_owned(), self.name.clone().into());
+        query.extra.insert("mapping", self.name.clone().into());
         Ok(query)
     }
 }
@@ -136,7 +136,7 @@ fn request(parts: &mut BTreeMap<&str, Value>) -> Value {
     if let (Some(content), Value::Array(list)) = (parts.remove("system"), &mut messages) {
         list.insert(0, json!({"role": "system", "content": content}));
     }
-    body.insert("messages".to_owned(), messages);
+    body.insert("messages", messages);
     for field in ["tools", "model"] {
         if let Some(value) = parts.remove(field) {
             body.insert(field.to_owned(), value);

@@ -7,8 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
+use crate::json::Value;
 use crate::record::{Kind, Message, Query};
 
 use super::chat::{self, Answer};
@@ -220,5 +219,5 @@ pub(super) fn take_answer(query: &mut Query, answer: Answer) {
     query.finish_reason = answer.finish_reason;
     query.prompt_tokens = query.prompt_tokens.or(answer.prompt_tokens);
     query.completion_tokens = query.completion_tokens.or(answer.completion_tokens);
-    query.extra.insert("response".to_owned(), rest);
+    query.extra.insert("response", rest);
 }

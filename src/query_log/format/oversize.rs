@@ -4,8 +4,7 @@
 //! in base64. Such a call is kept as far as the bound goes, so that it is counted and can be found by its ids, and does
 //! not train. Its messages come first, then the answer; `extra` is cut before anything else is.
 
-use serde_json::{Map, Value};
-
+use crate::json::{Map, Value};
 use crate::record::{Message, Query};
 
 use super::exclusion::{self, Exclusion};
@@ -76,7 +75,7 @@ fn size_of(value: &Value) -> usize {
     }
 }
 
-fn size_of_map(map: &Map<String, Value>) -> usize {
+fn size_of_map(map: &Map) -> usize {
     map.iter().map(|(name, value)| name.len() + size_of(value) + FLAT).sum()
 }
 
@@ -127,7 +126,7 @@ fn cut_value(value: &mut Value, left: &mut usize) {
     }
 }
 
-fn cut_map(map: &mut Map<String, Value>, left: &mut usize) {
+fn cut_map(map: &mut Map, left: &mut usize) {
     map.retain(|name, value| {
         let fits = take(name.len() + FLAT, left);
         if fits {
@@ -141,7 +140,7 @@ fn cut_map(map: &mut Map<String, Value>, left: &mut usize) {
 mod tests {
     use std::collections::BTreeMap;
 
-    use serde_json::json;
+    use crate::json::json;
 
     use super::super::{Outcome, Rules, canonical_json, read};
     use super::*;

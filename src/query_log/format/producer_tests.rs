@@ -240,7 +240,7 @@ fn litellm_records_of_the_responses_interface_become_chats() {
     assert_eq!((query.response.as_deref(), query.finish_reason.as_deref()), (Some(ANSWER), Some("stop")));
     assert_eq!(query.reason.as_deref(), Some("incomplete"), "the server holds the conversation");
     let mut record: Value = serde_json::from_str(CALLS[17].1).unwrap();
-    record["model_parameters"].as_object_mut().unwrap().remove("conversation");
+    record["model_parameters"].as_object_mut().unwrap().shift_remove("conversation");
     for (input, expected) in [
         (json!("Hi"), ""),
         (json!("[{\"role\": \"user\", \"content\": \"Hi\"}]"), ""),

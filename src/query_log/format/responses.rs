@@ -4,8 +4,7 @@
 //! Messages, calls and their results become chat messages, as a chat template wants them; what has no place there
 //! (reasoning, searches, the ids of items) stays in `extra`, with the item's position.
 
-use serde_json::{Map, Value, json};
-
+use crate::json::{Map, Value, json};
 use crate::record::{Message, Query};
 
 use super::chat::{Answer, error_status};
@@ -184,7 +183,7 @@ fn parts(content: Value) -> Value {
     for part in &mut parts {
         let is_text = part.get("type").is_some_and(|kind| kind == "input_text" || kind == "output_text");
         if let (true, Some(map)) = (is_text, part.as_object_mut()) {
-            map.insert("type".into(), "text".into());
+            map.insert("type", "text".into());
             let is_idle = |name: &str, value: &Value| {
                 matches!(name, "annotations" | "logprobs") && value.as_array().is_some_and(Vec::is_empty)
             };

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
+use crate::json::{Map, Value};
 use crate::record::Query;
 
 use super::exclusion::{self, Exclusion};
@@ -74,7 +74,7 @@ impl OptOut {
     }
 
     /// Returns true where a field of this name lies in an object, at any depth, and forbids.
-    fn is_inside(&self, map: &Map<String, Value>) -> bool {
+    fn is_inside(&self, map: &Map) -> bool {
         map.iter().any(|(name, value)| {
             (name.eq_ignore_ascii_case(&self.field) && self.forbids(value))
                 || match value {
@@ -97,7 +97,7 @@ impl OptOut {
 }
 
 /// Returns what a JSON pointer names in an object.
-fn find<'a>(map: &'a Map<String, Value>, pointer: &str) -> Option<&'a Value> {
+fn find<'a>(map: &'a Map, pointer: &str) -> Option<&'a Value> {
     let rest = pointer.strip_prefix('/')?;
     let (first, deeper) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     map.get(&first.replace("~1", "/").replace("~0", "~"))?.pointer(deeper)
@@ -105,7 +105,7 @@ fn find<'a>(map: &'a Map<String, Value>, pointer: &str) -> Option<&'a Value> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use crate::json::json;
 
     use super::super::{Outcome, read};
     use super::*;

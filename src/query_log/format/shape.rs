@@ -131,7 +131,7 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use serde_json::json;
+    use crate::json::json;
 
     use super::super::{Outcome, Reason, Rules, read};
     use super::*;

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
-
 use super::parse;
+use crate::json::{Map, Value, json};
 
 /// Most entries of one list (tool calls, choices, texts) that chunks may build; more marks the answer as incomplete.
 const MAX_ENTRIES: usize = 256;
@@ -15,7 +14,7 @@ const NAMES: [&str; 5] = ["role", "type", "id", "name", "object"];
 /// A body joined from chunks.
 #[derive(Debug, Default)]
 pub(super) struct Joined {
-    pub(super) body: Map<String, Value>,
+    pub(super) body: Map,
     /// True where the stream came to its end: a finish reason or `[DONE]` was seen and every chunk was understood.
     pub(super) complete: bool,
 }
@@ -61,10 +60,10 @@ pub(super) fn events(text: &str) -> Option<Joined> {
 
 #[derive(Debug, Default)]
 struct Joiner {
-    body: Map<String, Value>,
-    choices: BTreeMap<i64, Map<String, Value>>,
+    body: Map,
+    choices: BTreeMap<i64, Map>,
     /// The newest state of an answer of the Responses API: its last event carries the whole.
-    response: Option<Map<String, Value>>,
+    response: Option<Map>,
     /// Its output items so far, for a stream that breaks off.
     items: BTreeMap<i64, Item>,
     /// True once the end was seen.
@@ -78,12 +77,12 @@ struct Joiner {
 /// An output item that comes in pieces.
 #[derive(Debug, Default)]
 struct Item {
-    item: Map<String, Value>,
+    item: Map,
     /// Texts by part.
     texts: BTreeMap<i64, String>,
     arguments: String,
     /// Pieces of other kinds, by the event's name.
-    others: Map<String, Value>,
+    others: Map,
 }
 
 impl Joiner {
@@ -100,7 +99,7 @@ impl Joiner {
         }
     }
 
-    fn chunk(&mut self, mut chunk: Map<String, Value>) {
+    fn chunk(&mut self, mut chunk: Map) {
         self.was_read = true;
         let kind = chunk.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
         if kind.starts_with("response.") {
@@ -126,7 +125,7 @@ impl Joiner {
     }
 
     /// Takes an event of the Responses API.
-    fn event(&mut self, kind: &str, mut event: Map<String, Value>) {
+    fn event(&mut self, kind: &str, mut event: Map) {
         if let Some(Value::Object(response)) = event.shift_remove("response") {
             self.response = Some(response);
             self.done |= matches!(kind, "response.completed" | "response.incomplete" | "response.failed");
@@ -188,18 +187,18 @@ impl Joiner {
         };
         joined.complete &= is_whole;
         if !is_whole {
-            joined.body.insert("unread".into(), self.unread.into());
+            joined.body.insert("unread", self.unread.into());
         }
         joined
     }
 
     fn end_of_chat(&mut self) -> Joined {
-        let is_over = |choice: &Map<String, Value>| choice.get("finish_reason").is_some_and(Value::is_string);
+        let is_over = |choice: &Map| choice.get("finish_reason").is_some_and(Value::is_string);
         let all_over = !self.choices.is_empty() && self.choices.values().all(is_over);
         let mut body = std::mem::take(&mut self.body);
         if !self.choices.is_empty() {
             let choices = std::mem::take(&mut self.choices).into_values().map(Value::Object).collect();
-            body.insert("choices".into(), Value::Array(choices));
+            body.insert("choices", Value::Array(choices));
         }
         Joined { body, complete: self.done || all_over }
     }
@@ -207,12 +206,12 @@ impl Joiner {
     fn end_of_response(&mut self) -> Joined {
         let mut body = self.response.take().unwrap_or_default();
         if !self.done && !self.items.is_empty() {
-            body.insert("output".into(), std::mem::take(&mut self.items).into_values().map(Item::so_far).collect());
+            body.insert("output", std::mem::take(&mut self.items).into_values().map(Item::so_far).collect());
         }
         for (name, value) in std::mem::take(&mut self.body) {
             // An error comes as an event of its own.
             let is_null = body.get(&name).is_none_or(Value::is_null);
-            let name = if is_null || name == "error" { name } else { format!("event.{name}") };
+            let name = if is_null || name == "error" { name } else { format!("event.{name}").into() };
             body.insert(name, value);
         }
         Joined { body, complete: self.done }
@@ -231,14 +230,14 @@ impl Item {
         if !self.texts.is_empty() && is_empty(item.get("content")) {
             let part = |text| json!({"type": "output_text", "text": text});
             item.entry("type").or_insert_with(|| "message".into());
-            item.insert("content".into(), self.texts.into_values().map(part).collect());
+            item.insert("content", self.texts.into_values().map(part).collect());
         }
         if !self.arguments.is_empty() && is_empty(item.get("arguments")) {
             item.entry("type").or_insert_with(|| "function_call".into());
-            item.insert("arguments".into(), self.arguments.into());
+            item.insert("arguments", self.arguments.into());
         }
         if !self.others.is_empty() {
-            item.insert("deltas".into(), Value::Object(self.others));
+            item.insert("deltas", Value::Object(self.others));
         }
         Value::Object(item)
     }

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
-
 use super::*;
+use crate::json::{Value, json};
 
 pub(super) const FIXTURES: [&str; 10] = [
     include_str!("../../../tests/fixtures/logs/openai_pair.json"),
@@ -51,7 +50,7 @@ fn pair(more: Value) -> String {
     for (name, value) in fields {
         match (record.get_mut(&name), value) {
             (Some(Value::Object(old)), Value::Object(new)) => old.extend(new),
-            (_, value) => record[name] = value,
+            (_, value) => record[name.as_str()] = value,
         }
     }
     record.to_string()

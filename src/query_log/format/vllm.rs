@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use regex::Regex;
-use serde_json::{Map, Value};
 
+use crate::json::{Map, Value};
 use crate::record::{Kind, Message, Query};
 
 use super::exclusion::{self, Exclusion};
@@ -114,7 +114,7 @@ fn without_prompt(line: &str) -> Refusal {
     }
 }
 
-fn parameters(text: &str) -> Map<String, Value> {
+fn parameters(text: &str) -> Map {
     let number = |text: &str| serde_json::from_str::<Value>(text).ok();
     let found = PARAMETER.captures_iter(text).filter_map(|found| Some((found[1].to_owned(), number(&found[2])?)));
     found.collect()
@@ -155,8 +155,8 @@ fn literal(text: &str) -> Option<(String, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::json::json;
     use crate::query_log::format::{Rules, read};
-    use serde_json::json;
 
     const TAIL: &str = "params: SamplingParams(n=1, presence_penalty=0.0, temperature=0.7, top_p=0.95, seed=None, stop=[], \
                         max_tokens=128, min_tokens=0), prompt_token_ids: None, lora_request: None.";

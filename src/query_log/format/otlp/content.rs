@@ -7,8 +7,7 @@
 //! - OpenLLMetry before 0.55: `gen_ai.prompt.0.role`, one attribute a field.
 //! - OpenInference: `llm.input_messages.0.message.role`, one attribute a field.
 
-use serde_json::{Map, Value, json};
-
+use crate::json::{Map, Name, Value, json};
 use crate::query_log::format::{fields::Fields, parse, responses};
 use crate::record::Message;
 
@@ -92,8 +91,10 @@ fn openllmetry(_: &mut Entry, attributes: &mut Fields) -> Content {
     content.answers(completion.into_iter().map(flat).map(|(message, reason)| (Some(message), reason)));
     let mut tools = unflatten(attributes, "llm.request.functions.");
     for tool in &mut tools {
-        if let Some(Value::String(schema)) = tool.get("parameters") {
-            tool["parameters"] = parse(schema.as_bytes()).unwrap_or_else(|_| schema.clone().into());
+        if let Some(parameters) = tool.get_mut("parameters")
+            && let Value::String(schema) = parameters
+        {
+            *parameters = parse(schema.as_bytes()).unwrap_or_else(|_| std::mem::take(schema).into());
         }
     }
     content.tools = (!tools.is_empty()).then(|| responses::tools(Value::Array(tools)));
@@ -172,7 +173,7 @@ fn with_parts(message: Value) -> (Vec<Message>, Option<String>) {
         }
     }
     if !calls.is_empty() {
-        rest.insert("tool_calls".into(), Value::Array(calls));
+        rest.insert("tool_calls", Value::Array(calls));
     }
     let content = match content.as_slice() {
         [] => Value::Null,
@@ -199,20 +200,21 @@ fn bare(content: Value) -> Message {
 fn text(mut part: Value) -> Value {
     if let Value::Object(map) = &mut part {
         let text = map.shift_remove("content").unwrap_or_default();
-        map.insert("text".to_owned(), text);
+        map.insert("text", text);
     }
     part
 }
 
 /// Adds what a model thought to its message, where chat templates look for it.
-fn reasoning(part: Value, rest: &mut Map<String, Value>) {
+fn reasoning(part: Value, rest: &mut Map) {
     let Value::Object(mut map) = part else { return };
     let more = map.shift_remove("content").unwrap_or_default();
     let old = rest.get("reasoning_content").and_then(Value::as_str).unwrap_or_default();
-    rest.insert("reasoning_content".into(), format!("{old}{}", more.as_str().unwrap_or_default()).into());
+    let whole = format!("{old}{}", more.as_str().unwrap_or_default());
+    rest.insert("reasoning_content", whole.into());
     map.shift_remove("type");
     if !more.is_string() && !more.is_null() {
-        map.insert("content".to_owned(), more);
+        map.insert("content", more);
     }
     if !map.is_empty()
         && let Value::Array(details) = rest.entry("reasoning_details").or_insert_with(|| json!([]))
@@ -231,7 +233,7 @@ fn result(part: Value) -> Message {
     };
     map.shift_remove("type");
     let id = map.shift_remove("id").unwrap_or_default();
-    map.insert("tool_call_id".to_owned(), id);
+    map.insert("tool_call_id", id);
     Message { role: "tool".into(), content, rest: map }
 }
 
@@ -335,7 +337,7 @@ fn unflatten(attributes: &mut Fields, prefix: &str) -> Vec<Value> {
     }
 }
 
-fn insert(tree: &mut Map<String, Value>, path: &[&str], value: Value) {
+fn insert(tree: &mut Map, path: &[&str], value: Value) {
     match path {
         [] => {}
         [name] => {
@@ -356,7 +358,7 @@ fn insert(tree: &mut Map<String, Value>, path: &[&str], value: Value) {
 /// Makes lists of the objects whose names are all numbers.
 fn listed(value: Value) -> Value {
     let Value::Object(map) = value else { return value };
-    let number = |(name, value): (&String, &Value)| Some((name.parse::<u32>().ok()?, value.clone()));
+    let number = |(name, value): (&Name, &Value)| Some((name.parse::<u32>().ok()?, value.clone()));
     let mut numbered: Vec<(u32, Value)> = map.iter().filter_map(number).collect();
     if map.is_empty() || numbered.len() < map.len() {
         return Value::Object(map.into_iter().map(|(name, value)| (name, listed(value))).collect());

@@ -10,8 +10,7 @@ mod wire;
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
-
+use crate::json::{Map, Value, json};
 use crate::record::{Kind, Message, Query};
 
 use super::chat::http_status;
@@ -65,12 +64,12 @@ const PERSONAL: [&str; 15] = [
 ];
 
 /// Returns true where an object is a batch of spans or logs.
-pub(super) fn is_batch(fields: &Map<String, Value>) -> bool {
+pub(super) fn is_batch(fields: &Map) -> bool {
     wire::is_batch(fields)
 }
 
 /// Reads a JSON batch.
-pub(super) fn read(batch: Map<String, Value>, headers: &BTreeMap<String, String>) -> Vec<Outcome> {
+pub(super) fn read(batch: Map, headers: &BTreeMap<String, String>) -> Vec<Outcome> {
     outcomes(wire::from_json(batch), headers)
 }
 
@@ -224,9 +223,9 @@ fn status(entry: &Entry, attributes: &Fields) -> i32 {
     told.or(error).unwrap_or(if entry.failed { 500 } else { 200 })
 }
 
-fn params(attributes: &mut Fields) -> Map<String, Value> {
+fn params(attributes: &mut Fields) -> Map {
     let take = |(name, short): &(&str, &str)| Some(((*short).to_owned(), attributes.take(name)?));
-    let mut params: Map<String, Value> = PARAMS.iter().filter_map(take).collect();
+    let mut params: Map = PARAMS.iter().filter_map(take).collect();
     let name = "llm.invocation_parameters";
     let more = match attributes.get(name) {
         Some(Value::String(text)) => parse(text.trim().as_bytes()).ok(),
@@ -264,8 +263,8 @@ fn finish_reason(attributes: &mut Fields) -> Option<String> {
 
 /// Returns what no column takes, in the places where OTLP has it; what stands beside the attributes of a span or of a log
 /// record goes to a field of that name.
-fn extra(entry: Entry, attributes: Fields, resource: Fields) -> Map<String, Value> {
-    let allowed = |fields: Map<String, Value>| {
+fn extra(entry: Entry, attributes: Fields, resource: Fields) -> Map {
+    let allowed = |fields: Map| {
         let mut rest = Fields::new(fields).rest();
         rest.retain(|name, _| !PERSONAL.contains(&name.as_str()));
         rest
@@ -293,7 +292,7 @@ fn extra(entry: Entry, attributes: Fields, resource: Fields) -> Map<String, Valu
 }
 
 /// Returns what is left of the answers besides the first one's text, where other formats keep it.
-fn rest_of_answer(answer: Message, others: Vec<Value>) -> Map<String, Value> {
+fn rest_of_answer(answer: Message, others: Vec<Value>) -> Map {
     let mut response = Fields::default();
     let mut message = Fields::new(answer.rest);
     if answer.content.is_array() {
@@ -369,7 +368,7 @@ fn old_event(name: &str, entry: &Entry) -> Option<(&'static str, Value)> {
             message.entry("tool_calls").or_insert(calls);
         }
         message.entry("role").or_insert_with(|| "assistant".into());
-        message.insert("finish_reason".into(), reason);
+        message.insert("finish_reason", reason);
         for (name, value) in body.into_iter().filter(|(name, value)| name != "index" || *value != 0) {
             message.entry(name).or_insert(value);
         }
@@ -378,7 +377,7 @@ fn old_event(name: &str, entry: &Entry) -> Option<(&'static str, Value)> {
     let role = name.strip_prefix("gen_ai.")?.strip_suffix(".message")?;
     body.entry("role").or_insert_with(|| role.into());
     if let Some(id) = body.shift_remove("id").filter(|_| role == "tool") {
-        body.insert("tool_call_id".into(), id);
+        body.insert("tool_call_id", id);
     }
     Some(("gen_ai.input.messages", Value::Object(body)))
 }
@@ -457,7 +456,7 @@ mod tests {
         match read(event.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
             [Outcome::Row(query)] => assert_eq!(
                 query.extra,
-                Map::from_iter([("name".into(), json!(DETAILS)), ("body".into(), json!({"more": true}))])
+                Map::from_iter([("name", json!(DETAILS)), ("body", json!({"more": true}))])
             ),
             other => panic!("{other:?}"),
         }

@@ -5,9 +5,9 @@ use std::rc::Rc;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde_json::{Map, Value, json};
 
 use super::wire::{Entry, Event as SpanEvent, Shared, library, sender};
+use crate::json::{Map, Name, Value, json};
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Traces {
@@ -277,8 +277,8 @@ impl Span {
             dropped("Attributes", self.dropped_attributes_count),
             dropped("Events", self.dropped_events_count),
             dropped("Links", self.dropped_links_count),
-            (!links.is_empty()).then(|| ("links".to_owned(), links.into())),
-            message.map(|message| ("status".to_owned(), message)),
+            (!links.is_empty()).then(|| ("links".into(), links.into())),
+            message.map(|message| ("status".into(), message)),
         ];
         Entry {
             trace_id: hex::encode(self.trace_id),
@@ -314,7 +314,7 @@ impl Link {
             text("traceId", hex::encode(self.trace_id)),
             text("spanId", hex::encode(self.span_id)),
             text("traceState", self.trace_state),
-            (!attributes.is_empty()).then(|| ("attributes".to_owned(), Value::Object(attributes))),
+            (!attributes.is_empty()).then(|| ("attributes".into(), Value::Object(attributes))),
             dropped("Attributes", self.dropped_attributes_count),
             number("flags", self.flags),
         ];
@@ -363,7 +363,7 @@ impl AnyValue {
     }
 }
 
-fn object(pairs: Vec<KeyValue>) -> Map<String, Value> {
+fn object(pairs: Vec<KeyValue>) -> Map {
     pairs.into_iter().map(|pair| (pair.key, pair.value.map(AnyValue::plain).unwrap_or_default())).collect()
 }
 
@@ -372,14 +372,14 @@ fn time(ns: u64) -> Option<i64> {
 }
 
 /// Returns a field for what is not the default, which is as good as absent.
-fn text(name: &str, text: String) -> Option<(String, Value)> {
-    (!text.is_empty()).then(|| (name.to_owned(), text.into()))
+fn text(name: &str, text: String) -> Option<(Name, Value)> {
+    (!text.is_empty()).then(|| (name.into(), text.into()))
 }
 
-fn number<N: Default + PartialEq + Into<Value>>(name: &str, number: N) -> Option<(String, Value)> {
-    (number != N::default()).then(|| (name.to_owned(), number.into()))
+fn number<N: Default + PartialEq + Into<Value>>(name: &str, number: N) -> Option<(Name, Value)> {
+    (number != N::default()).then(|| (name.into(), number.into()))
 }
 
-fn dropped(what: &str, count: u32) -> Option<(String, Value)> {
+fn dropped(what: &str, count: u32) -> Option<(Name, Value)> {
     number(&format!("dropped{what}Count"), count)
 }

@@ -7,9 +7,9 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use prost::Message as _;
-use serde_json::{Map, Value};
 
 use super::proto;
+use crate::json::{Map, Name, Value};
 use crate::query_log::format::fields::{Fields, integer};
 
 /// Largest attributes of a process, in bytes of JSON, that every row of it keeps.
@@ -34,7 +34,7 @@ pub(super) struct Entry {
     pub(super) end_ns: Option<i64>,
     /// True where the span says that it failed.
     pub(super) failed: bool,
-    pub(super) attributes: Map<String, Value>,
+    pub(super) attributes: Map,
     /// The process that sent it.
     pub(super) resource: Rc<Shared>,
     /// The library that made it.
@@ -44,37 +44,37 @@ pub(super) struct Entry {
     /// Of a log record.
     pub(super) body: Value,
     /// What else it says, by its names in JSON.
-    pub(super) more: Map<String, Value>,
+    pub(super) more: Map,
 }
 
 /// Something that happened during a span.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Event {
     pub(super) name: String,
-    pub(super) attributes: Map<String, Value>,
+    pub(super) attributes: Map,
     /// What else it says, by its names in JSON.
-    pub(super) more: Map<String, Value>,
+    pub(super) more: Map,
 }
 
 /// What a process or a library says of itself, shared by all that it sent in one batch.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Shared {
-    whole: Map<String, Value>,
+    whole: Map,
     /// Where that is large: names and signs.
-    brief: Option<Map<String, Value>>,
+    brief: Option<Map>,
     /// True once a row has the whole.
     told: Cell<bool>,
 }
 
 impl Shared {
-    fn new(whole: Map<String, Value>, large: usize) -> Rc<Self> {
+    fn new(whole: Map, large: usize) -> Rc<Self> {
         let length = |value: &Value| serde_json::to_string(value).map_or(usize::MAX, |text| text.len());
         let size: usize = whole.iter().map(|(name, value)| name.len() + length(value)).sum();
         let brief = (size > large).then(|| {
             let (names, mut left) = (["workload", "service.name", "tenant.id", "tenant"], large / 2);
             let named = names.iter().filter_map(|name| whole.get_key_value(*name));
             let small = named.chain(&whole).filter(|(name, value)| name.len() <= SMALL && length(value) <= SMALL);
-            let fits = |(name, value): &(&String, &Value)| {
+            let fits = |(name, value): &(&Name, &Value)| {
                 let rest = left.checked_sub(name.len() + length(value));
                 rest.is_some_and(|rest| {
                     left = rest;
@@ -87,25 +87,25 @@ impl Shared {
     }
 
     /// Returns all of it, whatever its size.
-    pub(super) fn whole(&self) -> &Map<String, Value> {
+    pub(super) fn whole(&self) -> &Map {
         &self.whole
     }
 
     /// Returns it for a row. What is large goes to one row of the batch, the others keep what is small of it: a batch of
     /// thousands of spans must not become thousands of times as large.
-    pub(super) fn for_row(&self) -> Map<String, Value> {
+    pub(super) fn for_row(&self) -> Map {
         let brief = self.brief.as_ref().filter(|_| self.told.replace(true));
         brief.unwrap_or(&self.whole).clone()
     }
 }
 
 /// Returns true where a JSON object is an OTLP batch of spans or logs.
-pub(super) fn is_batch(fields: &Map<String, Value>) -> bool {
+pub(super) fn is_batch(fields: &Map) -> bool {
     ["resourceSpans", "resourceLogs"].iter().any(|name| fields.get(*name).is_some_and(Value::is_array))
 }
 
 /// Reads a JSON batch. Lists that are none, and entries that are no objects, hold nothing.
-pub(super) fn from_json(mut batch: Map<String, Value>) -> Vec<Entry> {
+pub(super) fn from_json(mut batch: Map) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (resources, scopes, list) in
         [("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs", "logRecords")]
@@ -129,7 +129,7 @@ pub(super) fn from_json(mut batch: Map<String, Value>) -> Vec<Entry> {
 }
 
 /// Takes a list; what is no object in it says nothing, as an empty one.
-fn objects(map: &mut Map<String, Value>, name: &str) -> Vec<Map<String, Value>> {
+fn objects(map: &mut Map, name: &str) -> Vec<Map> {
     let Some(Value::Array(items)) = map.get_mut(name).map(Value::take) else { return Vec::new() };
     let object = |item| match item {
         Value::Object(map) => map,
@@ -138,7 +138,7 @@ fn objects(map: &mut Map<String, Value>, name: &str) -> Vec<Map<String, Value>> 
     items.into_iter().map(object).collect()
 }
 
-fn object(map: &mut Map<String, Value>, name: &str) -> Map<String, Value> {
+fn object(map: &mut Map, name: &str) -> Map {
     match map.get_mut(name).map(Value::take) {
         Some(Value::Object(map)) => map,
         _ => Map::new(),
@@ -146,28 +146,28 @@ fn object(map: &mut Map<String, Value>, name: &str) -> Map<String, Value> {
 }
 
 /// Takes the conventions' version that attributes follow.
-fn url(map: &mut Map<String, Value>) -> Option<(String, Value)> {
+fn url(map: &mut Map) -> Option<(Name, Value)> {
     let url =
         map.get_mut("schemaUrl").map(Value::take).filter(|url| url.as_str().is_some_and(|url| !url.is_empty()))?;
-    Some(("schemaUrl".to_owned(), url))
+    Some(("schemaUrl".into(), url))
 }
 
 /// Returns what a process says: its attributes, with the little else that there is beside them.
-pub(super) fn sender(mut attributes: Map<String, Value>, more: impl Iterator<Item = (String, Value)>) -> Rc<Shared> {
+pub(super) fn sender(mut attributes: Map, more: impl Iterator<Item = (Name, Value)>) -> Rc<Shared> {
     attributes.extend(more.filter(|(_, value)| !value.is_null()));
     Shared::new(attributes, LARGE)
 }
 
 /// Returns what a library says: its name and version, and its attributes in a field of that name.
-pub(super) fn library(attributes: Map<String, Value>, more: impl Iterator<Item = (String, Value)>) -> Rc<Shared> {
-    let mut about: Map<String, Value> = more.filter(|(_, value)| !value.is_null()).collect();
+pub(super) fn library(attributes: Map, more: impl Iterator<Item = (Name, Value)>) -> Rc<Shared> {
+    let mut about: Map = more.filter(|(_, value)| !value.is_null()).collect();
     if !attributes.is_empty() {
-        about.insert("attributes".to_owned(), Value::Object(attributes));
+        about.insert("attributes", Value::Object(attributes));
     }
     Shared::new(about, LARGE_SCOPE)
 }
 
-fn entry_of(mut entry: Map<String, Value>, is_log: bool) -> Entry {
+fn entry_of(mut entry: Map, is_log: bool) -> Entry {
     let attributes = attributes(&mut entry);
     let body = entry.get_mut("body").map(Value::take).map(|body| plain(&body)).unwrap_or_default();
     let events = objects(&mut entry, "events").into_iter().map(event_of).collect();
@@ -197,14 +197,14 @@ fn entry_of(mut entry: Map<String, Value>, is_log: bool) -> Entry {
     }
 }
 
-fn event_of(mut event: Map<String, Value>) -> Event {
+fn event_of(mut event: Map) -> Event {
     let attributes = attributes(&mut event);
     let mut fields = Fields::new(event);
     Event { name: fields.text(&["name"]).unwrap_or_default(), attributes, more: fields.rest() }
 }
 
 /// Takes the attributes of an object.
-fn attributes(map: &mut Map<String, Value>) -> Map<String, Value> {
+fn attributes(map: &mut Map) -> Map {
     let pair = |pair: &Value| {
         let key = pair.get("key")?.as_str()?;
         Some((key.to_owned(), pair.get("value").map(plain).unwrap_or_default()))
