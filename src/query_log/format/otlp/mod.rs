@@ -454,10 +454,9 @@ mod tests {
             {"key": "more", "value": {"boolValue": true}}]}});
         let event = json!({"resourceLogs": [{"scopeLogs": [{"logRecords": [{"eventName": DETAILS, "body": body}]}]}]});
         match read(event.to_string().as_bytes(), &BTreeMap::new(), &Rules::default()).as_slice() {
-            [Outcome::Row(query)] => assert_eq!(
-                query.extra,
-                Map::from_iter([("name", json!(DETAILS)), ("body", json!({"more": true}))])
-            ),
+            [Outcome::Row(query)] => {
+                assert_eq!(query.extra, Map::from_iter([("name", json!(DETAILS)), ("body", json!({"more": true}))]))
+            }
             other => panic!("{other:?}"),
         }
         let flat = [
