@@ -125,8 +125,8 @@ impl Positions {
                 queries.append(&[], &[TxnStep { app_id, expect: None, set: 0 }]).await?;
             }
             let next = stored[i].unwrap_or(0);
-            if dead[i].is_some_and(|dead| dead > next) {
-                known.insert(place.clone(), dead_from(place, next, letters).await?);
+            if let Some(decided) = dead[i].filter(|decided| *decided > next) {
+                known.insert(place.clone(), dead_within(place, next, decided, letters).await?);
             }
             let holding = Holding { queries: in_queries[i], letters: in_letters[i] };
             let times = Times::default();
@@ -254,14 +254,21 @@ impl Positions {
     }
 }
 
-/// Reads which records of a partition at or after `stored` are dead letters already.
-async fn dead_from(place: &TopicPartition, stored: i64, letters: &Table) -> Result<HashSet<(i64, i32)>, TableError> {
+/// Reads which records of a partition from `stored` up to `decided` are dead letters already. At or past `decided`, the next
+/// offset of this generation's letters, stand only those of generations before, which say nothing of what is read now.
+async fn dead_within(
+    place: &TopicPartition,
+    stored: i64,
+    decided: i64,
+    letters: &Table,
+) -> Result<HashSet<(i64, i32)>, TableError> {
     let TopicPartition { topic, partition } = place;
     let topic = topic.replace('\'', "''");
     let batches = letters
         .query(&format!(
             "select \"offset\", record_index from t \
-             where topic = '{topic}' and \"partition\" = {partition} and \"offset\" >= {stored}"
+             where topic = '{topic}' and \"partition\" = {partition} \
+             and \"offset\" >= {stored} and \"offset\" < {decided}"
         ))
         .await?;
     let mut dead = HashSet::new();

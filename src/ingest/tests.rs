@@ -8,7 +8,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use super::*;
 use crate::query_log::TopicPartition;
 use crate::query_log::embedded::EmbeddedBroker;
-use crate::table::Name;
+use crate::table::{Name, TxnStep};
 
 const TOPIC: &str = "queries";
 
@@ -110,6 +110,26 @@ async fn dead_letters_that_a_crash_left_ahead_are_not_doubled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn letters_of_a_generation_before_say_nothing_of_what_is_read_now() {
+    let bench = Bench::new(1);
+    for payload in ["bad one", &call("a"), r#"{"question":"hi"}"#] {
+        bench.send(0, payload);
+    }
+    bench.ingest(&bench.settings()).await.unwrap();
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(0, 0), (0, 2)]);
+    let own = r#"{ "name": "own", "when": "/question", "parts": { "messages": "/question" } }"#;
+    let mut settings = Settings { mapping: vec![serde_json::from_str(own).unwrap()], ..bench.settings() };
+    settings.kafka.generation = 1;
+    // As after a crash of the new generation between its two commits, with nothing but the first record read.
+    let app_id = settings.kafka.app_id(&TopicPartition::new(TOPIC, 0));
+    let mut letters = bench.tables().open_one(Name::DeadLetters).await.unwrap();
+    letters.append(&[], &[TxnStep { app_id, expect: None, set: 1 }]).await.unwrap();
+    assert_eq!(bench.ingest(&settings).await.unwrap().rows, 2);
+    assert_eq!(bench.offsets(Name::Queries).await, [(0, 1), (0, 1), (0, 2)]);
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(0, 0), (0, 2)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn latest_counts_at_first_sight_only() {
     let bench = Bench::new(1);
     bench.send(0, &call("before"));
@@ -191,7 +211,10 @@ async fn a_dead_letter_counts_as_often_as_it_is_held() {
     ledger.read(vec![record(0, good.clone())]).await.unwrap();
     assert_eq!(ledger.held(), good.len() as u64);
     ledger.read(vec![record(1, "x".repeat(1000))]).await.unwrap();
-    assert_eq!(ledger.held(), good.len() as u64 + 4000);
+    assert_eq!(ledger.held(), good.len() as u64 + 4000 + 512);
+    // Of small ones what stands beside the bytes is most.
+    ledger.read((2..102).map(|offset| record(offset, "x".to_owned())).collect()).await.unwrap();
+    assert_eq!(ledger.held(), good.len() as u64 + 4000 + 512 + 100 * (4 + 512));
     ledger.seal().await.unwrap();
     assert_eq!(ledger.held(), 0);
 }
