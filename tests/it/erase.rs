@@ -278,4 +278,39 @@ fn what_cannot_be_erased_is_refused_with_the_remedy() {
     erase(folder.path(), &["--where", "tenant ="]).refused(&["tenant ="]);
     erase(folder.path(), &[]).code(64);
     erase(folder.path(), &["--user", "a", "--where", "true"]).code(64);
+    // Nothing of it was written down, to be taken up again and again.
+    assert!(!folder.path().join("state/erasures").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_that_cannot_be_finished_stops_neither_the_others_nor_maintenance() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    let tables = Tables::open(&state.join("tables")).unwrap();
+    let mut queries = tables.open_one(Name::Queries).await.unwrap();
+    queries.append(&[batch_of_any(&schema::QUERIES, &[nth(1), nth(3)]).unwrap()], &[]).await.unwrap();
+    // Two plans as a killed erasure leaves them; the first can never be carried out.
+    let erasures = state.join("erasures");
+    receipt(erase(folder.path(), &["--request-id", "req-99", "--json"]));
+    let done = receipt_file(&state);
+    for (id, subject) in [("0001", json!({ "where": "1 / 0 = 1" })), ("0002", json!({ "requests": ["req-3"] }))] {
+        let mut begun = done.clone();
+        (begun["id"], begun["complete"]) = (json!(id), json!(false));
+        let plan = json!({ "subject": subject, "prompts": [], "records": [], "receipt": begun });
+        std::fs::write(erasures.join(format!("{id}.plan")), plan.to_string()).unwrap();
+    }
+    let lock = std::fs::File::options().write(true).open(erasures.join("lock")).unwrap();
+    lock.lock().unwrap();
+    erase(folder.path(), &["--request-id", "req-1"]).refused(&["another erasure is running"]);
+    let maintain = || taod_in(folder.path(), &["table", "maintain", "--json"], &ENVIRONMENT);
+    maintain().code(0);
+    assert!(erasures.join("0002.plan").exists(), "what another process works on is left to it");
+    drop(lock);
+    let failed = maintain();
+    let reports: Vec<Value> = serde_json::from_str(&failed.code(1).out).unwrap();
+    assert!(reports.iter().any(|report| report["table"] == "queries"), "{reports:?}");
+    assert!(erasures.join("0001.plan").exists() && !erasures.join("0002.plan").exists());
+    let rows: Vec<Value> = tables.open_one(Name::Queries).await.unwrap().rows(None).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row["request_id"].as_str().unwrap()).collect::<Vec<_>>(), ["req-1"]);
+    erase(folder.path(), &["--resume"]).refused(&["0001.plan", "remove that file"]);
 }
