@@ -214,6 +214,7 @@ impl IngestError {
     fn is_restart(&self) -> bool {
         match self {
             IngestError::Lost | IngestError::Unseen { .. } => true,
+            IngestError::Source(SourceError::Late { .. }) => true,
             IngestError::Source(error) => error.is_fenced(),
             IngestError::Table(error) => error.is_restart(),
             _ => false,

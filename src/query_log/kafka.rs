@@ -203,8 +203,8 @@ impl Context {
     fn assign(&self, consumer: &BaseConsumer<Self>, list: &mut TopicPartitionList) -> KafkaResult<()> {
         if list.count() > 0 && !self.set_starts(list) {
             // Nobody answered in time: read nothing, and leave the group so that others can have the partitions.
-            let cause = "no start offsets were given for the assigned partitions in time".to_owned();
-            self.send(Event::Failed(SourceError::Consume { topic: self.settings.topic.clone(), cause }));
+            let (topic, seconds) = (self.settings.topic.clone(), self.patience().as_secs());
+            self.send(Event::Failed(SourceError::Late { topic, seconds }));
             let answered = take_on(consumer, &TopicPartitionList::new());
             consumer.unsubscribe();
             return answered;

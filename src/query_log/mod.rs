@@ -114,6 +114,11 @@ pub enum SourceError {
              kafka holds now; read it under a new ingest.kafka.generation, see `taod table offsets new-generation`"
     )]
     Recreated { topic: String },
+    #[error(
+        "the tables told no start offsets for topic {topic} within {seconds} s: look whether their store is slow, or raise \
+             ingest.kafka.rebalance_timeout_s"
+    )]
+    Late { topic: String, seconds: u64 },
     #[error("reading topic {topic} failed: {cause}")]
     Consume { topic: String, cause: String },
     #[error("topic {topic} gave nothing for {seconds} s and its end is not reached; kafka at {brokers} said: {cause}")]
