@@ -264,6 +264,8 @@ impl Table {
     /// sweep takes it.
     pub async fn delete_remains(&mut self, selection: &Selection, before: DateTime<Utc>) -> Result<u64, TableError> {
         let fail = |e| TableError::store("cannot list the files of", self.name(), e);
+        // The files' stamps are the store's: where our clock is ahead of it, so is `before`.
+        let before = before - (Utc::now() - self.store_now().await?);
         let listed: Vec<_> = self.log.object_store(None).list(None).try_collect().await.map_err(fail)?;
         // Listed first: what is committed in between is a file of the table.
         self.refresh().await?;

@@ -237,6 +237,7 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
     let round = state.join("rounds/round-00001");
     std::fs::create_dir_all(round.join("dataset")).unwrap();
     std::fs::create_dir_all(round.join("pass-1/candidates")).unwrap();
+    std::fs::create_dir_all(state.join("rounds/round-00000")).unwrap();
     let line = |offset| {
         format!("{}\n", json!({ "prompt_hash": nth(offset)["prompt_hash"], "messages": nth(offset)["messages"] }))
     };
@@ -246,6 +247,8 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
         ("dataset/train.jsonl", line(1) + &line(3)),
         ("pass-1/candidates/chunk-00000.jsonl", line(3) + &line(1)),
         ("pass-1/candidates/.tmp-killed", line(3)),
+        // A round that was killed before it had a line.
+        ("../round-00000/.tmp-killed", line(3)),
     ] {
         std::fs::write(round.join(path), text).unwrap();
     }
@@ -258,6 +261,8 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
         std::fs::read_to_string(&lock).is_ok_and(|text| text.trim().parse::<u32>().is_ok())
     });
 
+    receipt(erase(folder.path(), &["--request-id", "nobody's", "--json"]));
+    assert!(child.try_wait().unwrap().is_none(), "no row went, so no round is stopped");
     let receipt = receipt(erase(folder.path(), &["--where", &format!("messages like '%{MARK}%'"), "--json"]));
     assert!(!child.wait().unwrap().success(), "the round's process was told to end");
     assert_eq!((&receipt["stopped_round"], &receipt["rounds"]), (&json!("round-00001"), &json!(["round-00001"])));
