@@ -245,3 +245,13 @@ async fn a_condition_in_sql_selects_over_files_and_null_selects_nothing() {
     assert_eq!(count(&mut table, "headers = 'x' or \"key\" is not null").await, 0);
     assert_eq!(HashSet::from([count(&mut table, "true").await]), HashSet::from([2]));
 }
+
+#[test]
+fn a_column_that_a_file_lacks_is_null_in_every_row() {
+    let letters = [letter(1, "2026-01-01", "a"), letter(2, "2026-01-01", "b")];
+    let batch = batch_of_any(&schema::DEAD_LETTERS, &letters).unwrap();
+    let kept = batch.project(&[batch.schema().index_of("offset").unwrap()]).unwrap();
+    let stats: Value = serde_json::from_str(&write::stats(&schema::DEAD_LETTERS, &[kept])).unwrap();
+    assert_eq!((&stats["nullCount"]["offset"], &stats["nullCount"]["kafka_time"]), (&json!(0), &json!(2)));
+    assert_eq!((&stats["maxValues"]["offset"], &stats["maxValues"]["kafka_time"]), (&json!(2), &Value::Null));
+}
