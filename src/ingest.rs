@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout};
 
 pub use self::counters::{Counters, Reasons, Summary};
 pub use self::filter::Filter;
@@ -36,7 +36,7 @@ pub use self::reader::keyed_hash;
 use self::retry::Retry;
 use crate::query_log::format::{self, Mapping, OptOut, Rules};
 use crate::query_log::kafka::{self, Connection, Consumer};
-use crate::query_log::{Event, SourceError};
+use crate::query_log::{Event, SourceError, TopicPartition};
 use crate::secret::{self, SecretError};
 use crate::table::{DataFile, TableError, Tables};
 
@@ -201,6 +201,8 @@ pub enum IngestError {
     Filter(String),
     #[error("the partitions were taken away before what was read of them was stored")]
     Lost,
+    #[error("partition {} of topic {} came after this member had joined: it is looked at first", place.partition, place.topic)]
+    Unseen { place: TopicPartition },
     #[error("the dead letter at partition {partition}, offset {offset} cannot be replayed: {why}")]
     Letter { partition: i32, offset: i64, why: String },
     #[error("a task of ingestion failed: {0}")]
@@ -208,10 +210,11 @@ pub enum IngestError {
 }
 
 impl IngestError {
-    /// Returns true where nothing is wrong but the place: another member is at work, or a reply was lost.
+    /// Returns true where nothing is wrong but the place: another member is at work, a reply was lost, or a topic has grown.
     fn is_restart(&self) -> bool {
         match self {
-            IngestError::Lost => true,
+            IngestError::Lost | IngestError::Unseen { .. } => true,
+            IngestError::Source(SourceError::Late { .. }) => true,
             IngestError::Source(error) => error.is_fenced(),
             IngestError::Table(error) => error.is_restart(),
             _ => false,
@@ -239,13 +242,18 @@ impl IngestError {
             IngestError::ShortUserKey { .. } | IngestError::Secret(_) | IngestError::Filter(_) => true,
             IngestError::Source(error) => error.is_settings(),
             IngestError::Table(error) => error.is_foreign(),
-            IngestError::Lost | IngestError::Letter { .. } | IngestError::Task(_) => false,
+            IngestError::Lost | IngestError::Unseen { .. } | IngestError::Letter { .. } | IngestError::Task(_) => false,
         }
     }
 }
 
 /// What the program takes with nothing read: its code, its runtime, the tables' logs.
 const PROGRAM_MIB: u64 = 128;
+
+/// How often numbers are counted anew where nothing happens.
+const TICK: Duration = Duration::from_secs(5);
+/// After how long without a trouble a quiet log counts as readable.
+const CALM: Duration = Duration::from_secs(30);
 
 /// Stores the log until the mode's end or until `shutdown` turns true, and returns what was stored.
 pub async fn run(
@@ -259,7 +267,9 @@ pub async fn run(
     let mut retry = Retry::new(mode);
     loop {
         let begun = Instant::now();
-        let error = match session(settings, tables, &reader, &counters, &mut shutdown, mode).await {
+        let ended = session(settings, tables, &reader, &counters, &mut shutdown, mode).await;
+        counters.left();
+        let error = match ended {
             Ok(()) => return Ok(counters.summary()),
             Err(error) => error,
         };
@@ -284,9 +294,10 @@ async fn session(
     let kafka = settings.kafka.clone();
     let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka));
     let connection = connection.await.map_err(|e| IngestError::Task(e.to_string()))??;
-    let mut ledger = Ledger::open(tables, &settings.kafka, Arc::clone(reader)).await?;
-    ledger.first_sight(connection.topics()).await?;
-    let source = connection.subscribe()?;
+    let ledger = begin(settings, tables, reader, &connection).await;
+    // Dropped, a connection waits for its client: never on an async thread.
+    let joined = tokio::task::spawn_blocking(move || Ok::<_, IngestError>((ledger?, connection.subscribe()?)));
+    let (ledger, source) = joined.await.map_err(|e| IngestError::Task(e.to_string()))??;
     let mut session =
         Session { settings, counters: Arc::clone(counters), mode, source, ledger, opened: None, upkeep: None };
     let ended = session.run(shutdown).await;
@@ -295,6 +306,18 @@ async fn session(
         upkeep.await.map_err(|e| IngestError::Task(e.to_string()))?;
     }
     ended
+}
+
+/// Opens the tables and gives what was never read its first offsets.
+async fn begin(
+    settings: &Settings,
+    tables: &Tables,
+    reader: &Arc<Reader>,
+    connection: &Connection,
+) -> Result<Ledger, IngestError> {
+    let mut ledger = Ledger::open(tables, &settings.kafka, Arc::clone(reader)).await?;
+    ledger.first_sight(connection.topics()).await?;
+    Ok(ledger)
 }
 
 /// One membership of the group: the source's events and the clock, turned into calls of the ledger.
@@ -317,6 +340,11 @@ impl Session<'_> {
         let behind = Duration::from_secs(self.settings.commit_interval_s);
         let caught_up = Duration::from_secs(self.settings.end_interval_s).min(behind);
         let (mut assigned, mut heard) = (false, Instant::now());
+        // Since when nothing was wrong: a quiet log says nothing when a trouble has passed, nor does a group whose partitions
+        // all are others'.
+        let mut calm = Instant::now();
+        let mut tick = interval_at(calm + TICK, TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let at_end = assigned && self.ledger.at_end();
             if at_end && self.mode == Mode::UntilIdle && self.ledger.moved() {
@@ -332,17 +360,27 @@ impl Session<'_> {
             let event = tokio::select! {
                 biased;
                 () = told_to_stop(shutdown) => return self.seal().await,
-                event = self.source.recv() => event,
+                // Before the events: under a load that never rests there always is one.
                 () = sleep_to(seal_at) => {
                     self.seal().await?;
+                    self.report();
                     continue;
                 }
+                event = self.source.recv() => event,
                 () = sleep_to(rest_at) => return if at_end { Ok(()) } else { Err(self.stalled()) },
+                _ = tick.tick() => {
+                    if calm.elapsed() >= CALM {
+                        self.counters.ready.store(true, Ordering::Relaxed);
+                    }
+                    self.report();
+                    continue;
+                }
             };
             match event.ok_or_else(|| self.stalled())? {
                 Event::Trouble(cause) => {
                     tracing::warn!(cause, "kafka is in trouble");
                     self.counters.ready.store(false, Ordering::Relaxed);
+                    calm = Instant::now();
                 }
                 event => {
                     // Between a revocation and the next assignment an empty set of partitions is no end of the log.
@@ -353,6 +391,7 @@ impl Session<'_> {
                     }
                     heard = Instant::now();
                     self.take(event).await?;
+                    self.counters.ready.store(true, Ordering::Relaxed);
                     self.report();
                 }
             }
@@ -419,8 +458,8 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Counts how far this member is.
     fn report(&self) {
-        self.counters.ready.store(true, Ordering::Relaxed);
         self.counters.buffered.store(self.ledger.records(), Ordering::Relaxed);
         self.counters.assigned.store(self.ledger.partitions() as i64, Ordering::Relaxed);
         let ends = self.source.ends();

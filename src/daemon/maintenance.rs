@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 use tokio::sync::watch as channel;
@@ -18,8 +19,27 @@ use super::{Daemon, lease};
 use crate::metrics::{Label, MaintenanceOutcome, MaintenanceTask, Metrics, Part};
 use crate::table::maintain::{Report, Settings, Task};
 
+/// How soon after this process became the owner of the lease it maintains for the first time, at most: an erasure that was
+/// interrupted should not wait, and daemons that restart often would never come to it after a whole interval.
+const SOON: Duration = Duration::from_secs(60);
+
+/// What the child process did.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Maintained {
+    /// Why an interrupted erasure could not be finished, where there was one.
+    pub erasure: Option<String>,
+    pub reports: Vec<Report>,
+}
+
+impl Maintained {
+    /// Returns true where something failed.
+    pub fn failed(&self) -> bool {
+        self.erasure.is_some() || self.reports.iter().any(Report::failed)
+    }
+}
+
 /// Maintains all tables in a child process and returns what it did; dropping the future kills the child.
-pub async fn in_child(config: Option<&Path>) -> Result<Vec<Report>> {
+pub async fn in_child(config: Option<&Path>) -> Result<Maintained> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("table-worker");
     if let Some(config) = config {
@@ -57,11 +77,13 @@ pub fn limit_memory(settings: &Settings) -> Result<()> {
 /// Maintains the tables on schedule while this process owns the lease.
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
     let every = Duration::from_secs(daemon.config.maintenance.interval_minutes * 60);
+    let mut wait = SOON;
     loop {
         tokio::select! {
-            () = tokio::time::sleep(every) => {}
+            () = tokio::time::sleep(wait) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+        wait = SOON;
         if !owner.holds() {
             continue;
         }
@@ -70,10 +92,15 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.lost() => continue,
             _ = stop.wait_for(|stop| *stop) => return,
         };
+        wait = every;
         match done {
-            Ok(reports) => {
+            Ok(done) => {
+                if done.erasure.is_some() {
+                    // The child said why.
+                    daemon.metrics.daemon.errors.get(Part::Maintenance).inc();
+                }
                 daemon.health.ready("maintenance");
-                measure(&daemon.metrics, &reports);
+                measure(&daemon.metrics, &done.reports);
             }
             Err(error) => {
                 daemon.metrics.daemon.errors.get(Part::Maintenance).inc();

@@ -43,6 +43,10 @@ pub enum EraseError {
     NoUserKey,
     #[error("table {table} was fenced {attempts} times in a row by other erasures: run this again")]
     Contended { table: String, attempts: u32 },
+    #[error("another erasure is running here ({lock} is locked): wait for its end, then run this again")]
+    Busy { lock: String },
+    #[error("the erasure begun as {plan} cannot be finished: {source}; to give it up remove that file")]
+    Unfinished { plan: String, source: Box<EraseError> },
     #[error(transparent)]
     Table(#[from] TableError),
     #[error(transparent)]
@@ -91,6 +95,25 @@ impl Erasure {
 
     /// Erases a subject's rows, or finishes an erasure of the same subject that was interrupted.
     pub async fn run(&self, subject: Subject) -> Result<Receipt, EraseError> {
+        // Before anything is written down: what can never be done must not be taken up again at every maintenance.
+        self.validate(&subject).await?;
+        let _alone = receipt::lock(&self.paths.erasures())?;
+        self.carry_out(subject).await
+    }
+
+    /// Refuses what cannot be erased, whatever the rows are.
+    async fn validate(&self, subject: &Subject) -> Result<(), EraseError> {
+        self.keys(subject)?;
+        self.selection(Name::Queries, subject, &HashSet::new(), &HashSet::new())?;
+        for name in [Name::Queries, Name::DeadLetters, Name::Candidates] {
+            if self.tables.exists(name).await? {
+                self.tables.open_one(name).await?.refuse_append_only().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&self, subject: Subject) -> Result<Receipt, EraseError> {
         let mut plan = Plan::begin(&self.paths.erasures(), subject, self.user_key.as_deref())?;
         plan.receipt.users_unknown = self.users_unknown(&plan.subject).await?;
         self.suppress(self.keys(&plan.subject)?, &mut plan).await?;
@@ -112,13 +135,25 @@ impl Erasure {
         Ok(plan.finish()?)
     }
 
-    /// Finishes every erasure that was interrupted.
+    /// Finishes every erasure that was interrupted. One that fails leaves the others their turn; the first failure is
+    /// returned at the end.
     pub async fn resume(&self) -> Result<Vec<Receipt>, EraseError> {
-        let mut receipts = Vec::new();
-        for subject in Plan::left(&self.paths.erasures())? {
-            receipts.push(self.run(subject).await?);
+        let folder = self.paths.erasures();
+        if !folder.exists() {
+            return Ok(Vec::new());
         }
-        Ok(receipts)
+        let _alone = receipt::lock(&folder)?;
+        let (mut receipts, mut failed) = (Vec::new(), None);
+        for (plan, subject) in Plan::left(&folder)? {
+            match self.carry_out(subject).await {
+                Ok(receipt) => receipts.push(receipt),
+                Err(source) => {
+                    let plan = plan.display().to_string();
+                    failed.get_or_insert(EraseError::Unfinished { plan, source: Box::new(source) });
+                }
+            }
+        }
+        failed.map_or(Ok(receipts), Err)
     }
 
     /// Takes the subject's rows out of one table and deletes the files that held them.
@@ -169,7 +204,9 @@ impl Erasure {
         let Some(selection) = selection else { return Ok(()) };
         if self.tables.exists(name).await? {
             let mut table = self.tables.open_one(name).await?;
-            plan.receipt.of(name).remains_deleted += table.delete_remains(&selection).await?;
+            // A minute for clocks that differ.
+            let before = plan.receipt.started - chrono::Duration::minutes(1);
+            plan.receipt.of(name).remains_deleted += table.delete_remains(&selection, before).await?;
         }
         Ok(())
     }

@@ -4,14 +4,14 @@
 //! is readable by its owner only, and removed once the erasure is complete. The receipt holds counts and hashes alone.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::{hash_of, now};
+use super::{EraseError, hash_of, now};
 use crate::durable::{self, FileError};
 use crate::table::Name;
 
@@ -153,9 +153,6 @@ impl Plan {
         if let Some(plan) = plans(folder)?.into_iter().find(|plan| plan.subject == subject) {
             return Ok(plan);
         }
-        durable::create_folder(folder)?;
-        let private = fs::Permissions::from_mode(0o700);
-        fs::set_permissions(folder, private).map_err(|e| FileError::io("cannot close", folder, e))?;
         let receipt = Receipt::begin(&subject, key);
         let (prompts, records) = (HashSet::new(), HashSet::new());
         let plan = Plan { subject, prompts, records, receipt, folder: folder.to_path_buf() };
@@ -163,9 +160,9 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Returns the subjects of erasures that were interrupted.
-    pub(super) fn left(folder: &Path) -> Result<Vec<Subject>, FileError> {
-        Ok(plans(folder)?.into_iter().map(|plan| plan.subject).collect())
+    /// Returns the erasures that were interrupted: where their plan stands, and whose rows go.
+    pub(super) fn left(folder: &Path) -> Result<Vec<(PathBuf, Subject)>, FileError> {
+        Ok(plans(folder)?.into_iter().map(|plan| (plan.path(), plan.subject)).collect())
     }
 
     /// Writes plan and receipt as they stand.
@@ -195,10 +192,22 @@ impl Plan {
 
 const PLAN: &str = ".plan";
 
-fn plans(folder: &Path) -> Result<Vec<Plan>, FileError> {
-    if !folder.exists() {
-        return Ok(Vec::new());
+/// Makes the folder, for its owner only, and takes the lock that keeps two erasures from working on one plan. The lock goes
+/// with the returned file, also on a crash.
+pub(super) fn lock(folder: &Path) -> Result<File, EraseError> {
+    durable::create_folder(folder)?;
+    let private = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(folder, private).map_err(|e| FileError::io("cannot close", folder, e))?;
+    let path = folder.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| FileError::io("cannot create", &path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(_) => Err(EraseError::Busy { lock: path.display().to_string() }),
     }
+}
+
+fn plans(folder: &Path) -> Result<Vec<Plan>, FileError> {
     let mut plans = Vec::new();
     for entry in fs::read_dir(folder).map_err(|e| FileError::io("cannot list", folder, e))?.flatten() {
         let path = entry.path();

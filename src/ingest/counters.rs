@@ -95,6 +95,14 @@ impl Counters {
         std::mem::take(&mut self.seals.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Takes in that this member has left the group: what it held is no longer its own to be behind with.
+    pub(super) fn left(&self) {
+        for number in [&self.assigned, &self.lag, &self.behind_since_ms] {
+            number.store(0, Ordering::Relaxed);
+        }
+        self.buffered.store(0, Ordering::Relaxed);
+    }
+
     /// Counts a commit that failed.
     pub(super) fn failed(&self, error: &IngestError) {
         let fenced = matches!(error, IngestError::Table(TableError::Fenced { .. }));

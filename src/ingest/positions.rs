@@ -104,13 +104,14 @@ impl Positions {
         Ok(steps)
     }
 
-    /// Takes on partitions: reads their offsets and the dead letters that a crash left ahead of them.
+    /// Takes on partitions: reads their offsets and the dead letters that a crash left ahead of them. Refuses one that
+    /// [`Positions::first_sight`] has not seen.
     pub(super) async fn assign(
         &mut self,
         partitions: &[TopicPartition],
         queries: &mut Table,
         letters: &mut Table,
-    ) -> Result<(BTreeMap<TopicPartition, i64>, Known), TableError> {
+    ) -> Result<(BTreeMap<TopicPartition, i64>, Known), IngestError> {
         let ids: Vec<String> = partitions.iter().map(|p| self.settings.app_id(p)).collect();
         // First the partitions are closed to their former holders, then the tables are read: what those stored before is
         // seen, and what they try to store later does not land.
@@ -119,14 +120,11 @@ impl Positions {
         let stored = queries.txns(&ids).await?;
         let dead = letters.txns(&ids).await?;
         let (mut starts, mut known) = (BTreeMap::new(), Known::new());
-        for (i, (place, app_id)) in partitions.iter().zip(ids).enumerate() {
-            if stored[i].is_none() {
-                // Added to the topic after this member connected: it begins at its beginning.
-                queries.append(&[], &[TxnStep { app_id, expect: None, set: 0 }]).await?;
-            }
-            let next = stored[i].unwrap_or(0);
-            if dead[i].is_some_and(|dead| dead > next) {
-                known.insert(place.clone(), dead_from(place, next, letters).await?);
+        for (i, place) in partitions.iter().enumerate() {
+            // Added after this member connected: no offset means anything without the id of its topic.
+            let Some(next) = stored[i] else { return Err(IngestError::Unseen { place: place.clone() }) };
+            if let Some(decided) = dead[i].filter(|decided| *decided > next) {
+                known.insert(place.clone(), dead_within(place, next, decided, letters).await?);
             }
             let holding = Holding { queries: in_queries[i], letters: in_letters[i] };
             let times = Times::default();
@@ -254,14 +252,21 @@ impl Positions {
     }
 }
 
-/// Reads which records of a partition at or after `stored` are dead letters already.
-async fn dead_from(place: &TopicPartition, stored: i64, letters: &Table) -> Result<HashSet<(i64, i32)>, TableError> {
+/// Reads which records of a partition from `stored` up to `decided` are dead letters already. At or past `decided`, the next
+/// offset of this generation's letters, stand only those of generations before, which say nothing of what is read now.
+async fn dead_within(
+    place: &TopicPartition,
+    stored: i64,
+    decided: i64,
+    letters: &Table,
+) -> Result<HashSet<(i64, i32)>, TableError> {
     let TopicPartition { topic, partition } = place;
     let topic = topic.replace('\'', "''");
     let batches = letters
         .query(&format!(
             "select \"offset\", record_index from t \
-             where topic = '{topic}' and \"partition\" = {partition} and \"offset\" >= {stored}"
+             where topic = '{topic}' and \"partition\" = {partition} \
+             and \"offset\" >= {stored} and \"offset\" < {decided}"
         ))
         .await?;
     let mut dead = HashSet::new();

@@ -28,6 +28,9 @@ use crate::table::{ERASURES, Name, Suppressions, Table, TableError, Tables, TxnS
 /// How often a chunk is looked at again because another replay came first.
 const ATTEMPTS: u32 = 20;
 
+/// Records of a chunk at most: each is named where they are asked for.
+const CHUNK_RECORDS: usize = 1000;
+
 /// Which letters are replayed.
 #[derive(Debug, Clone, Default)]
 pub struct Choice {
@@ -103,7 +106,7 @@ pub async fn run(settings: &Settings, tables: &Tables, choice: &Choice) -> Resul
     Ok(replay.done)
 }
 
-/// Cuts letters in order into chunks of one partition and of about `limit` bytes, never through a record; those without a
+/// Cuts letters in order into chunks of one partition and of about `limit` bytes or [`CHUNK_RECORDS`], never through a record; those without a
 /// chosen letter are left out.
 fn chunks(keys: Vec<Key>, limit: u64) -> Vec<(TopicPartition, Chunk)> {
     let (mut chunks, mut size): (Vec<(TopicPartition, Chunk)>, u64) = (Vec::new(), 0);
@@ -111,7 +114,7 @@ fn chunks(keys: Vec<Key>, limit: u64) -> Vec<(TopicPartition, Chunk)> {
         let goes_on = chunks.last().is_some_and(|(place, chunk)| {
             *place.topic == *key.topic
                 && place.partition == key.partition
-                && (size < limit || chunk.contains_key(&key.offset))
+                && ((size < limit && chunk.len() < CHUNK_RECORDS) || chunk.contains_key(&key.offset))
         });
         if !goes_on {
             chunks.push((TopicPartition::new(&key.topic, key.partition), Chunk::new()));
@@ -156,7 +159,8 @@ impl Replay<'_> {
             chosen.join(" and ")
         );
         let mut keys: Vec<Key> = self.letters.select(&sql).await?;
-        keys.retain(|key| self.settings.kafka.reads(&key.topic));
+        let reads = self.settings.kafka.chooser();
+        keys.retain(|key| reads(&key.topic));
         Ok(keys)
     }
 
@@ -256,16 +260,20 @@ impl Replay<'_> {
         let mut stored: Vec<Stored> = self.letters.select(&sql).await?;
         // The first part that failed holds the whole record.
         stored.dedup_by_key(|letter| letter.offset);
-        let wanted = stored.into_iter().filter(|letter| chunk.contains_key(&letter.offset));
-        wanted.map(|letter| letter.record(place)).collect()
+        stored.into_iter().map(|letter| letter.record(place)).collect()
     }
 }
 
-/// Returns the condition that holds for a chunk's records, and for some others between them.
+/// Returns the condition that holds for a chunk's records alone. The bounds are for the files' statistics.
 fn range(place: &TopicPartition, chunk: &Chunk) -> Option<String> {
     let (first, last) = (chunk.keys().next()?, chunk.keys().next_back()?);
     let (topic, partition) = (text(&place.topic), place.partition);
-    Some(format!("topic = {topic} and \"partition\" = {partition} and \"offset\" >= {first} and \"offset\" <= {last}"))
+    let offsets: Vec<String> = chunk.keys().map(i64::to_string).collect();
+    Some(format!(
+        "topic = {topic} and \"partition\" = {partition} and \"offset\" >= {first} and \"offset\" <= {last} \
+         and \"offset\" in ({})",
+        offsets.join(", ")
+    ))
 }
 
 impl Stored {

@@ -8,7 +8,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use super::*;
 use crate::query_log::TopicPartition;
 use crate::query_log::embedded::EmbeddedBroker;
-use crate::table::Name;
+use crate::table::{Name, TxnStep};
 
 const TOPIC: &str = "queries";
 
@@ -110,6 +110,26 @@ async fn dead_letters_that_a_crash_left_ahead_are_not_doubled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn letters_of_a_generation_before_say_nothing_of_what_is_read_now() {
+    let bench = Bench::new(1);
+    for payload in ["bad one", &call("a"), r#"{"question":"hi"}"#] {
+        bench.send(0, payload);
+    }
+    bench.ingest(&bench.settings()).await.unwrap();
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(0, 0), (0, 2)]);
+    let own = r#"{ "name": "own", "when": "/question", "parts": { "messages": "/question" } }"#;
+    let mut settings = Settings { mapping: vec![serde_json::from_str(own).unwrap()], ..bench.settings() };
+    settings.kafka.generation = 1;
+    // As after a crash of the new generation between its two commits, with nothing but the first record read.
+    let app_id = settings.kafka.app_id(&TopicPartition::new(TOPIC, 0));
+    let mut letters = bench.tables().open_one(Name::DeadLetters).await.unwrap();
+    letters.append(&[], &[TxnStep { app_id, expect: None, set: 1 }]).await.unwrap();
+    assert_eq!(bench.ingest(&settings).await.unwrap().rows, 2);
+    assert_eq!(bench.offsets(Name::Queries).await, [(0, 1), (0, 1), (0, 2)]);
+    assert_eq!(bench.offsets(Name::DeadLetters).await, [(0, 0), (0, 2)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn latest_counts_at_first_sight_only() {
     let bench = Bench::new(1);
     bench.send(0, &call("before"));
@@ -171,6 +191,33 @@ async fn at_the_end_of_the_log_a_row_does_not_wait_for_the_long_interval() {
     assert_eq!(task.await.unwrap().unwrap().commits, 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lag_is_told_where_nothing_happens_and_ends_with_the_commit_and_with_the_session() {
+    let bench = Bench::new(1);
+    bench.send(0, &call("a"));
+    let counters = Arc::new(Counters::default());
+    let (stop, shutdown) = watch::channel(false);
+    let mut settings = Settings { end_interval_s: 8, ..bench.settings() };
+    settings.kafka.properties.insert("statistics.interval.ms".into(), "100".into());
+    let (tables, shared) = (bench.tables(), Arc::clone(&counters));
+    let task = tokio::spawn(async move { run(&settings, &tables, shared, shutdown, Mode::Forever).await });
+    let get = |number: &std::sync::atomic::AtomicI64| number.load(Ordering::Relaxed);
+    let until = async |what: &str, holds: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !holds() {
+            assert!(Instant::now() < deadline, "{what}: {counters:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    until("nothing is behind", &|| get(&counters.lag) == 1 && get(&counters.behind_since_ms) > 0).await;
+    assert_eq!(counters.rows.load(Ordering::Relaxed), 0, "stored before its time");
+    until("all is stored and still behind", &|| get(&counters.lag) + get(&counters.behind_since_ms) == 0).await;
+    assert_eq!((counters.rows.load(Ordering::Relaxed), get(&counters.assigned)), (1, 1));
+    stop.send(true).unwrap();
+    task.await.unwrap().unwrap();
+    assert_eq!(get(&counters.assigned), 0);
+}
+
 #[tokio::test]
 async fn a_dead_letter_counts_as_often_as_it_is_held() {
     let folder = tempfile::tempdir().unwrap();
@@ -178,6 +225,10 @@ async fn a_dead_letter_counts_as_often_as_it_is_held() {
     let reader = Settings::default().reader().unwrap();
     let mut ledger = Ledger::open(&tables, &settings, Arc::new(reader)).await.unwrap();
     let place = TopicPartition::new(&settings.topic, 0);
+    let unseen = ledger.assign(std::slice::from_ref(&place)).await.unwrap_err();
+    assert!(matches!(&unseen, IngestError::Unseen { place: at } if *at == place) && unseen.is_restart(), "{unseen}");
+    let extents = vec![kafka::Extent { place: place.clone(), low: 0, high: 0 }];
+    ledger.first_sight(&[kafka::Topic { name: settings.topic.clone(), id: None, extents }]).await.unwrap();
     ledger.assign(std::slice::from_ref(&place)).await.unwrap();
     let record = |offset, payload: String| crate::query_log::Record {
         place: place.clone(),
@@ -191,7 +242,10 @@ async fn a_dead_letter_counts_as_often_as_it_is_held() {
     ledger.read(vec![record(0, good.clone())]).await.unwrap();
     assert_eq!(ledger.held(), good.len() as u64);
     ledger.read(vec![record(1, "x".repeat(1000))]).await.unwrap();
-    assert_eq!(ledger.held(), good.len() as u64 + 4000);
+    assert_eq!(ledger.held(), good.len() as u64 + 4000 + 512);
+    // Of small ones what stands beside the bytes is most.
+    ledger.read((2..102).map(|offset| record(offset, "x".to_owned())).collect()).await.unwrap();
+    assert_eq!(ledger.held(), good.len() as u64 + 4000 + 512 + 100 * (4 + 512));
     ledger.seal().await.unwrap();
     assert_eq!(ledger.held(), 0);
 }

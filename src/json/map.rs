@@ -29,6 +29,7 @@ const MIX: u32 = 0x9E37_79B9;
 pub struct Map {
     members: Vec<Member>,
     /// The places of the names, where there are more than [`FEW`].
+    #[expect(clippy::box_collection, reason = "few objects have one, and each value of a tree is as large as a map")]
     index: Option<Box<HashMap<Name, usize>>>,
 }
 

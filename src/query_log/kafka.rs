@@ -7,6 +7,7 @@
 
 mod certificate;
 mod connect;
+mod ends;
 mod refusal;
 mod settings;
 mod topic_ids;
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
@@ -28,6 +29,7 @@ use tokio::sync::mpsc;
 pub use self::connect::{Connection, Extent, Topic};
 use self::refusal::Refusal;
 pub use self::settings::{Settings, Start};
+use self::topic_ids::Ids;
 use super::{Event, Record, SourceError, TopicPartition};
 
 /// Bytes and records of one hand-over to the reader.
@@ -39,6 +41,10 @@ const CHUNKS_WAITING: usize = 8;
 /// Bytes that wait for the reader at most, but for the one record that makes a hand-over full: those in the queue, the
 /// one being gathered and the one being read.
 pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
+
+/// How often the ids of the topics are compared, and how long an answer is waited for: nothing is read meanwhile.
+const IDS_EVERY: Duration = Duration::from_secs(5);
+const IDS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A member of the group, read through its events.
 pub struct Consumer {
@@ -100,6 +106,8 @@ struct Shared {
     cause: Option<String>,
     refusal: Option<Refusal>,
     ends: BTreeMap<TopicPartition, i64>,
+    /// Where each assigned partition began.
+    starts: BTreeMap<TopicPartition, i64>,
     /// Where the end of a partition was last told, until there is another record of it.
     told: BTreeMap<TopicPartition, i64>,
 }
@@ -179,6 +187,12 @@ impl Context {
             return false;
         }
         let Ok(starts) = starts.recv_timeout(self.patience()) else { return false };
+        let mut shared = self.lock();
+        for partition in &partitions {
+            shared.told.remove(partition);
+        }
+        shared.starts.extend(starts.clone());
+        drop(shared);
         partitions.iter().all(|partition| {
             let TopicPartition { topic, partition: number } = partition;
             let start = starts.get(partition).copied();
@@ -189,20 +203,17 @@ impl Context {
     fn assign(&self, consumer: &BaseConsumer<Self>, list: &mut TopicPartitionList) -> KafkaResult<()> {
         if list.count() > 0 && !self.set_starts(list) {
             // Nobody answered in time: read nothing, and leave the group so that others can have the partitions.
-            consumer.unassign()?;
+            let (topic, seconds) = (self.settings.topic.clone(), self.patience().as_secs());
+            self.send(Event::Failed(SourceError::Late { topic, seconds }));
+            let answered = take_on(consumer, &TopicPartitionList::new());
             consumer.unsubscribe();
-            let cause = "no start offsets were given for the assigned partitions in time".to_owned();
-            self.send(Event::Failed(SourceError::Consume { topic: self.settings.topic.clone(), cause }));
-            return Ok(());
+            return answered;
         }
         if list.count() == 0 {
             let (reply, _) = sync_channel(1);
             self.send(Event::Assigned { partitions: Vec::new(), reply });
         }
-        match consumer.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => consumer.incremental_assign(list),
-            _ => consumer.assign(list),
-        }
+        take_on(consumer, list)
     }
 
     fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) -> KafkaResult<()> {
@@ -220,10 +231,24 @@ impl Context {
                 );
             }
         }
+        let mut shared = self.lock();
+        for partition in partitions_of(list) {
+            shared.starts.remove(&partition);
+            shared.told.remove(&partition);
+        }
+        drop(shared);
         match consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
             _ => consumer.unassign(),
         }
+    }
+}
+
+/// Answers an assignment with the partitions that are read, or with none of them.
+fn take_on(consumer: &BaseConsumer<Context>, list: &TopicPartitionList) -> KafkaResult<()> {
+    match consumer.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => consumer.incremental_assign(list),
+        _ => consumer.assign(list),
     }
 }
 
@@ -251,15 +276,16 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(target: "librdkafka", %error, reason);
+        // The end of a partition is no trouble at all.
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::PartitionEOF) {
+            return;
+        }
         let mut shared = self.lock();
         if let Some(refusal) = error.rdkafka_error_code().and_then(|code| Refusal::heard(code, reason)) {
             shared.refusal = Some(refusal);
         }
-        // "All brokers are down" follows each cause and says less; the end of a partition is no trouble at all.
-        let vague = matches!(
-            error.rdkafka_error_code(),
-            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::PartitionEOF)
-        );
+        // It follows each cause and says less.
+        let vague = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
         if !vague || shared.cause.is_none() {
             shared.cause = Some(reason.to_owned());
         }
@@ -271,7 +297,7 @@ impl ConsumerContext for Context {
         let listening = self.flush();
         let done = match event {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS if listening => self.assign(consumer, list),
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.unassign(),
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => take_on(consumer, &TopicPartitionList::new()),
             _ => self.revoke(consumer, list),
         };
         if let Err(error) = done {
@@ -284,11 +310,19 @@ impl ConsumerContext for Context {
 }
 
 /// Reads until nobody listens. The rebalance callbacks run in here.
-fn poll(client: &BaseConsumer<Context>) {
+fn poll(client: &BaseConsumer<Context>, mut ids: Ids) {
     let context = Arc::clone(client.context());
-    let mut waiting = false;
+    let (mut waiting, mut asked) = (false, Instant::now());
     let mut names = Names::default();
     while !context.events.is_closed() {
+        if asked.elapsed() >= IDS_EVERY {
+            if let Some(topic) = ids.changed(client.client(), IDS_PATIENCE) {
+                // What was gathered may be of the new topic: it is not handed over.
+                context.send(Event::Failed(SourceError::Recreated { topic }));
+                break;
+            }
+            asked = Instant::now();
+        }
         // While records are at hand they are gathered; the first pause hands them over.
         let patience = if waiting { Duration::from_millis(100) } else { Duration::ZERO };
         let listening = match client.poll(patience) {
@@ -302,7 +336,7 @@ fn poll(client: &BaseConsumer<Context>) {
             }
             // The position counts what was served in order, control records included: nothing below it is still to come.
             Some(Err(KafkaError::PartitionEOF(partition))) => {
-                context.flush() && ends(client, partition).into_iter().all(|end| context.send(end))
+                context.flush() && ends::ends(client, partition).into_iter().all(|end| context.send(end))
             }
             Some(Err(error)) => context.flush() && context.send(event(client, &context, error)),
         };
@@ -369,36 +403,19 @@ fn event(client: &BaseConsumer<Context>, context: &Context, error: KafkaError) -
     }
 }
 
-/// Returns the ends that an end of the partition with this number may stand for.
-///
-/// The client does not say of which topic it is. Where several topics have such a partition, those whose end was told
-/// already are left out, and of the others the broker is asked.
-fn ends(client: &BaseConsumer<Context>, partition: i32) -> Vec<Event> {
-    let Ok(positions) = client.position() else { return Vec::new() };
-    let list = if positions.count() > 0 { positions.elements() } else { Vec::new() };
-    let at = |offset| match offset {
-        Offset::Offset(next) => Some(next),
-        _ => None,
-    };
-    let numbered = list.iter().filter(|element| element.partition() == partition);
-    let all: Vec<_> = numbered.map(|e| (TopicPartition::new(e.topic(), partition), at(e.offset()))).collect();
-    let told = client.context().lock().told.clone();
-    let is_new = |place: &TopicPartition, next: &Option<i64>| next.is_none() || told.get(place) != next.as_ref();
-    let several = all.len() > 1;
-    let open: Vec<_> = all.into_iter().filter(|(place, next)| !several || is_new(place, next)).collect();
-    let alone = open.len() == 1;
-    let ended = open.into_iter().filter(|(place, next)| alone || is_at_end(client, place, *next));
-    let events = ended.map(|(partition, next)| {
-        if let Some(next) = next {
-            client.context().lock().told.insert(partition.clone(), next);
-        }
-        Event::End { partition, next }
-    });
-    events.collect()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Asks the broker whether a position is the end of its partition.
-fn is_at_end(client: &BaseConsumer<Context>, place: &TopicPartition, next: Option<i64>) -> bool {
-    let end = client.fetch_watermarks(&place.topic, place.partition, Duration::from_secs(1));
-    next.zip(end.ok()).is_some_and(|(next, (_, end))| next >= end)
+    #[test]
+    fn the_end_of_a_partition_is_never_the_cause_of_anything() {
+        let (events, _receiver) = mpsc::channel(1);
+        let context = Context { settings: Settings::default(), events, shared: Mutex::default() };
+        context.error(KafkaError::Global(RDKafkaErrorCode::PartitionEOF), "reached end of partition");
+        assert_eq!(context.cause(), None);
+        context.error(KafkaError::Global(RDKafkaErrorCode::BrokerTransportFailure), "Connection refused");
+        context.error(KafkaError::Global(RDKafkaErrorCode::AllBrokersDown), "1/1 brokers are down");
+        context.error(KafkaError::Global(RDKafkaErrorCode::PartitionEOF), "reached end of partition");
+        assert_eq!(context.cause().as_deref(), Some("Connection refused"));
+    }
 }

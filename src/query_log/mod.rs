@@ -104,16 +104,21 @@ pub enum SourceError {
     #[error("topic {topic} does not exist at {brokers}: create it or correct ingest.kafka.topic")]
     NoTopic { topic: String, brokers: String },
     #[error(
-        "kafka no longer holds the next offset of topic {topic} ({cause}): records were lost to retention or the \
-             topic was made anew; see `taod table offsets show`, then go on without them by `taod table offsets set` or \
-             read the topic anew by `taod table offsets new-generation`"
+        "kafka no longer holds the next offset of topic {topic} ({cause}): retention was faster than ingestion; see \
+             `taod table offsets show`, then go on without what is lost by \
+             `taod table offsets set PARTITION OFFSET --accept-loss`"
     )]
     OutOfRange { topic: String, cause: String },
     #[error(
         "topic {topic} was deleted and made anew since it was last read: what stands under its old offsets is not what \
-             kafka holds now; read it anew by `taod table offsets new-generation`"
+             kafka holds now; read it under a new ingest.kafka.generation, see `taod table offsets new-generation`"
     )]
     Recreated { topic: String },
+    #[error(
+        "the tables told no start offsets for topic {topic} within {seconds} s: look whether their store is slow, or raise \
+             ingest.kafka.rebalance_timeout_s"
+    )]
+    Late { topic: String, seconds: u64 },
     #[error("reading topic {topic} failed: {cause}")]
     Consume { topic: String, cause: String },
     #[error("topic {topic} gave nothing for {seconds} s and its end is not reached; kafka at {brokers} said: {cause}")]

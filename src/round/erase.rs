@@ -54,6 +54,10 @@ pub async fn erase(
     receipt: &str,
 ) -> Result<Rounds, RoundError> {
     let mut done = Rounds::default();
+    if prompts.is_empty() {
+        // No file of a round can be concerned, and none is stopped for nothing.
+        return Ok(done);
+    }
     let lock = match paths.lock() {
         Ok(lock) => Some(lock),
         Err(RoundError::Busy { .. }) => {
@@ -69,6 +73,9 @@ pub async fn erase(
         }
         Err(other) => return Err(other),
     };
+    if lock.is_some() {
+        remove_left_over(paths)?;
+    }
     let mut affected = find(paths, prompts)?;
     affected.extend(folders(paths)?.into_iter().filter(|id| receipts(paths, id).iter().any(|named| named == receipt)));
     for id in affected {
@@ -130,8 +137,7 @@ fn scrub(paths: &Paths, id: &str, prompts: &HashSet<String>, receipt: &str) -> R
     }
     let mut gone = 0;
     for file in files(&folder)? {
-        if file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".tmp-")) {
-            // What a killed write left behind: nobody reads it, and it may hold anything.
+        if is_left_over(&file) {
             fs::remove_file(&file).map_err(|e| FileError::io("cannot remove", &file, e))?;
         } else if is_lines(&file) {
             let text = read(&file)?;
@@ -145,6 +151,22 @@ fn scrub(paths: &Paths, id: &str, prompts: &HashSet<String>, receipt: &str) -> R
         }
     }
     Ok(gone)
+}
+
+/// Removes what killed writes left behind in any round, while none runs.
+fn remove_left_over(paths: &Paths) -> Result<(), RoundError> {
+    if !paths.rounds().exists() {
+        return Ok(());
+    }
+    for file in files(&paths.rounds())?.iter().filter(|file| is_left_over(file)) {
+        fs::remove_file(file).map_err(|e| FileError::io("cannot remove", file, e))?;
+    }
+    Ok(())
+}
+
+/// Returns true for what a killed write left behind: nobody reads it, and it may hold anything.
+fn is_left_over(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".tmp-"))
 }
 
 /// Returns the erasures that took rows from a round before.

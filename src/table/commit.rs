@@ -222,16 +222,23 @@ impl Table {
         removes: &[Remove],
         adds: &[Add],
     ) -> Result<u64, TableError> {
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=".contains(c);
-        if let Some(odd) = removes.iter().find(|remove| !remove.path.chars().all(is_plain)) {
-            // Its name in the log is another than in the store: a `Remove` of ours would not meet its `Add`.
-            let why = format!("the file {:?} has a name that is escaped in the log; rewrite it elsewhere", odd.path);
-            return Err(TableError::Refused { table: self.name.clone(), why });
-        }
+        self.refuse_odd_names(removes.iter().map(|remove| remove.path.as_str()))?;
         let id = Uuid::new_v4();
         self.refuse_overdue(adds)?;
         let bytes = log::rewrite(id, self.version, rewrite, removes, adds, now_ms());
         self.write(id, bytes, &[], removes).await
+    }
+
+    /// Refuses files whose name in the log is another than in the store: a `Remove` of ours would not meet its `Add`.
+    pub(super) fn refuse_odd_names<'a>(&self, mut paths: impl Iterator<Item = &'a str>) -> Result<(), TableError> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=".contains(c);
+        match paths.find(|path| !path.chars().all(is_plain)) {
+            None => Ok(()),
+            Some(odd) => {
+                let why = format!("the file {odd:?} has a name that is escaped in the log; rewrite it elsewhere");
+                Err(TableError::Refused { table: self.name.clone(), why })
+            }
+        }
     }
 
     /// Writes the log entry, past the commits of other writers and past lost replies.

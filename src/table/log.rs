@@ -267,6 +267,11 @@ impl Protocol {
 }
 
 impl Metadata {
+    /// Returns true where rows may only come.
+    pub(super) fn is_append_only(&self) -> bool {
+        self.configuration.get("delta.appendOnly").and_then(Option::as_deref).is_some_and(|v| v.trim() == "true")
+    }
+
     /// Refuses a table whose columns or properties do not let these rows and offsets be kept.
     ///
     /// Columns that someone added are fine where they may be null.

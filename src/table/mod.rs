@@ -8,6 +8,7 @@
 //! [`read`] (how they come out), [`Tables`] (all of them under one root).
 
 pub mod check;
+mod clock;
 mod cloud;
 mod columns;
 mod commit;
@@ -24,6 +25,7 @@ mod rewrite;
 mod rows;
 pub mod schema;
 mod selection;
+mod staged;
 mod stored;
 mod suppressions;
 mod tables;

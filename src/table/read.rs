@@ -84,6 +84,21 @@ impl Table {
         Ok(serde_json::from_value::<log::Protocol>(protocol).map_err(retell)?.has(feature))
     }
 
+    /// Refuses a table from which no row may go (`delta.appendOnly`).
+    pub async fn refuse_append_only(&self) -> Result<(), TableError> {
+        let fail = |e| TableError::store("cannot open", self.name(), e);
+        let snapshot = Snapshot::try_new(self.log.as_ref(), Some(self.version)).await.map_err(fail)?;
+        let retell = |source| TableError::Log { table: self.name().to_owned(), version: self.version, source };
+        let metadata = serde_json::to_value(snapshot.metadata()).map_err(retell)?;
+        match serde_json::from_value::<log::Metadata>(metadata).map_err(retell)?.is_append_only() {
+            false => Ok(()),
+            true => {
+                let why = "the property delta.appendOnly is true, so no row may leave it; unset the property";
+                Err(TableError::Refused { table: self.name().to_owned(), why: why.to_owned() })
+            }
+        }
+    }
+
     /// Returns the columns of this version that are not taod's.
     pub(super) async fn unknown_columns(&self) -> Result<Vec<String>, TableError> {
         let fail = |e| TableError::store("cannot open", self.name(), e);

@@ -8,25 +8,28 @@
 //!
 //! One file is in memory at a time, and of that one row group and the compressed bytes of its successor.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use arrow::array::{BooleanArray, RecordBatch};
 use arrow::compute::{filter_record_batch, not};
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
+use chrono::{DateTime, Utc};
 use deltalake::Path;
 use deltalake::logstore::object_store::ObjectStoreExt;
 use futures::{StreamExt, TryStreamExt};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::async_reader::ParquetRecordBatchStream;
+use parquet::errors::ParquetError;
 
 use super::log::{self, Add, Remove, Rewrite};
+use super::log_files::LogFiles;
 use super::read::ListedFile;
 use super::selection::{ByBounds, Selection};
 use super::stored::{StoredFile, fitted};
 use super::write::{self, DataFile};
-use super::{Table, TableError};
+use super::{Table, TableError, staged};
 use crate::crash::{self, Point};
 
 /// Files that one commit replaces at most, which is what a conflict can cost.
@@ -59,7 +62,7 @@ pub struct Hunt<'a> {
     table: &'a mut Table,
     selection: &'a Selection,
     told: Vec<&'static str>,
-    files: BTreeMap<String, ListedFile>,
+    pub(super) files: BTreeMap<String, ListedFile>,
     /// Files not looked at yet.
     open: BTreeSet<String>,
     followed: u64,
@@ -73,6 +76,7 @@ impl<'a> Hunt<'a> {
         told: &[&'static str],
     ) -> Result<Hunt<'a>, TableError> {
         table.refresh().await?;
+        table.refuse_append_only().await?;
         let files = table.data_files().await?;
         let (open, followed) = (files.keys().cloned().collect(), table.version);
         Ok(Hunt { table, selection, told: told.to_vec(), files, open, followed })
@@ -112,8 +116,10 @@ impl<'a> Hunt<'a> {
     /// replaced one of the files first.
     pub async fn take(&mut self, found: Found) -> Result<Taken, TableError> {
         let (mut removes, mut adds) = (Vec::new(), Vec::new());
+        self.table.refuse_odd_names(found.paths.iter().map(String::as_str))?;
         for path in &found.paths {
-            let Some(file) = self.files.get(path).cloned() else { continue };
+            // One that meanwhile has a deletion vector stands among the open ones again: there it is refused by name.
+            let Some(file) = self.files.get(path).filter(|file| !file.vector).cloned() else { continue };
             removes.push(Remove { path: path.clone(), size: file.size });
             match self.rewritten(&file).await {
                 Ok(add) => adds.extend(add),
@@ -122,6 +128,9 @@ impl<'a> Hunt<'a> {
                     return Err(error);
                 }
             }
+        }
+        if removes.is_empty() {
+            return Ok(Taken::default());
         }
         crash::point(Point::DuringErasure);
         match self.table.commit_rewrite(Rewrite::Erasure, &removes, &adds).await {
@@ -248,33 +257,60 @@ impl Table {
 
     /// Deletes every data file that no longer belongs to the table and holds selected rows; returns how many.
     ///
-    /// These are files that a compaction or an earlier, killed erasure replaced, and uploads that never became a commit.
-    /// None of them can still be committed once the hunt is over and [`super::ERASURES`] has moved: ingestion is fenced,
-    /// and a rewrite lost one of its sources.
-    pub async fn delete_remains(&mut self, selection: &Selection) -> Result<u64, TableError> {
+    /// These are files that a compaction or an earlier, killed erasure replaced, and uploads from `before` the erasure that
+    /// never became a commit. Such an upload can no longer be committed once the hunt is over and [`super::ERASURES`] has
+    /// moved: ingestion is fenced, and a rewrite lost one of its sources. A younger upload may be about to be committed, by
+    /// a writer that knows of the erasure: unless the log says that it was replaced it stays, and where no commit comes the
+    /// sweep takes it.
+    pub async fn delete_remains(&mut self, selection: &Selection, before: DateTime<Utc>) -> Result<u64, TableError> {
         let fail = |e| TableError::store("cannot list the files of", self.name(), e);
+        // The files' stamps are the store's: where our clock is ahead of it, so is `before`.
+        let before = before - (Utc::now() - self.store_now().await?);
         let listed: Vec<_> = self.log.object_store(None).list(None).try_collect().await.map_err(fail)?;
         // Listed first: what is committed in between is a file of the table.
         self.refresh().await?;
         let files = self.data_files().await?;
-        let mut deleted = 0;
-        for (path, size) in listed.into_iter().map(|meta| (meta.location.to_string(), meta.size)) {
+        let mut deleted = staged::remove(self, before).await?.files;
+        let mut replaced: Option<HashSet<String>> = None;
+        for (path, meta) in listed.into_iter().map(|meta| (meta.location.to_string(), meta)) {
             let is_data = path.ends_with(".parquet") && !path.starts_with("_");
             if !is_data || files.contains_key(&path) {
                 continue;
             }
-            // What cannot be read any more is being swept by someone else, or was never complete.
-            let Ok((count, _)) = self.selected(&path, size, selection, &[]).await else { continue };
-            if count > 0 {
-                self.delete_files(&[path]).await?;
-                deleted += 1;
+            match self.selected(&path, meta.size, selection, &[]).await {
+                Ok((0, _)) => continue,
+                Ok(_) => {}
+                // Swept by someone else meanwhile, or never complete.
+                Err(error) if is_gone_or_not_parquet(&error) => continue,
+                Err(error) => return Err(error),
             }
+            if meta.last_modified >= before {
+                if replaced.is_none() {
+                    replaced = Some(self.replaced().await?);
+                }
+                if !replaced.as_ref().is_some_and(|replaced| replaced.contains(&path)) {
+                    continue;
+                }
+            }
+            self.delete_files(&[path]).await?;
+            deleted += 1;
         }
         Ok(deleted)
     }
 
+    /// Returns the files that a commit which is still in the log took out.
+    async fn replaced(&self) -> Result<HashSet<String>, TableError> {
+        let mut replaced = HashSet::new();
+        for version in LogFiles::list(&self.log).await?.commits {
+            let Some(bytes) = self.read_entry(version).await? else { continue };
+            let lines = log::parse(self.name(), version, &bytes)?;
+            replaced.extend(lines.into_iter().filter_map(|line| line.remove).map(|remove| remove.path));
+        }
+        Ok(replaced)
+    }
+
     /// Returns the data files of this version by their paths.
-    async fn data_files(&self) -> Result<BTreeMap<String, ListedFile>, TableError> {
+    pub(super) async fn data_files(&self) -> Result<BTreeMap<String, ListedFile>, TableError> {
         Ok(self.files().await?.into_iter().map(|file| (file.path.clone(), file)).collect())
     }
 
@@ -340,6 +376,23 @@ impl Table {
         let field = |f: &Arc<Field>| whole.field_with_name(f.name()).map_or_else(|_| f.as_ref().clone(), Field::clone);
         Arc::new(Schema::new(file.fields().iter().map(field).collect::<Vec<Field>>()))
     }
+}
+
+/// Returns true where a file is not there, or is not a whole Parquet file. A store that only fails now is neither.
+pub(super) fn is_gone_or_not_parquet(error: &TableError) -> bool {
+    use deltalake::logstore::object_store::Error as StoreError;
+
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        if let Some(store) = cause.downcast_ref::<StoreError>() {
+            return matches!(store, StoreError::NotFound { .. });
+        }
+        if cause.downcast_ref::<ParquetError>().is_some_and(|e| !matches!(e, ParquetError::External(_))) {
+            return true;
+        }
+        next = cause.source();
+    }
+    false
 }
 
 /// Returns the rows of a file from the log's word for it.

@@ -75,8 +75,75 @@ async fn rows_go_files_without_any_stay_and_the_log_tells_the_truth_of_what_is_l
     assert_eq!(stats["maxValues"]["ingest_date"], "2026-01-03");
 
     assert_eq!(parquet_files(folder.path()), 4);
-    assert_eq!(table.delete_remains(&selection).await.unwrap(), 2);
+    // They are younger than the erasure, but the log says that they were replaced.
+    assert_eq!(table.delete_remains(&selection, long_ago()).await.unwrap(), 2);
     assert_eq!(parquet_files(folder.path()), 2, "only what the table names is left");
+}
+
+fn long_ago() -> chrono::DateTime<chrono::Utc> {
+    chrono::Utc::now() - chrono::Duration::days(1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_in_flight_is_left_to_its_writer_and_an_old_one_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut table = open(folder.path(), Name::DeadLetters).await;
+    let batch = batch_of_any(&schema::DEAD_LETTERS, &[letter(1, "2026-01-01", "mark")]).unwrap();
+    let upload = write::data_file(table.spec, &[batch]).await.unwrap();
+    upload.store(table.name(), &table.log).await.unwrap();
+    let staged = folder.path().join("dead_letters/part-00000-0-c000.zstd.parquet#17");
+    std::fs::write(&staged, "mark").unwrap();
+    let selection = marked("mark");
+    assert_eq!(table.delete_remains(&selection, long_ago()).await.unwrap(), 0);
+    assert!(parquet_files(folder.path()) == 1 && staged.exists());
+    let later = chrono::Utc::now() + chrono::Duration::minutes(1);
+    assert_eq!(table.delete_remains(&marked("other"), long_ago()).await.unwrap(), 0);
+    assert_eq!(table.delete_remains(&selection, later).await.unwrap(), 2);
+    assert!(parquet_files(folder.path()) == 0 && !staged.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_parquet_file_is_passed_over_and_a_store_that_fails_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut table = open(folder.path(), Name::DeadLetters).await;
+    let place = folder.path().join("dead_letters");
+    std::fs::write(place.join("cut.parquet"), "PAR1 and no more").unwrap();
+    assert_eq!(table.delete_remains(&marked("mark"), long_ago()).await.unwrap(), 0);
+    let fails =
+        |source| TableError::store("cannot read a file of", "t", parquet::errors::ParquetError::External(source));
+    let store = |text: &str| deltalake::logstore::object_store::Error::Generic { store: "s3", source: text.into() };
+    assert!(!rewrite::is_gone_or_not_parquet(&fails(Box::new(store("503 slow down")))));
+    let gone = deltalake::logstore::object_store::Error::NotFound { path: "p".into(), source: "404".into() };
+    assert!(rewrite::is_gone_or_not_parquet(&fails(Box::new(gone))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_got_a_deletion_vector_meanwhile_is_not_rewritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut table = open(folder.path(), Name::DeadLetters).await;
+    store(&mut table, &[letter(1, "2026-01-01", "mark"), letter(2, "2026-01-01", "a")]).await;
+    let selection = marked("mark");
+    let mut hunt = Hunt::begin(&mut table, &selection, &[]).await.unwrap();
+    let found = hunt.next().await.unwrap().unwrap();
+    hunt.files.values_mut().for_each(|file| file.vector = true);
+    let taken = hunt.take(found).await.unwrap();
+    assert_eq!((taken.version, taken.gone.len()), (None, 0));
+    assert_eq!(parquet_files(folder.path()), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_may_only_grow_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut table = open(folder.path(), Name::DeadLetters).await;
+    store(&mut table, &[letter(1, "2026-01-01", "mark")]).await;
+    let entry = |version: u64| folder.path().join(format!("dead_letters/_delta_log/{version:020}.json"));
+    let first = std::fs::read_to_string(entry(0)).unwrap();
+    let metadata = first.lines().find(|line| line.contains("metaData")).unwrap();
+    let mut metadata: Value = serde_json::from_str(metadata).unwrap();
+    metadata["metaData"]["configuration"]["delta.appendOnly"] = json!("true");
+    std::fs::write(entry(2), metadata.to_string()).unwrap();
+    let error = Hunt::begin(&mut table, &marked("mark"), &[]).await.err().unwrap().to_string();
+    assert!(error.contains("delta.appendOnly") && error.contains("dead_letters"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,4 +244,14 @@ async fn a_condition_in_sql_selects_over_files_and_null_selects_nothing() {
     assert_eq!(count(&mut table, "ingest_date < '2026-01-02'").await, 1);
     assert_eq!(count(&mut table, "headers = 'x' or \"key\" is not null").await, 0);
     assert_eq!(HashSet::from([count(&mut table, "true").await]), HashSet::from([2]));
+}
+
+#[test]
+fn a_column_that_a_file_lacks_is_null_in_every_row() {
+    let letters = [letter(1, "2026-01-01", "a"), letter(2, "2026-01-01", "b")];
+    let batch = batch_of_any(&schema::DEAD_LETTERS, &letters).unwrap();
+    let kept = batch.project(&[batch.schema().index_of("offset").unwrap()]).unwrap();
+    let stats: Value = serde_json::from_str(&write::stats(&schema::DEAD_LETTERS, &[kept])).unwrap();
+    assert_eq!((&stats["nullCount"]["offset"], &stats["nullCount"]["kafka_time"]), (&json!(0), &json!(2)));
+    assert_eq!((&stats["maxValues"]["offset"], &stats["maxValues"]["kafka_time"]), (&json!(2), &Value::Null));
 }

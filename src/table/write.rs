@@ -175,7 +175,9 @@ pub(super) fn stats(spec: &TableSpec, batches: &[RecordBatch]) -> String {
     for column in spec.columns.iter().filter(|c| c.stats) {
         let arrays: Vec<&dyn Array> =
             batches.iter().filter_map(|b| b.column_by_name(column.name)).map(AsRef::as_ref).collect();
-        nulls.insert(column.name.into(), json!(arrays.iter().map(|a| a.null_count()).sum::<usize>()));
+        // Where the file lacks the column all its rows read as null.
+        let present: usize = arrays.iter().map(|a| a.len() - a.null_count()).sum();
+        nulls.insert(column.name.into(), json!(rows - present));
         if let Some((low, high)) = bounds(column, &arrays) {
             min.insert(column.name.into(), low);
             max.insert(column.name.into(), high);

@@ -18,16 +18,19 @@ fn ingest(folder: &Path, more: &[(&str, &str)]) -> Outcome {
 }
 
 /// Writes version 0 of a table `queries`, as its first writer left it.
-fn table(folder: &Path, protocol: Value, fields: Value, partitioned_by: &[&str], properties: Value) -> PathBuf {
+fn table(folder: &Path, protocol: Value, fields: Value, partitioned_by: &[&str]) -> PathBuf {
     let log = folder.join("var/tables/queries/_delta_log");
     std::fs::create_dir_all(&log).unwrap();
     let schema = json!({ "type": "struct", "fields": fields }).to_string();
     let metadata = json!({ "id": "00000000-0000-4000-8000-000000000000", "format": { "provider": "parquet", "options": {} },
-        "schemaString": schema, "partitionColumns": partitioned_by, "configuration": properties });
+        "schemaString": schema, "partitionColumns": partitioned_by, "configuration": {} });
     let text = format!("{}\n{}\n", json!({ "protocol": protocol }), json!({ "metaData": metadata }));
     std::fs::write(log.join("00000000000000000000.json"), text).unwrap();
     folder.join("var")
 }
+
+/// A table's protocol, its columns, what it is partitioned by, and what its refusal says.
+type Case = (Value, Value, &'static [&'static str], &'static [&'static str]);
 
 fn field(name: &str, kind: &str) -> Value {
     json!({ "name": name, "type": kind, "nullable": true, "metadata": {} })
@@ -39,15 +42,15 @@ fn a_table_of_someone_else_is_refused_and_left_as_it_is() {
     let named = json!({ "minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["columnMapping"],
         "writerFeatures": ["columnMapping", "rowTracking"] });
     let theirs = json!([field("id", "long"), field("topic", "string")]);
-    let cases: [(Value, Value, &[&str], Value, &[&str]); 4] = [
-        (old.clone(), theirs.clone(), &[], json!({}), &["partition", "state.tables"]),
-        (old.clone(), json!([field("topic", "long")]), &[], json!({}), &["topic", "long", "string"]),
-        (old, theirs.clone(), &["topic"], json!({}), &["partitioned by topic"]),
-        (named, theirs, &[], json!({}), &["columnMapping"]),
+    let cases: [Case; 4] = [
+        (old.clone(), theirs.clone(), &[], &["partition", "state.tables"]),
+        (old.clone(), json!([field("topic", "long")]), &[], &["topic", "long", "string"]),
+        (old, theirs.clone(), &["topic"], &["partitioned by topic"]),
+        (named, theirs, &[], &["columnMapping"]),
     ];
-    for (protocol, fields, partitioned_by, properties, parts) in cases {
+    for (protocol, fields, partitioned_by, parts) in cases {
         let folder = tempfile::tempdir().unwrap();
-        let state = table(folder.path(), protocol, fields, partitioned_by, properties);
+        let state = table(folder.path(), protocol, fields, partitioned_by);
         let before = bytes_below(&state.join("tables/queries"));
         ingest(folder.path(), &[]).refused(&[&["tables/queries"], parts].concat());
         assert_eq!(bytes_below(&state.join("tables/queries")), before);

@@ -237,6 +237,7 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
     let round = state.join("rounds/round-00001");
     std::fs::create_dir_all(round.join("dataset")).unwrap();
     std::fs::create_dir_all(round.join("pass-1/candidates")).unwrap();
+    std::fs::create_dir_all(state.join("rounds/round-00000")).unwrap();
     let line = |offset| {
         format!("{}\n", json!({ "prompt_hash": nth(offset)["prompt_hash"], "messages": nth(offset)["messages"] }))
     };
@@ -246,6 +247,8 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
         ("dataset/train.jsonl", line(1) + &line(3)),
         ("pass-1/candidates/chunk-00000.jsonl", line(3) + &line(1)),
         ("pass-1/candidates/.tmp-killed", line(3)),
+        // A round that was killed before it had a line.
+        ("../round-00000/.tmp-killed", line(3)),
     ] {
         std::fs::write(round.join(path), text).unwrap();
     }
@@ -258,6 +261,8 @@ async fn a_running_round_that_reads_the_rows_is_stopped_and_never_resumed() {
         std::fs::read_to_string(&lock).is_ok_and(|text| text.trim().parse::<u32>().is_ok())
     });
 
+    receipt(erase(folder.path(), &["--request-id", "nobody's", "--json"]));
+    assert!(child.try_wait().unwrap().is_none(), "no row went, so no round is stopped");
     let receipt = receipt(erase(folder.path(), &["--where", &format!("messages like '%{MARK}%'"), "--json"]));
     assert!(!child.wait().unwrap().success(), "the round's process was told to end");
     assert_eq!((&receipt["stopped_round"], &receipt["rounds"]), (&json!("round-00001"), &json!(["round-00001"])));
@@ -278,4 +283,39 @@ fn what_cannot_be_erased_is_refused_with_the_remedy() {
     erase(folder.path(), &["--where", "tenant ="]).refused(&["tenant ="]);
     erase(folder.path(), &[]).code(64);
     erase(folder.path(), &["--user", "a", "--where", "true"]).code(64);
+    // Nothing of it was written down, to be taken up again and again.
+    assert!(!folder.path().join("state/erasures").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_that_cannot_be_finished_stops_neither_the_others_nor_maintenance() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    let tables = Tables::open(&state.join("tables")).unwrap();
+    let mut queries = tables.open_one(Name::Queries).await.unwrap();
+    queries.append(&[batch_of_any(&schema::QUERIES, &[nth(1), nth(3)]).unwrap()], &[]).await.unwrap();
+    // Two plans as a killed erasure leaves them; the first can never be carried out.
+    let erasures = state.join("erasures");
+    receipt(erase(folder.path(), &["--request-id", "req-99", "--json"]));
+    let done = receipt_file(&state);
+    for (id, subject) in [("0001", json!({ "where": "1 / 0 = 1" })), ("0002", json!({ "requests": ["req-3"] }))] {
+        let mut begun = done.clone();
+        (begun["id"], begun["complete"]) = (json!(id), json!(false));
+        let plan = json!({ "subject": subject, "prompts": [], "records": [], "receipt": begun });
+        std::fs::write(erasures.join(format!("{id}.plan")), plan.to_string()).unwrap();
+    }
+    let lock = std::fs::File::options().write(true).open(erasures.join("lock")).unwrap();
+    lock.lock().unwrap();
+    erase(folder.path(), &["--request-id", "req-1"]).refused(&["another erasure is running"]);
+    let maintain = || taod_in(folder.path(), &["table", "maintain", "--json"], &ENVIRONMENT);
+    maintain().code(0);
+    assert!(erasures.join("0002.plan").exists(), "what another process works on is left to it");
+    drop(lock);
+    let failed = maintain();
+    let reports: Vec<Value> = serde_json::from_str(&failed.code(1).out).unwrap();
+    assert!(reports.iter().any(|report| report["table"] == "queries"), "{reports:?}");
+    assert!(erasures.join("0001.plan").exists() && !erasures.join("0002.plan").exists());
+    let rows: Vec<Value> = tables.open_one(Name::Queries).await.unwrap().rows(None).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row["request_id"].as_str().unwrap()).collect::<Vec<_>>(), ["req-1"]);
+    erase(folder.path(), &["--resume"]).refused(&["0001.plan", "remove that file"]);
 }

@@ -1,7 +1,7 @@
 //! Tables in Azure's blobs, as Azurite keeps them: Microsoft's own stand-in, which checks signatures and conditions.
 //!
-//! Google's store has no case here: no emulator that a package registry has takes Google's conditional creates
-//! (`docs/tables.md` has what was asked and answered).
+//! Google's store has no case here: none of its emulators that were tried can hold a table (`docs/tables.md` has what was
+//! asked and answered).
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};

@@ -5,8 +5,8 @@ use clap::Args;
 use super::{Exit, Global};
 use crate::cli::lines::Output;
 use crate::cli::runtime;
-use crate::daemon::maintenance;
-use crate::erasure::Erasure;
+use crate::daemon::maintenance::{self, Maintained};
+use crate::erasure::{EraseError, Erasure};
 use crate::round::{Paths, child};
 use crate::table::maintain;
 
@@ -28,11 +28,11 @@ pub(super) fn run(global: &Global, args: &Maintain) -> anyhow::Result<Exit> {
     let done = runtime()?.block_on(maintenance::in_child(global.config.as_deref()))?;
     let mut out = Output::stdout();
     match args.json {
-        true => out.line(&done)?,
-        false => done.iter().try_for_each(|report| out.text(&report.to_string()))?,
+        true => out.line(&done.reports)?,
+        false => done.reports.iter().try_for_each(|report| out.text(&report.to_string()))?,
     }
     out.flush()?;
-    Ok(if done.iter().any(maintain::Report::failed) { Exit::Failed } else { Exit::Done })
+    Ok(if done.failed() { Exit::Failed } else { Exit::Done })
 }
 
 pub(in crate::cli) fn run_worker(global: &Global, _: &Worker) -> anyhow::Result<Exit> {
@@ -42,9 +42,19 @@ pub(in crate::cli) fn run_worker(global: &Global, _: &Worker) -> anyhow::Result<
     let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
     let erasure = Erasure { tables: tables.clone(), paths, user_key: config.ingest.user_key()? };
     let done = runtime()?.block_on(async {
-        erasure.resume().await?;
-        anyhow::Ok(maintain::all(&tables, &config.maintenance).await)
-    })?;
+        let erasure = match erasure.resume().await {
+            Ok(_) => None,
+            Err(error @ EraseError::Busy { .. }) => {
+                tracing::info!(%error, "interrupted erasures are left to the one that runs");
+                None
+            }
+            Err(error) => {
+                tracing::error!(%error, "an interrupted erasure could not be finished; the tables are maintained all the same");
+                Some(error.to_string())
+            }
+        };
+        Maintained { erasure, reports: maintain::all(&tables, &config.maintenance).await }
+    });
     let mut out = Output::stdout();
     out.line(&done)?;
     out.flush()?;

@@ -9,8 +9,8 @@ use super::{Exit, Global};
 use crate::cli::lines::Output;
 use crate::cli::{Usage, runtime};
 use crate::config::Config;
-use crate::query_log::TopicPartition;
-use crate::query_log::kafka::{Connection, Extent};
+use crate::query_log::kafka::{Connection, Extent, Settings, Topic};
+use crate::query_log::{SourceError, TopicPartition};
 use crate::table::{Name, Table, TxnStep};
 
 /// What can be done with the offsets.
@@ -60,7 +60,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
                 true => {
                     out.line(&json!({ "topic": config.ingest.kafka.topic, "partitions": offsets, "kafka": trouble }))?
                 }
-                false => out.text(&table_of(&offsets, trouble.as_deref()))?,
+                false => out.text(&table_of(&config.ingest.kafka.topic, &offsets, trouble.as_deref()))?,
             }
         }
         Command::Set(args) => out.text(&runtime()?.block_on(set(&config, args))?)?,
@@ -80,27 +80,44 @@ struct Offsets {
     high: Option<i64>,
     /// Records that Kafka no longer holds although they are not stored.
     lost: i64,
+    /// True where the topic has another id than the one whose offsets are stored.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    made_anew: bool,
 }
 
 /// How many partitions are looked for in the table where Kafka cannot be asked.
 const BLIND: i32 = 64;
 
+/// Asks Kafka which topics there are and what it holds of them.
+async fn ask(kafka: &Settings) -> anyhow::Result<Result<Vec<Topic>, SourceError>> {
+    let kafka = kafka.clone();
+    Ok(tokio::task::spawn_blocking(move || Connection::open(&kafka).map(|c| c.topics().to_vec())).await?)
+}
+
 async fn show(config: &Config) -> anyhow::Result<(Vec<Offsets>, Option<String>)> {
-    let kafka = config.ingest.kafka.clone();
-    let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka).map(|c| c.topics().to_vec())).await?;
-    let (extents, trouble): (Vec<Extent>, _) = match connection {
-        Ok(topics) => (topics.into_iter().flat_map(|topic| topic.extents).collect(), None),
+    let kafka = &config.ingest.kafka;
+    let (topics, trouble) = match ask(kafka).await? {
+        Ok(topics) => (topics, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     let mut table = queries(config).await?;
+    let ids: Vec<String> = topics.iter().map(|topic| kafka.topic_id(&topic.name)).collect();
+    let stored_ids = table.txns(&ids).await?;
+    let anew =
+        topics.iter().zip(stored_ids).filter(|(topic, stored)| topic.id.zip(*stored).is_some_and(|(a, b)| a != b));
+    let anew: Vec<&str> = anew.map(|(topic, _)| topic.name.as_str()).collect();
+    let extents: Vec<&Extent> = topics.iter().flat_map(|topic| &topic.extents).collect();
     let places: Vec<TopicPartition> = match trouble {
         None => extents.iter().map(|extent| extent.place.clone()).collect(),
-        Some(_) => (0..BLIND).map(|partition| TopicPartition::new(&config.ingest.kafka.topic, partition)).collect(),
+        Some(_) => (0..BLIND).map(|partition| TopicPartition::new(&kafka.topic, partition)).collect(),
     };
-    let ids: Vec<String> = places.iter().map(|place| config.ingest.kafka.app_id(place)).collect();
+    let ids: Vec<String> = places.iter().map(|place| kafka.app_id(place)).collect();
     let stored = table.txns(&ids).await?;
-    let extent = |place: &TopicPartition| extents.iter().find(|extent| extent.place == *place);
-    let rows = places.iter().zip(stored).map(|(place, stored)| offsets(place, stored, extent(place)));
+    let extent = |place: &TopicPartition| extents.iter().find(|extent| extent.place == *place).copied();
+    let rows = places.iter().zip(stored).map(|(place, stored)| {
+        let made_anew = anew.contains(&&*place.topic);
+        Offsets { made_anew, ..offsets(place, stored, extent(place)) }
+    });
     Ok((rows.filter(|row| row.stored.is_some() || row.high.is_some()).collect(), trouble))
 }
 
@@ -114,16 +131,22 @@ fn offsets(place: &TopicPartition, stored: Option<i64>, extent: Option<&Extent>)
         low: extent.map(|e| e.low),
         high: extent.map(|e| e.high),
         lost,
+        made_anew: false,
     }
 }
 
-fn table_of(offsets: &[Offsets], trouble: Option<&str>) -> String {
+fn table_of(configured: &str, offsets: &[Offsets], trouble: Option<&str>) -> String {
     let number = |value: Option<i64>| value.map_or("-".to_owned(), |value| value.to_string());
     let mut text = format!("{:>9} {:>14} {:>14} {:>14}  topic\n", "partition", "stored", "oldest", "next");
     for row in offsets {
-        let Offsets { topic, partition, stored, low, high, lost } = row;
+        let Offsets { topic, partition, stored, low, high, lost, made_anew } = row;
+        // Under an expression the remedy must say which topic it is for.
+        let named = if topic == configured { String::new() } else { format!(" --topic {topic}") };
         let remark = match (stored.zip(*high), lost) {
-            (_, 1..) => format!("{lost} records are gone: set {partition} {} --accept-loss", low.unwrap_or_default()),
+            _ if *made_anew => "the topic was made anew: see new-generation".to_owned(),
+            (_, 1..) => {
+                format!("{lost} records are gone: set {partition} {} --accept-loss{named}", low.unwrap_or_default())
+            }
             (Some((stored, high)), _) if stored > high => "the topic was made anew: see new-generation".to_owned(),
             _ => String::new(),
         };
@@ -160,6 +183,10 @@ async fn set(config: &Config, args: &Set) -> anyhow::Result<String> {
         ))
         .into());
     }
+    let unchecked = match ask(kafka).await? {
+        Ok(topics) => check_there(&topics, topic, args).map(|()| String::new())?,
+        Err(error) => format!("kafka could not be asked whether it comes to this offset at all: {error}\n"),
+    };
     let note = json!({
         "action": "accept-loss", "topic": topic, "partition": args.partition, "from": stored, "to": args.offset,
     });
@@ -168,9 +195,28 @@ async fn set(config: &Config, args: &Set) -> anyhow::Result<String> {
     tracing::warn!(topic, partition = args.partition, from, to = args.offset, "records were given up");
     Ok(format!(
         "topic {}, partition {}: the next offset is {} (was {from}), since version {version}; the records between are \
-         given up\n",
+         given up\n{unchecked}",
         topic, args.partition, args.offset
     ))
+}
+
+/// Refuses an offset that Kafka has not come to: records that are still to be logged would be given up.
+fn check_there(topics: &[Topic], topic: &str, args: &Set) -> anyhow::Result<()> {
+    let Set { partition, offset, .. } = args;
+    let place = TopicPartition::new(topic, *partition);
+    let extent = topics.iter().flat_map(|topic| &topic.extents).find(|extent| extent.place == place);
+    match extent.map(|extent| extent.high) {
+        Some(high) if *offset <= high => Ok(()),
+        Some(high) => Err(Usage(format!(
+            "kafka's next offset of topic {topic}, partition {partition} is {high}: {offset} would give up records that \
+             are still to come; choose {high} or less"
+        ))
+        .into()),
+        None => Err(Usage(format!(
+            "kafka holds no partition {partition} of topic {topic}: see `taod table offsets show`"
+        ))
+        .into()),
+    }
 }
 
 fn new_generation(config: &Config) -> String {
@@ -178,8 +224,9 @@ fn new_generation(config: &Config) -> String {
     format!(
         "To read topic {} anew, set in the config and start taod again:\n\n\
          [ingest.kafka]\ngeneration = {}\nstart = \"earliest\"  # or \"latest\": only what is logged from now on\n\n\
-         Offsets of generation {} stay in the table, unused. Rows already stored are stored again where Kafka still holds \
-         their records; where the topic was made anew, the new records have coordinates of old rows.\n",
+         Offsets of generation {} stay in the table, unused. This is for a topic that was made anew; its records have \
+         coordinates of old rows. Of every other topic and partition the rows already stored are stored again where Kafka \
+         still holds their records: where only some records are lost, go on without them by `taod table offsets set`.\n",
         kafka.topic,
         kafka.generation + 1,
         kafka.generation

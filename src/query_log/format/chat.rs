@@ -120,7 +120,7 @@ fn written(text: String) -> Answer {
     // A stream that breaks off in its first event.
     let looks_like_event = text.trim_start().strip_prefix("data:").is_some_and(is_body);
     match super::parse(text.trim().as_bytes()) {
-        Ok(Value::Object(map)) if ["choices", "error", "output"].iter().any(|name| map.contains_key(*name)) => {
+        Ok(Value::Object(map)) if ["choices", "error", "output"].iter().any(|name| map.contains_key(name)) => {
             body_of(Fields::new(map))
         }
         Ok(Value::Array(chunks)) if stream::are_chunks(&chunks) => streamed(stream::join(chunks)),

@@ -130,7 +130,7 @@ fn headers(side: &mut Fields) -> Map {
     let Some(Value::Array(mut list)) = side.take("headers") else { return Map::new() };
     let mut headers = Map::new();
     list.retain(|header| {
-        let value = ["value", "raw_value"].iter().find_map(|name| header.get(*name));
+        let value = ["value", "raw_value"].iter().find_map(|name| header.get(name));
         let Some((name, value)) = header.get("key").and_then(Value::as_str).zip(value) else { return true };
         let name = name.to_ascii_lowercase();
         match headers.get_mut(&name) {

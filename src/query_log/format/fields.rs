@@ -66,7 +66,7 @@ impl Fields {
     /// Takes the first of several names of one thing that `read` understands.
     fn take_as<T>(&mut self, names: &[&str], read: impl Fn(&Value) -> Option<T>) -> Option<T> {
         names.iter().find_map(|name| {
-            let value = self.0.get_mut(*name)?;
+            let value = self.0.get_mut(name)?;
             let found = read(value)?;
             *value = Value::Null;
             Some(found)
@@ -76,7 +76,7 @@ impl Fields {
     /// Takes a text that is not blank; a number is taken as its digits.
     pub(super) fn text(&mut self, names: &[&str]) -> Option<String> {
         names.iter().find_map(|name| {
-            let value = self.0.get_mut(*name)?;
+            let value = self.0.get_mut(name)?;
             let found = match value {
                 Value::String(text) if !text.trim().is_empty() => std::mem::take(text),
                 Value::Number(number) => number.to_string(),

@@ -19,7 +19,7 @@ const PROXIES: [&str; 3] = ["proxy", "ai-proxy", "ai-proxy-advanced"];
 pub(super) fn is_kong(fields: &Fields) -> bool {
     let Some(ai) = fields.get("ai").and_then(Value::as_object) else { return false };
     let is_flat = ai.contains_key("meta") && ai.contains_key("usage");
-    is_flat || PROXIES.iter().any(|name| ai.get(*name).is_some_and(Value::is_object))
+    is_flat || PROXIES.iter().any(|name| ai.get(name).is_some_and(Value::is_object))
 }
 
 /// Reads one entry.

@@ -92,7 +92,7 @@ fn is_open(map: &Map) -> bool {
     let wrappers = ["resourceSpans", "scopeSpans", "spans", "resourceLogs", "scopeLogs", "logRecords"];
     let is_pair = map.len() == 2 && map.contains_key("key") && map.contains_key("value");
     let is_any = map.len() == 1 && map.keys().all(|name| name.ends_with("Value") || name == "values");
-    !is_pair && !is_any && !wrappers.iter().any(|name| map.contains_key(*name))
+    !is_pair && !is_any && !wrappers.iter().any(|name| map.contains_key(name))
 }
 
 #[test]

@@ -12,6 +12,7 @@ use rdkafka::types::RDKafkaRespErr;
 use tokio::sync::mpsc;
 
 use super::refusal::Refusal;
+use super::topic_ids::Ids;
 use super::{CHUNKS_WAITING, Consumer, Context, Settings, poll, topic_ids};
 use crate::query_log::{Event, SourceError, TopicPartition};
 
@@ -43,6 +44,7 @@ pub struct Connection {
     client: Arc<BaseConsumer<Context>>,
     events: mpsc::Receiver<Event>,
     topics: Vec<Topic>,
+    ids: Ids,
 }
 
 impl Connection {
@@ -52,10 +54,10 @@ impl Connection {
         let context = Context { settings: settings.clone(), events: sender, shared: Mutex::default() };
         let client: BaseConsumer<Context> =
             settings.client()?.create_with_context(context).map_err(|e| refused(settings, e))?;
-        let topics = look(settings, &client)?;
+        let (topics, ids) = look(settings, &client)?;
         // A broker that only stands in the list and is not needed may refuse what it likes.
         hear(&client);
-        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, topics })
+        Ok(Connection { settings: settings.clone(), client: Arc::new(client), events, topics, ids })
     }
 
     /// Returns the topics to be read, and what Kafka held of each partition when the connection was made.
@@ -63,24 +65,25 @@ impl Connection {
         &self.topics
     }
 
-    /// Joins the group and begins to read.
+    /// Joins the group and begins to read. Called, as everything that may drop a connection, where blocking is allowed.
     pub fn subscribe(self) -> Result<Consumer, SourceError> {
-        let topic = self.settings.topic.clone();
+        let topic = self.settings.subscription();
         let fail = |cause: String| SourceError::Consume { topic: self.settings.topic.clone(), cause };
         self.client.subscribe(&[&topic]).map_err(|e| fail(e.to_string()))?;
-        let client = Arc::clone(&self.client);
-        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client));
+        let (client, ids) = (Arc::clone(&self.client), self.ids);
+        let thread = thread::Builder::new().name("kafka".into()).spawn(move || poll(&client, ids));
         let thread = thread.map_err(|e| fail(e.to_string()))?;
         Ok(Consumer { client: self.client, events: self.events, thread })
     }
 }
 
 /// Asks for the topics, their ids and the extent of their partitions.
-fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Topic>, SourceError> {
+fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<(Vec<Topic>, Ids), SourceError> {
     let no_topic = || SourceError::NoTopic { topic: settings.topic.clone(), brokers: settings.brokers.clone() };
     let one = (!settings.is_pattern()).then_some(settings.topic.as_str());
     let metadata = persist(settings, client, |patience| client.fetch_metadata(one, patience))?;
-    let found: Vec<&MetadataTopic> = metadata.topics().iter().filter(|t| settings.reads(t.name())).collect();
+    let reads = settings.chooser();
+    let found: Vec<&MetadataTopic> = metadata.topics().iter().filter(|t| reads(t.name())).collect();
     if found.is_empty() {
         return Err(no_topic());
     }
@@ -103,25 +106,23 @@ fn look(settings: &Settings, client: &BaseConsumer<Context>) -> Result<Vec<Topic
             Ok(Extent { place: TopicPartition::new(name, partition), low, high })
         };
         let extents = topic.partitions().iter().map(|partition| extent(partition.id()));
-        Ok(Topic { name: name.to_owned(), id: ids.get(name).copied(), extents: extents.collect::<Result<_, _>>()? })
+        Ok(Topic { name: name.to_owned(), id: ids.of.get(name).copied(), extents: extents.collect::<Result<_, _>>()? })
     };
-    found.iter().map(topic).collect()
+    let topics: Vec<Topic> = found.iter().map(topic).collect::<Result<_, _>>()?;
+    Ok((topics, ids))
 }
 
 /// Asks for the ids of topics. A broker that does not tell them is no reason not to read.
-fn ids(
-    settings: &Settings,
-    client: &BaseConsumer<Context>,
-    metadata: &Metadata,
-    topics: &[&MetadataTopic],
-) -> BTreeMap<String, i64> {
+fn ids(settings: &Settings, client: &BaseConsumer<Context>, metadata: &Metadata, topics: &[&MetadataTopic]) -> Ids {
     let names: Vec<&str> = topics.iter().map(|topic| topic.name()).collect();
-    let broker = metadata.brokers().first().map_or(-1, MetadataBroker::id);
+    let brokers: Vec<i32> = metadata.brokers().iter().map(MetadataBroker::id).collect();
     let patience = Duration::from_secs(settings.connect_timeout_s);
-    topic_ids::ask(client.client().native_ptr(), broker, &names, patience).unwrap_or_else(|why| {
+    let of = topic_ids::ask(client.client(), brokers.first().copied().unwrap_or(-1), &names, patience);
+    let of = of.unwrap_or_else(|why| {
         tracing::warn!(why, "the ids of topics are unknown: a topic that is made anew is told by its offsets alone");
         BTreeMap::new()
-    })
+    });
+    Ids { of, brokers }
 }
 
 /// Asks until there is an answer, the time is up, or a broker has said that it never will give one. The client would ask

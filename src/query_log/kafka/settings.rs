@@ -104,6 +104,13 @@ impl Settings {
         if let Some(Err(error)) = self.pattern() {
             return Err(format!("topic is {:?}, which is no regular expression: {error}", self.topic));
         }
+        if let Some(part) = self.is_pattern().then(|| unlike(&self.topic)).flatten() {
+            return Err(format!(
+                "topic is {:?}, of which taod, kafka's client and its brokers do not read {part:?} alike: write it as a \
+                 POSIX extended expression, such as [0-9] for \\d and (a|b) for (?:a|b)",
+                self.topic
+            ));
+        }
         in_range("fetch_mib", u64::from(self.fetch_mib), 1, 2048)?;
         in_range("connect_timeout_s", self.connect_timeout_s, 1, 300)?;
         in_range("rebalance_timeout_s", self.rebalance_timeout_s, 1, 240)?;
@@ -182,10 +189,25 @@ impl Settings {
 
     /// Returns true for a topic that is read.
     pub fn reads(&self, topic: &str) -> bool {
-        match self.pattern() {
+        self.chooser()(topic)
+    }
+
+    /// Returns what is true for topics that are read. For many of them: an expression is compiled once.
+    pub fn chooser(&self) -> impl Fn(&str) -> bool {
+        let pattern = self.pattern();
+        move |topic| match &pattern {
             None => topic == self.topic,
             // Kafka's own topics are nobody's log.
-            Some(pattern) => !topic.starts_with("__") && pattern.is_ok_and(|pattern| pattern.is_match(topic)),
+            Some(Ok(pattern)) => !topic.starts_with("__") && pattern.is_match(topic),
+            Some(Err(_)) => false,
+        }
+    }
+
+    /// Returns what is subscribed to. The client looks for an expression in a name, a broker (KIP-848) compares whole names.
+    pub(super) fn subscription(&self) -> String {
+        match self.is_pattern() && !self.is_classic() {
+            true => format!("^.*({}).*", self.topic),
+            false => self.topic.clone(),
         }
     }
 
@@ -240,6 +262,11 @@ impl Settings {
             .set("auto.offset.reset", "error")
             .set("enable.partition.eof", "true")
             .set("queued.max.messages.kbytes", (u64::from(self.fetch_mib) << 10).to_string());
+        if self.is_pattern() {
+            // Whatever the expression: Kafka's own topics are nobody's log.
+            let more = self.properties.get("topic.blacklist").map_or(String::new(), |own| format!("{own},"));
+            config.set("topic.blacklist", format!("{more}^__"));
+        }
         Ok(config)
     }
 }
@@ -249,6 +276,20 @@ fn in_range(key: &str, value: u64, low: u64, high: u64) -> Result<(), String> {
         true => Ok(()),
         false => Err(format!("{key} is {value}: choose {low} to {high}")),
     }
+}
+
+/// Returns what the three readers of an expression do not read alike: Rust's, POSIX's in the client and RE2's in a broker.
+fn unlike(expression: &str) -> Option<String> {
+    let pairs = expression.chars().zip(expression.chars().skip(1));
+    let mut escaped = false;
+    for (first, second) in pairs {
+        let escapes = first == '\\' && !escaped;
+        if (escapes && second.is_alphanumeric()) || (first == '(' && second == '?' && !escaped) {
+            return Some([first, second].iter().collect());
+        }
+        escaped = escapes;
+    }
+    None
 }
 
 fn is_secret(key: &str) -> bool {
@@ -342,7 +383,30 @@ mod tests {
         assert!(reads("llm", "llm") && !reads("llm", "llm-2"));
         assert!(reads("^llm", "llm-2") && !reads("^llm", "my-llm") && !reads("^.*", "__consumer_offsets"));
         settings("^llm-(a|b)$").validate().unwrap();
+        for (topic, part) in [("^llm-\\d", "\\d"), ("^(?:a|b)", "(?"), ("^(?i)a", "(?"), ("^a\\\\\\w", "\\w")] {
+            let refusal = settings(topic).validate().unwrap_err();
+            assert!(refusal.contains(&format!("do not read {part:?} alike")), "{refusal}");
+        }
+        for topic in ["^llm\\.a", "^a\\\\d", "^\\(?"] {
+            settings(topic).validate().unwrap();
+        }
         assert!(settings("^(").validate().unwrap_err().contains("topic is \"^(\""));
+    }
+
+    #[test]
+    fn an_expression_finds_the_same_topics_under_both_group_protocols() {
+        let settings = |properties: &[(&str, &str)]| Settings { topic: "^llm-|^chat".into(), ..with(properties) };
+        let classic = settings(&[("topic.blacklist", "^llm-x")]);
+        assert_eq!(classic.subscription(), "^llm-|^chat");
+        assert_eq!(classic.client().unwrap().get("topic.blacklist"), Some("^llm-x,^__"));
+        let new = settings(&[("group.protocol", "consumer")]);
+        // A broker compares whole names.
+        let whole = Regex::new(&format!("^(?:{})$", new.subscription())).unwrap();
+        for topic in ["llm-a", "chat", "chat-2", "my-llm-a", "ll"] {
+            assert_eq!(whole.is_match(topic), new.reads(topic), "{topic}");
+        }
+        assert_eq!(Settings::default().client().unwrap().get("topic.blacklist"), None);
+        assert_eq!(with(&[("group.protocol", "consumer")]).subscription(), Settings::default().topic);
     }
 
     #[test]

@@ -6,8 +6,38 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::time::Duration;
 
+use rdkafka::ClientContext;
 use rdkafka::bindings as rd;
-use rdkafka::types::RDKafka;
+use rdkafka::client::Client;
+
+/// The ids of the topics that are read, as they were when the connection was made, and the brokers that can be asked.
+#[derive(Debug, Default)]
+pub(super) struct Ids {
+    pub(super) of: BTreeMap<String, i64>,
+    pub(super) brokers: Vec<i32>,
+}
+
+impl Ids {
+    /// Returns a topic that has another id by now. A broker that does not answer is no sign of that.
+    pub(super) fn changed<C: ClientContext>(&mut self, client: &Client<C>, patience: Duration) -> Option<String> {
+        if self.of.is_empty() || self.brokers.is_empty() {
+            return None;
+        }
+        // Another one each time: one that is gone does not keep the others from being asked.
+        self.brokers.rotate_left(1);
+        let names: Vec<&str> = self.of.keys().map(String::as_str).collect();
+        match ask(client, self.brokers[0], &names, patience) {
+            Ok(now) => {
+                let other = self.of.iter().find(|(name, id)| now.get(*name).is_some_and(|now| now != *id));
+                other.map(|(name, _)| name.clone())
+            }
+            Err(why) => {
+                tracing::debug!(why, "the ids of topics were not told");
+                None
+            }
+        }
+    }
+}
 
 /// Frees what a call handed out, on every way out.
 struct Owned<T>(*mut T, unsafe extern "C" fn(*mut T));
@@ -23,17 +53,18 @@ impl<T> Drop for Owned<T> {
 /// Asks a broker for the ids of topics, as 63 bits of each. A topic that does not exist, or of a broker older than 2.8, has none.
 /// Blocks for at most `patience`.
 #[expect(unsafe_code, reason = "the rdkafka crate does not offer DescribeTopics")]
-pub(super) fn ask(
-    client: *mut RDKafka,
+pub(super) fn ask<C: ClientContext>(
+    client: &Client<C>,
     broker: i32,
     topics: &[&str],
     patience: Duration,
 ) -> Result<BTreeMap<String, i64>, String> {
+    let client = client.native_ptr();
     let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(*name).ok()).collect();
     let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
     let patience = c_int::try_from(patience.as_millis()).unwrap_or(c_int::MAX);
     let mut error = [0; 512];
-    // SAFETY: `client` is alive during this call. Every pointer that a call returns is checked where it may be null, used
+    // SAFETY: `client` is borrowed, so alive during this call. Every pointer that a call returns is checked where it may be null, used
     // while its owner lives, and freed by `Owned`; the names and the buffer outlive the calls that read and write them.
     unsafe {
         let operation = rd::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS;

@@ -133,7 +133,7 @@ pub(super) async fn one(
             return Ok(findings.list);
         }
     };
-    let whole = files::check(&table, &mut findings).await?;
+    let whole = files::check(&mut table, &mut findings).await?;
     let has_coordinates = ["topic", "partition", "offset", "record_index"].iter().all(|c| spec.column(c).is_some());
     // Rows are read from the files: where one is broken, that is what is to be said.
     if whole && has_coordinates {

@@ -134,13 +134,15 @@ async fn damage_to_the_log_is_found() {
 async fn statistics_that_are_not_true_are_found_and_wider_bounds_are_not() {
     let bench = Bench::new().await;
     bench.edit_stats(1, |stats| stats["minValues"]["offset"] = json!(-5));
+    // Spark cuts times to the millisecond, and reads its own bounds so.
+    bench.edit_stats(1, |stats| stats["maxValues"]["kafka_time"] = json!("2023-11-14T22:13:20.000Z"));
     assert_eq!(bench.faults().await, []);
     for edit in [
         (|stats: &mut Value| stats["numRecords"] = json!(3)) as fn(&mut Value),
         |stats| stats["minValues"]["offset"] = json!(1),
         |stats| stats["maxValues"]["offset"] = json!(0),
         |stats| stats["nullCount"]["kafka_time"] = json!(1),
-        |stats| stats["maxValues"]["kafka_time"] = json!("2023-11-14T22:13:20.000Z"),
+        |stats| stats["maxValues"]["kafka_time"] = json!("2023-11-14T22:13:19.999Z"),
         |stats| stats["maxValues"]["ingest_date"] = json!("2026-02-02"),
     ] {
         let bench = Bench::new().await;

@@ -4,10 +4,12 @@
 //! beside its appends every [`CHECKPOINT_EVERY`] commits, because `taod ingest` alone must stay quick to open as well;
 //! removing old entries lists the whole log and is left to maintenance.
 
+use chrono::{DateTime, Utc};
 use delta_kernel::Snapshot;
 use deltalake::DeltaTable;
-use deltalake::checkpoints::cleanup_metadata;
+use deltalake::checkpoints::cleanup_expired_logs_for;
 use deltalake::logstore::LogStoreRef;
+use deltalake::table::config::TablePropertiesExt as _;
 
 use crate::crash::{self, Point};
 use crate::table::{Table, TableError};
@@ -34,15 +36,18 @@ impl Table {
     /// Writes a checkpoint at this version and removes log entries past the table's retention.
     pub async fn maintain(&self) -> Result<(), TableError> {
         self.upkeep_now().run().await?;
-        self.clean().await.map(|_| ())
+        self.clean(self.store_now().await?).await.map(|_| ())
     }
 
-    /// Removes log entries past the table's retention that no checkpoint within it needs; returns how many.
-    pub(super) async fn clean(&self) -> Result<usize, TableError> {
+    /// Removes log entries past the table's retention that no checkpoint within it needs; returns how many. `now` is by
+    /// the store's clock, as the stamps of the entries are.
+    pub(super) async fn clean(&self, now: DateTime<Utc>) -> Result<usize, TableError> {
         let fail = |e| TableError::store("cannot clean the log of", self.name(), e);
         let mut table = DeltaTable::new(self.log.clone());
         table.load_version(self.version).await.map_err(fail)?;
-        cleanup_metadata(&table, None).await.map_err(fail)
+        let kept = table.snapshot().map_err(fail)?.table_config().log_retention_duration();
+        let before = now.timestamp_millis() - i64::try_from(kept.as_millis()).unwrap_or(i64::MAX);
+        cleanup_expired_logs_for(self.version, self.log.as_ref(), before, None).await.map_err(fail)
     }
 
     pub(super) fn upkeep_now(&self) -> Upkeep {

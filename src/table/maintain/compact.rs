@@ -18,31 +18,65 @@ use crate::table::{Table, TableError};
 
 /// Joins files below the target size, where enough of them are neighbours.
 pub(super) async fn run(table: &mut Table, settings: &Settings) -> Result<Option<Change>, TableError> {
-    let mut files = table.files().await?;
-    files.reverse();
-    let bins = bins(files, settings.target_bytes(), settings.compact_from_files);
+    let bins = due(table, settings).await?;
     if bins.is_empty() {
         return Ok(None);
     }
     refuse_foreign(table).await?;
     let mut change = Change::default();
     for bin in bins {
-        let add = join(table, &bin).await?;
         change.files += bin.len() as u64;
-        change.bytes += add.size;
-        let removes: Vec<Remove> = bin.into_iter().map(|ListedFile { path, size, .. }| Remove { path, size }).collect();
-        let adds = [add];
-        crash::point(Point::DuringCompaction);
-        let committed = table.commit_rewrite(Rewrite::Compaction, &removes, &adds).await;
-        crash::point(Point::DuringCompaction);
-        if let Err(error) = committed {
+        change.bytes += replace(table, bin).await?;
+    }
+    Ok(Some(change))
+}
+
+/// Returns what is to be joined at this version.
+pub(super) async fn due(table: &Table, settings: &Settings) -> Result<Vec<Vec<ListedFile>>, TableError> {
+    let mut files = table.files().await?;
+    files.reverse();
+    Ok(bins(files, settings.target_bytes(), settings.compact_from_files))
+}
+
+/// Joins one bin and commits; returns the bytes written. The commit of the bin before may have read past commits of others,
+/// and only the files of that bin were looked for in them: so these are looked for in the version that this one builds on.
+pub(super) async fn replace(table: &mut Table, bin: Vec<ListedFile>) -> Result<u64, TableError> {
+    require(table, &bin).await?;
+    table.refuse_odd_names(bin.iter().map(|file| file.path.as_str()))?;
+    let add = match join(table, &bin).await {
+        Ok(add) => add,
+        Err(error) => {
+            // A file that another writer replaced meanwhile may be gone from the store.
+            table.refresh().await?;
+            require(table, &bin).await?;
+            return Err(error);
+        }
+    };
+    let bytes = add.size;
+    let removes: Vec<Remove> = bin.into_iter().map(|ListedFile { path, size, .. }| Remove { path, size }).collect();
+    let adds = [add];
+    crash::point(Point::DuringCompaction);
+    let committed = table.commit_rewrite(Rewrite::Compaction, &removes, &adds).await;
+    crash::point(Point::DuringCompaction);
+    match committed {
+        Ok(_) => Ok(bytes),
+        Err(error) => {
             if matches!(error, TableError::Conflict { .. }) {
                 write::remove_files(&table.log, &adds).await;
             }
-            return Err(error);
+            Err(error)
         }
     }
-    Ok(Some(change))
+}
+
+/// Ends as a conflict unless the version at hand names every file of a bin, without a new deletion vector.
+async fn require(table: &Table, bin: &[ListedFile]) -> Result<(), TableError> {
+    let files = table.data_files().await?;
+    let stands = |file: &ListedFile| files.get(&file.path).is_some_and(|now| now.vector == file.vector);
+    match bin.iter().all(stands) {
+        true => Ok(()),
+        false => Err(TableError::Conflict { table: table.name().to_owned() }),
+    }
 }
 
 /// Returns runs of at least `least` neighbouring small files, each of about `target` bytes.

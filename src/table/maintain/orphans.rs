@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::sync::LazyLock;
 
-use chrono::{Duration, Utc};
+use chrono::{DateTime, Duration, Utc};
 use deltalake::Path;
 use deltalake::kernel::Snapshot;
 use deltalake::logstore::object_store::{ObjectMeta, ObjectStoreExt};
@@ -16,7 +16,7 @@ use regex::Regex;
 
 use super::Change;
 use crate::table::log_files::LogFiles;
-use crate::table::{Table, TableError, log};
+use crate::table::{Table, TableError, log, staged};
 
 /// Age from which on an upload without a commit is an orphan.
 const AGE_HOURS: i64 = 24;
@@ -25,15 +25,17 @@ const AGE_HOURS: i64 = 24;
 static OURS: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"^part-\d{5}-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-c\d{3}\.zstd\.parquet$").ok());
 
-/// Removes orphans.
-pub(super) async fn sweep(table: &Table) -> Result<Option<Change>, TableError> {
+/// Removes orphans; `now` is by the store's clock.
+pub(super) async fn sweep(table: &Table, now: DateTime<Utc>) -> Result<Option<Change>, TableError> {
     let fail = |e| TableError::store("cannot sweep", table.name(), e);
-    let old: Vec<ObjectMeta> = old_uploads(table).await.map_err(fail)?;
+    let before = now - Duration::hours(AGE_HOURS);
+    let staged = staged::remove(table, before).await?;
+    let mut change = Change { files: staged.files, bytes: staged.bytes };
+    let old: Vec<ObjectMeta> = old_uploads(table, before).await.map_err(fail)?;
     if old.is_empty() {
-        return Ok(None);
+        return Ok((change.files > 0).then_some(change));
     }
     let named = named(table).await?;
-    let mut change = Change::default();
     for file in old.iter().filter(|file| !named.contains(file.location.as_ref())) {
         table.log.object_store(None).delete(&file.location).await.map_err(fail)?;
         tracing::info!(table = table.name(), file = %file.location, "an upload without a commit was removed");
@@ -43,8 +45,10 @@ pub(super) async fn sweep(table: &Table) -> Result<Option<Change>, TableError> {
     Ok((change.files > 0).then_some(change))
 }
 
-async fn old_uploads(table: &Table) -> deltalake::logstore::object_store::Result<Vec<ObjectMeta>> {
-    let before = Utc::now() - Duration::hours(AGE_HOURS);
+async fn old_uploads(
+    table: &Table,
+    before: DateTime<Utc>,
+) -> deltalake::logstore::object_store::Result<Vec<ObjectMeta>> {
     let store = table.log.object_store(None);
     let listed = store.list_with_delimiter(None).await?;
     let is_ours = |path: &Path| OURS.as_ref().is_some_and(|ours| ours.is_match(path.as_ref()));

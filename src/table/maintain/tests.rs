@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::table::{TxnStep, batch_of_any, schema};
+use crate::table::{Hunt, Selection, TxnStep, batch_of_any, schema};
 
 fn letter(offset: i64) -> Value {
     json!({ "topic": "t", "partition": 0, "offset": offset, "record_index": 0, "ingest_date": "2026-02-03",
@@ -135,6 +135,65 @@ async fn replaced_files_go_when_they_are_old_and_orphans_when_nothing_names_them
     assert_eq!(vacuum::run(&table, 0).await.unwrap().unwrap().files, 6);
     let table = tables.open_one(Name::DeadLetters).await.unwrap();
     assert_eq!((data_files(folder.path()), table.count().await.unwrap()), (1 + 2, 6));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_went_while_another_bin_was_committed_is_a_conflict() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ours = table(folder.path(), 8).await;
+    let tables = Tables::open(folder.path()).unwrap();
+    let mut bins = compact::due(&ours, &settings()).await.unwrap();
+    // Two bins of four neighbours each.
+    let mut first = bins.pop().unwrap();
+    let second = first.split_off(4);
+    assert!(bins.is_empty() && second.len() == 4);
+    let mut theirs = tables.open_one(Name::DeadLetters).await.unwrap();
+    let selection = Selection::Records([("t".to_owned(), 0, 6)].into());
+    let mut hunt = Hunt::begin(&mut theirs, &selection, &[]).await.unwrap();
+    let found = hunt.next().await.unwrap().unwrap();
+    assert!(hunt.take(found).await.unwrap().version.is_some());
+    compact::replace(&mut ours, first).await.unwrap();
+    let error = compact::replace(&mut ours, second).await.unwrap_err();
+    assert!(matches!(error, TableError::Conflict { .. }), "{error}");
+    assert_eq!(tables.open_one(Name::DeadLetters).await.unwrap().count().await.unwrap(), 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_was_swept_is_a_conflict_and_one_that_is_lost_a_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ours = table(folder.path(), 4).await;
+    let bin = compact::due(&ours, &settings()).await.unwrap().remove(0);
+    let mut theirs = Tables::open(folder.path()).unwrap().open_one(Name::DeadLetters).await.unwrap();
+    std::fs::remove_file(folder.path().join("dead_letters").join(&bin[1].path)).unwrap();
+    let error = compact::replace(&mut ours, bin.clone()).await.unwrap_err();
+    assert!(matches!(error, TableError::Store { .. }), "{error}");
+    let removes = [crate::table::log::Remove { path: bin[1].path.clone(), size: bin[1].size }];
+    theirs.commit_rewrite(crate::table::log::Rewrite::Erasure, &removes, &[]).await.unwrap();
+    let error = compact::replace(&mut ours, bin).await.unwrap_err();
+    assert!(matches!(error, TableError::Conflict { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn by_the_stores_clock_young_log_entries_and_uploads_stay_however_far_ours_runs_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = table(folder.path(), 5).await;
+    table.upkeep_now().run().await.unwrap();
+    let staged = folder.path().join("dead_letters/part-00000-0-c000.zstd.parquet#17");
+    std::fs::write(&staged, "half").unwrap();
+    let now = table.store_now().await.unwrap();
+    assert!((chrono::Utc::now() - now).num_seconds() < 60);
+    let left = std::fs::read_dir(folder.path().join("dead_letters")).unwrap().flatten();
+    assert!(left.filter(|e| e.file_name().to_string_lossy().contains("clock")).count() == 0);
+    assert_eq!(table.clean(now).await.unwrap(), 0);
+    assert!(orphans::sweep(&table, now).await.unwrap().is_none() && staged.exists());
+    let ahead = now + chrono::Duration::days(3);
+    vacuum::refuse_clock_ahead(&table, now).await.unwrap();
+    let error = vacuum::refuse_clock_ahead(&table, ahead).await.unwrap_err().to_string();
+    assert!(error.contains("ahead of the store's"), "{error}");
+    // What the store's own time makes old does go.
+    assert_eq!(orphans::sweep(&table, ahead).await.unwrap().unwrap().files, 1);
+    assert!(!staged.exists());
+    assert_eq!(table.clean(ahead).await.unwrap(), 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]

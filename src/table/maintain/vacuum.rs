@@ -3,6 +3,7 @@
 //! Lite: only files with a tombstone in the log, which a checkpoint drops after the table's own retention (48 h). So the
 //! age used here is smaller, and maintenance runs several times within the difference.
 
+use chrono::{DateTime, Utc};
 use deltalake::DeltaTable;
 use deltalake::operations::vacuum::VacuumMode;
 
@@ -23,6 +24,20 @@ pub(super) async fn run(table: &Table, hours: u64) -> Result<Option<Change>, Tab
     if plan.files_deleted.is_empty() {
         return Ok(None);
     }
+    refuse_clock_ahead(table, Utc::now()).await?;
     let (_, removed) = vacuum(source).await.map_err(fail)?;
     Ok(Some(Change { files: removed.files_deleted.len() as u64, bytes: 0 }))
+}
+
+/// Refuses to vacuum by a clock that runs ahead: the ages of tombstones and the removal of log entries that follows are
+/// deltalake's, and it knows no time but ours.
+pub(super) async fn refuse_clock_ahead(table: &Table, ours: DateTime<Utc>) -> Result<(), TableError> {
+    let ahead = ours - table.store_now().await?;
+    match ahead > chrono::Duration::hours(1) {
+        true => {
+            let why = format!("the clock is {} h ahead of the store's; set it right", ahead.num_hours());
+            Err(TableError::Refused { table: table.name().to_owned(), why })
+        }
+        false => Ok(()),
+    }
 }

@@ -72,7 +72,7 @@ impl Shared {
         let size: usize = whole.iter().map(|(name, value)| name.len() + length(value)).sum();
         let brief = (size > large).then(|| {
             let (names, mut left) = (["workload", "service.name", "tenant.id", "tenant"], large / 2);
-            let named = names.iter().filter_map(|name| whole.get_key_value(*name));
+            let named = names.iter().filter_map(|name| whole.get_key_value(name));
             let small = named.chain(&whole).filter(|(name, value)| name.len() <= SMALL && length(value) <= SMALL);
             let fits = |(name, value): &(&Name, &Value)| {
                 let rest = left.checked_sub(name.len() + length(value));
@@ -101,7 +101,7 @@ impl Shared {
 
 /// Returns true where a JSON object is an OTLP batch of spans or logs.
 pub(super) fn is_batch(fields: &Map) -> bool {
-    ["resourceSpans", "resourceLogs"].iter().any(|name| fields.get(*name).is_some_and(Value::is_array))
+    ["resourceSpans", "resourceLogs"].iter().any(|name| fields.get(name).is_some_and(Value::is_array))
 }
 
 /// Reads a JSON batch. Lists that are none, and entries that are no objects, hold nothing.
