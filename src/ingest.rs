@@ -294,10 +294,16 @@ async fn session(
     let kafka = settings.kafka.clone();
     let connection = tokio::task::spawn_blocking(move || Connection::open(&kafka));
     let connection = connection.await.map_err(|e| IngestError::Task(e.to_string()))??;
-    let ledger = begin(settings, tables, reader, &connection).await;
+    // Nothing is held yet: a stop does not wait for a store that does not answer.
+    let begun = tokio::select! {
+        biased;
+        () = told_to_stop(shutdown) => None,
+        ledger = begin(settings, tables, reader, &connection) => Some(ledger),
+    };
     // Dropped, a connection waits for its client: never on an async thread.
-    let joined = tokio::task::spawn_blocking(move || Ok::<_, IngestError>((ledger?, connection.subscribe()?)));
-    let (ledger, source) = joined.await.map_err(|e| IngestError::Task(e.to_string()))??;
+    let join = move || begun.map(|ledger| Ok::<_, IngestError>((ledger?, connection.subscribe()?))).transpose();
+    let joined = tokio::task::spawn_blocking(join).await.map_err(|e| IngestError::Task(e.to_string()))??;
+    let Some((ledger, source)) = joined else { return Ok(()) };
     let mut session =
         Session { settings, counters: Arc::clone(counters), mode, source, ledger, opened: None, upkeep: None };
     let ended = session.run(shutdown).await;

@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 
 use super::lines::Output;
-use super::{Exit, Global, runtime};
+use super::{Exit, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{load_model, promotion};
 use crate::registry::{Listed, Registry};
@@ -118,10 +118,10 @@ fn change(
     config: &Config,
     change: impl AsyncFnOnce(&crate::engine::Model) -> anyhow::Result<promotion::Promoted>,
 ) -> anyhow::Result<promotion::Promoted> {
-    runtime()?.block_on(async {
+    block_on(async {
         let model = load_model(config).await?;
         change(&model).await
-    })
+    })?
 }
 
 fn list(versions: &[Listed]) -> String {

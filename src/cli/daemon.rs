@@ -6,7 +6,7 @@ use anyhow::ensure;
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, Screen, runtime, signals};
+use super::{Exit, Global, Screen, block_on, signals};
 use crate::config::Config;
 use crate::daemon;
 use crate::demo;
@@ -73,10 +73,10 @@ pub struct Demo {
 
 pub(super) fn run(global: &Global, _: &Run) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
-    runtime()?.block_on(async {
+    block_on(async {
         let stop = signals::shutdown()?;
         daemon::run(config, global.config.clone(), stop).await
-    })?;
+    })??;
     Ok(Exit::Done)
 }
 
@@ -88,7 +88,7 @@ pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
         allow_drift: args.allow_drift,
         ..Default::default()
     };
-    let night = runtime()?.block_on(daemon::night(&config, &launch))?;
+    let night = block_on(daemon::night(&config, &launch))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&serde_json::json!({ "verdict": night.verdict, "promoted": night.promoted }))?,
@@ -122,7 +122,7 @@ pub(super) fn run_demo(global: &Global, args: &Demo, screen: &Screen) -> anyhow:
     let prompts = args.prompts.clone().unwrap_or_else(|| models().join("alpaca_eval_gpt4_baseline.json"));
     ensure!(prompts.is_file(), "no prompts at {}; run `make models`, or give --prompts", prompts.display());
     let options = demo::Options { control: args.control, prompts, calls: args.calls };
-    let report = runtime()?.block_on(demo::run(config, &options, &screen.progress()))?;
+    let report = block_on(demo::run(config, &options, &screen.progress()))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&report)?,

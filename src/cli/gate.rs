@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::lines::{Input, Output};
-use super::{Exit, Global, runtime};
+use super::{Exit, Global, block_on};
 use crate::gate::{self, State, StepRow, Trial, TrialRow, Verdict};
 use crate::table::Name;
 
@@ -56,12 +56,12 @@ fn evidence(global: &Global, args: &Evidence) -> anyhow::Result<Exit> {
 
 fn explain(global: &Global, args: &Explain) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
-    let verdict = runtime()?.block_on(async {
+    let verdict = block_on(async {
         let tables = config.state.open_tables()?;
         let rows: Vec<TrialRow> = tables.open_one(Name::Trials).await?.rows(None).await?;
         let steps: Vec<StepRow> = tables.open_one(Name::GateSteps).await?.rows(None).await?;
         verdict(args.trial.as_deref(), &rows, &steps)
-    })?;
+    })??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&verdict)?,

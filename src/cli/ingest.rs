@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, runtime, signals};
+use super::{Exit, Global, block_on, signals};
 use crate::daemon;
 use crate::ingest::{self, Counters, Mode};
 
@@ -27,13 +27,13 @@ pub(super) fn run(global: &Global, args: &Ingest) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let mode = if args.until_idle { Mode::UntilIdle } else { Mode::Forever };
     let tables = config.state.open_tables()?;
-    let summary = runtime()?.block_on(async {
+    let summary = block_on(async {
         let shutdown = signals::shutdown()?;
         if args.metrics {
             return daemon::ingest_only(config, shutdown).await;
         }
         anyhow::Ok(ingest::run(&config.ingest, &tables, Arc::new(Counters::default()), shutdown, mode).await?)
-    })?;
+    })??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&summary)?,

@@ -156,9 +156,12 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
     }
 }
 
-/// Returns the async runtime of a command.
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+/// Runs the async part of a command to its end.
+fn block_on<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // What the work has left behind, such as a read from a store that does not answer, ends with the process. A runtime that
+    // is taken down waits for it, and Delta's kernel panics where its runtime goes first.
+    Ok(std::mem::ManuallyDrop::new(runtime).block_on(work))
 }
 
 /// Prints why the arguments cannot be read, or the help that was asked for.

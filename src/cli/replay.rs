@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, runtime};
+use super::{Exit, Global, block_on};
 use crate::ingest::replay::{self, Choice};
 
 /// Read dead letters again, under the formats and mappings of now, and store what they hold, exactly once.
@@ -31,7 +31,7 @@ pub(super) fn run(global: &Global, args: &Replay) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let tables = config.state.open_tables()?;
     let choice = Choice { reason: args.reason.clone(), since: args.since, dry_run: args.dry_run };
-    let done = runtime()?.block_on(replay::run(&config.ingest, &tables, &choice))?;
+    let done = block_on(replay::run(&config.ingest, &tables, &choice))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&done)?,

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Exit, Global, runtime, signals};
+use super::{Exit, Global, block_on, signals};
 use crate::engine::Model;
 use crate::serve::{self, log::CallLog};
 
@@ -25,7 +25,7 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
     }
     let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
     let model = Model::load(args.model.as_ref().unwrap_or(&config.model.path))?;
-    runtime()?.block_on(async {
+    block_on(async {
         let mut shutdown = signals::shutdown()?;
         let listener = tokio::net::TcpListener::bind(&settings.address)
             .await
@@ -33,6 +33,6 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
         tracing::info!(address = %listener.local_addr()?, "serving");
         let stop = async move { drop(shutdown.wait_for(|told| *told).await) };
         anyhow::Ok(serve::serve(listener, model, &settings, log, stop).await?)
-    })?;
+    })??;
     Ok(Exit::Done)
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::lines::Output;
-use super::{Exit, Global, runtime};
+use super::{Exit, Global, block_on};
 
 /// Ask the running daemon what it does now, through its admin page. Exit code 1 where none answers.
 #[derive(Debug, Args)]
@@ -19,13 +19,12 @@ pub struct Status {
 
 pub(super) fn run(global: &Global, args: &Status) -> anyhow::Result<Exit> {
     let listen = global.load()?.config.admin.listen;
-    let status: Value = runtime()?
-        .block_on(async {
-            let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).no_proxy().build()?;
-            let answer = client.get(format!("http://{listen}/api/v1/status")).send().await?.error_for_status()?;
-            answer.json().await
-        })
-        .with_context(|| format!("no taod answers at admin.listen {listen}; start it with `taod run`"))?;
+    let status: Value = block_on(async {
+        let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).no_proxy().build()?;
+        let answer = client.get(format!("http://{listen}/api/v1/status")).send().await?.error_for_status()?;
+        answer.json().await
+    })?
+    .with_context(|| format!("no taod answers at admin.listen {listen}; start it with `taod run`"))?;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&status)?,

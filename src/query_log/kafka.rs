@@ -106,7 +106,7 @@ struct Shared {
     cause: Option<String>,
     refusal: Option<Refusal>,
     ends: BTreeMap<TopicPartition, i64>,
-    /// Where each assigned partition began.
+    /// Where each partition began that was assigned and taken on.
     starts: BTreeMap<TopicPartition, i64>,
     /// Where the end of a partition was last told, until there is another record of it.
     told: BTreeMap<TopicPartition, i64>,
@@ -187,17 +187,19 @@ impl Context {
             return false;
         }
         let Ok(starts) = starts.recv_timeout(self.patience()) else { return false };
-        let mut shared = self.lock();
-        for partition in &partitions {
-            shared.told.remove(partition);
-        }
-        shared.starts.extend(starts.clone());
-        drop(shared);
-        partitions.iter().all(|partition| {
+        let all = partitions.iter().all(|partition| {
             let TopicPartition { topic, partition: number } = partition;
             let start = starts.get(partition).copied();
             start.is_some_and(|n| list.set_partition_offset(topic, *number, Offset::Offset(n)).is_ok())
-        })
+        });
+        if all {
+            let mut shared = self.lock();
+            for partition in &partitions {
+                shared.told.remove(partition);
+            }
+            shared.starts.extend(starts);
+        }
+        all
     }
 
     fn assign(&self, consumer: &BaseConsumer<Self>, list: &mut TopicPartitionList) -> KafkaResult<()> {
@@ -231,16 +233,25 @@ impl Context {
                 );
             }
         }
-        let mut shared = self.lock();
-        for partition in partitions_of(list) {
-            shared.starts.remove(&partition);
-            shared.told.remove(&partition);
-        }
-        drop(shared);
+        let held = self.give_up(list);
         match consumer.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
+            RebalanceProtocol::Cooperative => consumer.incremental_unassign(&held),
             _ => consumer.unassign(),
         }
+    }
+
+    /// Forgets partitions, and returns those of them that were taken on: the group's idea of what a member has goes ahead of
+    /// what it took, and the client refuses to take away more than that, whereupon it waits for ever.
+    fn give_up(&self, list: &TopicPartitionList) -> TopicPartitionList {
+        let mut shared = self.lock();
+        let mut held = TopicPartitionList::new();
+        for partition in partitions_of(list) {
+            shared.told.remove(&partition);
+            if shared.starts.remove(&partition).is_some() {
+                held.add_partition(&partition.topic, partition.partition);
+            }
+        }
+        held
     }
 }
 
@@ -301,6 +312,8 @@ impl ConsumerContext for Context {
             _ => self.revoke(consumer, list),
         };
         if let Err(error) = done {
+            // Without an answer the client waits for one, also when it is to be closed.
+            consumer.unassign().ok();
             self.send(Event::Failed(SourceError::Consume {
                 topic: self.settings.topic.clone(),
                 cause: error.to_string(),

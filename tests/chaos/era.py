@@ -20,6 +20,7 @@ from invariants import Checker, Violation, log_path
 from ledger import MAPPING, Log
 from stores import Bucket, Folder
 
+STORES = ["disk", "s3", "tmpfs"]
 TMPFS_MIB = 48
 # How partitions are shared out, as properties of the client; the last is KIP-848, where the broker holds the time-outs.
 CLASSIC = '"session.timeout.ms" = "1000"\n"heartbeat.interval.ms" = "300"\n"partition.assignment.strategy" = "{}"'
@@ -42,7 +43,7 @@ class Era:
         parts.unmount(self.folder / "tables")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.kind = ["disk", "s3", "tmpfs"][number % 3]
+        self.kind = run.stores[number % len(run.stores)]
         self.mounted = self.kind == "tmpfs" and parts.mount_tmpfs(self.folder / "tables", TMPFS_MIB)
         if self.kind == "tmpfs" and not self.mounted:
             run.skip("disk_full", "no file system can be mounted here")
@@ -184,6 +185,7 @@ rebalance_timeout_s = 5
             if not self.main.is_alive():
                 raise Violation(f"taod ended with {self.main.process.returncode}:\n{self.main.said()}")
             if now - begun > PROGRESS_S:
+                (self.folder / "stacks.txt").write_text(self.main.stacks())
                 raise Violation(f"no progress within {PROGRESS_S} s: {self.behind()}\n{self.main.said()}")
             if now - nudged > 6 and "wait_s=" in self.main.said() and not self.is_short_wait():
                 # It waits longer than a cycle before it tries again, as it should; a cycle does not.

@@ -169,6 +169,18 @@ def store(era):
     era.run.proxy.clear()
 
 
+def slow_rebalance(era):
+    """The store is slow to read while a second instance comes and goes: rebalances run into their time-out."""
+    era.main
+    era.run.proxy.set([Rule("slow", "GET", "", 10_000, era.rng.uniform(0.5, 1.9))])
+    for _ in range(2):
+        other = era.start()
+        era.produce(10, 100)
+        era.pause(1.0, 12.0)
+        era.end(era.rng.choice([era.main, other]))
+    era.run.count("store: slow", era.run.proxy.clear())
+
+
 def network(era):
     """The network between taod and Kafka is slow, cut, or loses connections."""
     toxics = [
@@ -365,6 +377,7 @@ FAULTS = [
     (partitions, 3, None),
     (transactions, 6, "plain"),
     (store, 24, "s3"),
+    (slow_rebalance, 4, "s3"),
     (network, 8, "toxiproxy"),
     (disk_full, 10, "tmpfs"),
     (clock, 8, "clock"),

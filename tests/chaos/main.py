@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient
 
 import faults
 import parts
-from era import ASSIGNORS, Era
+from era import ASSIGNORS, STORES, Era
 from invariants import Violation
 from proxy import Proxy
 
@@ -43,7 +43,7 @@ class Run:
             self.state = json.loads(self.state_file.read_text())
             if self.state["seed"] != self.seed:
                 sys.exit(f"{self.work} holds the run of seed {self.state['seed']}; give that seed or another folder")
-        self.assignors = options.assignors.split(",")
+        self.assignors, self.stores = options.assignors.split(","), options.stores.split(",")
         self.only, self.now = options.only, "the beginning"
         self.faults, self.counts = Counter(self.state["faults"]), Counter(self.state["counts"])
 
@@ -164,6 +164,7 @@ def main():
     parser.add_argument("--minutes", type=float, help="end after this time, with whatever is done by then")
     parser.add_argument("--sabotage", choices=sorted(faults.SABOTAGE), help="wreck the table; the run must fail")
     parser.add_argument("--assignors", default=",".join(ASSIGNORS), help="any of " + ",".join(ASSIGNORS))
+    parser.add_argument("--stores", default=",".join(STORES), help="any of " + ",".join(STORES))
     parser.add_argument("--only", help="only the faults whose names begin so, for looking into one")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on from here"))

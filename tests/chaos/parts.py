@@ -228,8 +228,16 @@ class Taod:
         return self.process.wait()
 
     def stop(self):
-        """Ends it in order; it stores what it has read first."""
-        return end(self.process)
+        """Ends it in order; it stores what it has read first, however slow the store is."""
+        return end(self.process, 60)
+
+    def stacks(self):
+        """Returns what each of its threads is doing, where a debugger is at hand."""
+        if not shutil.which("gdb") or not self.is_alive():
+            return ""
+        command = ["gdb", "-p", str(self.process.pid), "-batch", "-ex", "set print frame-arguments none",
+                   "-ex", "thread apply all backtrace 40"]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
 
     def said(self):
         """Returns what it wrote since its start, its last lines."""

@@ -21,6 +21,7 @@ mod erase;
 mod ingest;
 mod kafka_bad_input;
 mod kafka_group;
+mod kafka_late;
 mod kafka_security;
 mod layers;
 mod metrics;

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::{Exit, Global};
 use crate::cli::lines::Output;
-use crate::cli::{Usage, runtime};
+use crate::cli::{Usage, block_on};
 use crate::query_log::{TopicPartition, kafka};
 use crate::table::{Name, check};
 
@@ -29,7 +29,7 @@ pub(super) fn run(global: &Global, args: &Check) -> anyhow::Result<Exit> {
     };
     let kafka = config.ingest.kafka;
     let positions = |topic: &str, partition: i32| app_ids(&kafka, topic, partition);
-    let findings = runtime()?.block_on(check::all(&tables, &names, &positions))?;
+    let findings = block_on(check::all(&tables, &names, &positions))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&findings)?,

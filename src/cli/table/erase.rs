@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use clap::{ArgGroup, Args};
 
 use super::{Exit, Global};
+use crate::cli::block_on;
 use crate::cli::lines::Output;
-use crate::cli::runtime;
 use crate::erasure::{Erasure, Receipt, Subject};
 use crate::round::Paths;
 
@@ -49,13 +49,13 @@ impl Erase {
         let config = global.load()?.config;
         let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
         let erasure = Erasure { tables, paths, user_key: config.ingest.user_key()? };
-        let receipts = runtime()?.block_on(async {
+        let receipts = block_on(async {
             match self.subject() {
                 None => erasure.resume().await,
                 Some(subject) if self.dry_run => Ok(vec![erasure.dry_run(&subject).await?]),
                 Some(subject) => Ok(vec![erasure.run(subject).await?]),
             }
-        })?;
+        })??;
         let mut out = Output::stdout();
         for receipt in &receipts {
             match self.json {

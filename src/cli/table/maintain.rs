@@ -3,8 +3,8 @@
 use clap::Args;
 
 use super::{Exit, Global};
+use crate::cli::block_on;
 use crate::cli::lines::Output;
-use crate::cli::runtime;
 use crate::daemon::maintenance::{self, Maintained};
 use crate::erasure::{EraseError, Erasure};
 use crate::round::{Paths, child};
@@ -25,7 +25,7 @@ pub struct Worker {}
 
 pub(super) fn run(global: &Global, args: &Maintain) -> anyhow::Result<Exit> {
     global.load()?;
-    let done = runtime()?.block_on(maintenance::in_child(global.config.as_deref()))?;
+    let done = block_on(maintenance::in_child(global.config.as_deref()))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&done.reports)?,
@@ -41,7 +41,7 @@ pub(in crate::cli) fn run_worker(global: &Global, _: &Worker) -> anyhow::Result<
     maintenance::limit_memory(&config.maintenance)?;
     let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
     let erasure = Erasure { tables: tables.clone(), paths, user_key: config.ingest.user_key()? };
-    let done = runtime()?.block_on(async {
+    let done = block_on(async {
         let erasure = match erasure.resume().await {
             Ok(_) => None,
             Err(error @ EraseError::Busy { .. }) => {
@@ -54,7 +54,7 @@ pub(in crate::cli) fn run_worker(global: &Global, _: &Worker) -> anyhow::Result<
             }
         };
         Maintained { erasure, reports: maintain::all(&tables, &config.maintenance).await }
-    });
+    })?;
     let mut out = Output::stdout();
     out.line(&done)?;
     out.flush()?;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Exit, Global};
 use crate::cli::lines::Output;
-use crate::cli::{Usage, runtime};
+use crate::cli::{Usage, block_on};
 use crate::config::Config;
 use crate::query_log::kafka::{Connection, Extent, Settings, Topic};
 use crate::query_log::{SourceError, TopicPartition};
@@ -55,7 +55,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let mut out = Output::stdout();
     match command {
         Command::Show(args) => {
-            let (offsets, trouble) = runtime()?.block_on(show(&config))?;
+            let (offsets, trouble) = block_on(show(&config))??;
             match args.json {
                 true => {
                     out.line(&json!({ "topic": config.ingest.kafka.topic, "partitions": offsets, "kafka": trouble }))?
@@ -63,7 +63,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
                 false => out.text(&table_of(&config.ingest.kafka.topic, &offsets, trouble.as_deref()))?,
             }
         }
-        Command::Set(args) => out.text(&runtime()?.block_on(set(&config, args))?)?,
+        Command::Set(args) => out.text(&block_on(set(&config, args))??)?,
         Command::NewGeneration(_) => out.text(&new_generation(&config))?,
     }
     out.flush()?;
