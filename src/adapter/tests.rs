@@ -116,7 +116,7 @@ fn expect_golden(name: &str, frozen: Frozen) {
 
 #[test]
 fn ten_steps_agree_with_pytorch() {
-    for kind in [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3] {
+    for kind in Architecture::ALL {
         expect_golden(kind.as_str(), Tiny::new(kind).frozen());
     }
 }
