@@ -183,7 +183,7 @@ pub enum RopeScaling {
         high: f64,
         original: f64,
     },
-    /// One divisor per frequency, as a GGUF carries it in `rope_freqs.weight` and Phi-3 in its short factors, and one
+    /// One divisor per frequency, as a GGUF of Llama 3 carries it in a tensor and Phi-3 in its short factors, and one
     /// factor on all cosines and sines.
     Divisors {
         divisors: Vec<f32>,
@@ -260,9 +260,9 @@ impl ModelConfig {
         json::read(path, &value)
     }
 
-    /// Reads the header of a GGUF file. `rope_freqs` is the tensor of that name, if it has one.
-    pub fn from_gguf(content: &Content, rope_freqs: Option<Vec<f32>>, path: &Path) -> Result<Self, EngineError> {
-        gguf::read(content, rope_freqs, path)
+    /// Reads the header of a GGUF file. `divisors` are those of its rotary frequencies, if it holds a tensor of them.
+    pub fn from_gguf(content: &Content, divisors: Option<Vec<f32>>, path: &Path) -> Result<Self, EngineError> {
+        gguf::read(content, divisors, path)
     }
 
     fn check(mut self, path: &Path) -> Result<Self, EngineError> {

@@ -30,10 +30,12 @@ impl Gguf {
     }
 
     pub(crate) fn config(&self) -> Result<ModelConfig, EngineError> {
-        let divisors = match self.read("rope_freqs.weight")? {
-            Some(tensor) => Some(tensor.to_vec1()?),
-            None => None,
+        // The first is that of Llama 3, the second that of Phi-3.
+        let tensor = match self.read("rope_freqs.weight")? {
+            Some(tensor) => Some(tensor),
+            None => self.read("rope_factors_short.weight")?,
         };
+        let divisors = tensor.map(|tensor| tensor.to_vec1()).transpose()?;
         ModelConfig::from_gguf(&self.content, divisors, &self.path)
     }
 
@@ -120,7 +122,7 @@ fn open(path: &Path) -> Result<BufReader<File>, EngineError> {
 fn own_name(name: &str, norms: Norms) -> String {
     const TOP: [(&str, &str); 3] =
         [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
-    const IN_LAYER: [(&str, &str); 12] = [
+    const IN_LAYER: [(&str, &str); 14] = [
         ("input_layernorm", "attn_norm"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
@@ -133,6 +135,8 @@ fn own_name(name: &str, norms: Norms) -> String {
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("mlp.gate_up_proj", "ffn_up"),
     ];
     let (stem, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
     if let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {

@@ -22,23 +22,32 @@ fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) 
     let mut tensors = vec![("token_embd".to_string(), w.embed.clone()), ("output_norm".to_string(), w.norm.clone())];
     for (i, l) in w.layers.iter().enumerate() {
         let (q, k) = (interleave(&l.q, c.heads), interleave(&l.k, c.kv_heads));
+        let fused = c.block.projections == Projections::Fused;
+        let join = |parts: &[&Tensor]| fused.then(|| Tensor::cat(parts, 0).unwrap());
+        let (qkv, gate_up) = (join(&[&l.q, &l.k, &l.v]), join(&[&l.gate, &l.up]));
+        let split = (!fused).then_some(());
         let after_attention = if l.mlp_norm.is_some() { "ffn_norm" } else { "post_attention_norm" };
         let parts = [
             ("attn_norm", l.attn_norm.as_ref()),
-            ("attn_q", Some(&q)),
-            ("attn_k", Some(&k)),
-            ("attn_v", Some(&l.v)),
+            ("attn_q", split.map(|()| &q)),
+            ("attn_k", split.map(|()| &k)),
+            ("attn_v", split.map(|()| &l.v)),
+            ("attn_qkv", qkv.as_ref()),
             ("attn_q_norm", l.q_norm.as_ref()),
             ("attn_k_norm", l.k_norm.as_ref()),
             ("attn_output", Some(&l.o)),
             (after_attention, l.mlp_norm.as_ref().or(l.attn_post_norm.as_ref())),
-            ("ffn_gate", Some(&l.gate)),
-            ("ffn_up", Some(&l.up)),
+            ("ffn_gate", split.map(|()| &l.gate)),
+            ("ffn_up", split.map(|()| &l.up).or(gate_up.as_ref())),
             ("ffn_down", Some(&l.down)),
             ("post_ffw_norm", l.mlp_post_norm.as_ref()),
         ];
         let parts = parts.into_iter().filter_map(|(name, t)| Some((format!("blk.{i}.{name}"), t?.clone())));
         tensors.extend(parts);
+    }
+    if let RopeScaling::Divisors { divisors, .. } = &c.ropes[0].scaling {
+        let divisors = Tensor::new(divisors.as_slice(), w.norm.device()).unwrap();
+        tensors.push(("rope_factors_short".to_string(), divisors));
     }
     if !c.tied {
         tensors.push(("output".to_string(), w.lm_head.clone()));
@@ -86,8 +95,15 @@ fn gguf_metadata(c: &ModelConfig, architecture: &str) -> Vec<(String, gguf_file:
         ("tokenizer.ggml.eos_token_id", V::U32(2)),
         ("tokenizer.chat_template", text(&described["chat_template"])),
     ];
-    let own = own.map(|(key, value)| (format!("{architecture}.{key}"), value));
-    own.into_iter().chain(shared.map(|(key, value)| (key.to_string(), value))).collect()
+    let mut own = own.to_vec();
+    if let RopeScaling::Divisors { attention, .. } = &c.ropes[0].scaling {
+        own.push(("rope.scaling.attn_factor", V::F32(*attention)));
+        own.push(("rope.scaling.original_context_length", V::U32(c.max_positions as u32)));
+        own.push(("rope.dimension_count", V::U32(c.ropes[0].dim as u32)));
+        own.push(("attention.sliding_window", V::U32(c.layers[0].window.unwrap_or(0) as u32)));
+    }
+    let own = own.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
+    own.chain(shared.map(|(key, value)| (key.to_string(), value))).collect()
 }
 
 /// Returns a copy of a tiny model whose `config.json` has one text in place of another.
@@ -131,9 +147,12 @@ fn a_gguf_gives_what_the_folder_gives() {
 #[test]
 fn a_gguf_of_each_family_gives_what_its_folder_gives() {
     // llama.cpp's SmolLM3 has a rotary embedding in the first three layers.
-    for (name, architecture, from, to) in
-        [("tiny-smollm3", "smollm3", "    0\n", "    1\n"), ("tiny-olmo2", "olmo2", "olmo2", "olmo2")]
-    {
+    let families = [
+        ("tiny-smollm3", "smollm3", "    0\n", "    1\n"),
+        ("tiny-olmo2", "olmo2", "olmo2", "olmo2"),
+        ("tiny-phi3", "phi3", "phi3", "phi3"),
+    ];
+    for (name, architecture, from, to) in families {
         let folder = tempfile::tempdir().unwrap();
         let model = changed(name, folder.path(), from, to);
         let case = &golden("tiny-llama")[1];
@@ -168,9 +187,9 @@ fn a_broken_gguf_is_refused_with_the_file_and_the_remedy() {
     let path = folder.path().join("tiny.gguf");
     let error = || Model::load(&path.display().to_string()).unwrap_err().to_string();
     write_gguf(&model, "falcon", GgmlDType::F32, &path);
-    let known = "llama, mistral, qwen2, qwen3, smollm3, olmo2";
+    let known = "llama, mistral, qwen2, qwen3, smollm3, olmo2, phi3";
     assert!(error().contains("architecture falcon is not supported") && error().contains(known), "{}", error());
-    for name in ["phi3", "gemma2", "gemma3"] {
+    for name in ["gemma2", "gemma3"] {
         write_gguf(&model, name, GgmlDType::F32, &path);
         assert!(error().contains(name) && error().contains("use the model's folder"), "{}", error());
     }
