@@ -12,7 +12,8 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
-use deltalake::logstore::{CommitOrBytes, LogStoreRef};
+use deltalake::logstore::object_store::ObjectStoreExt;
+use deltalake::logstore::{CommitOrBytes, LogStoreRef, commit_uri_from_version};
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
@@ -408,12 +409,26 @@ impl Table {
 }
 
 /// Writes version 0. Losing the race to another creator is fine: its table is checked when it is opened.
+///
+/// Winning it is put to the proof: everything rests on a store that refuses to create what exists, and one that takes such a
+/// request and overwrites would lose commits in silence.
 async fn create(log: &LogStoreRef, name: &str, spec: &TableSpec) -> Result<(), TableError> {
     let id = Uuid::new_v4();
-    let bytes = log::create(id, spec, now_ms());
-    match log.write_commit_entry(0, CommitOrBytes::LogBytes(bytes), id).await {
-        Ok(()) | Err(TransactionError::VersionAlreadyExists(_)) => Ok(()),
-        Err(error) => Err(TableError::store("cannot create", name, error)),
+    let entry = CommitOrBytes::LogBytes(log::create(id, spec, now_ms()));
+    let fail = |error| TableError::store("cannot create", name, error);
+    match log.write_commit_entry(0, entry.clone(), id).await {
+        Ok(()) => {}
+        Err(TransactionError::VersionAlreadyExists(_)) => return Ok(()),
+        Err(error) => return Err(fail(error)),
+    }
+    match log.write_commit_entry(0, entry, id).await {
+        Ok(()) => {
+            // So that the next start puts it to the proof again.
+            log.object_store(None).delete(&commit_uri_from_version(Some(0))).await.map_err(|e| fail(e.into()))?;
+            Err(TableError::Overwrites { table: name.to_owned() })
+        }
+        Err(TransactionError::VersionAlreadyExists(_)) => Ok(()),
+        Err(error) => Err(fail(error)),
     }
 }
 

@@ -9,6 +9,7 @@ use deltalake::logstore::object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result as StoreResult,
 };
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -48,6 +49,8 @@ enum Fault {
     LandThenConflict,
     /// Another writer's entry is written while the caller waits for an answer that never comes.
     RivalThenFail(Value),
+    /// The entry is written, whatever stands there (a store that does not know conditional writes).
+    Overwrite,
 }
 
 fn exists(location: &Path) -> Error {
@@ -89,6 +92,7 @@ impl ObjectStore for Faulty {
                 self.store.put_opts(location, entry.to_string().into(), opts).await.and(Err(broken()))
             }
             Some(Fault::FalseConflict) => Err(exists(location)),
+            Some(Fault::Overwrite) => self.store.put_opts(location, payload, PutOptions::default()).await,
         }
     }
 
@@ -117,12 +121,29 @@ impl ObjectStore for Faulty {
     }
 }
 
-/// A table in a faulty store, and the store.
-async fn faulty() -> (Table, Arc<Faulty>) {
-    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::default() });
+/// A table to be made in a faulty store; the last of the faults comes first.
+async fn made_with(faults: Vec<Fault>) -> (Result<Table, TableError>, Arc<Faulty>) {
+    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::new(faults) });
     let url = Url::parse("memory:///tables/").unwrap();
     let location = TableLocation::with_store(url, store.clone()).join("gate_usage");
-    (Table::open_or_create(&location, &schema::GATE_USAGE).await.unwrap(), store)
+    (Table::open_or_create(&location, &schema::GATE_USAGE).await, store)
+}
+
+/// A table in a faulty store, and the store.
+async fn faulty() -> (Table, Arc<Faulty>) {
+    let (table, store) = made_with(Vec::new()).await;
+    (table.unwrap(), store)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_overwrites_log_entries_is_refused() {
+    let (made, store) = made_with(vec![Fault::Overwrite, Fault::Overwrite]).await;
+    let error = made.err().unwrap();
+    assert!(error.is_foreign() && error.to_string().contains("If-None-Match"), "{error}");
+    assert!(store.store.list(None).next().await.is_none(), "the next start tries it again");
+    // A lost race and a lost reply are none of this.
+    assert!(made_with(vec![Fault::LandThenConflict]).await.0.is_ok());
+    assert!(made_with(vec![Fault::LandThenConflict, Fault::Overwrite]).await.0.is_ok());
 }
 
 async fn local(folder: &std::path::Path) -> Table {
