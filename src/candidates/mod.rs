@@ -78,7 +78,7 @@ impl Settings {
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
-        let sampling = SamplingSettings { temperature, top_p, top_k: 0, max_tokens };
+        let sampling = SamplingSettings { temperature, top_p, max_tokens, ..SamplingSettings::default() };
         Draw { samples: self.samples_per_prompt, sampling, max_sequences: self.max_sequences }
     }
 }
@@ -118,7 +118,12 @@ impl Decoding {
 
     /// Returns how the engine is to draw.
     pub fn sampling(&self) -> SamplingSettings {
-        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+        SamplingSettings {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            max_tokens: self.max_tokens,
+            ..SamplingSettings::default()
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod location;
 mod log;
 mod log_files;
 pub mod maintain;
+mod positions;
 mod read;
 mod retain;
 mod rewrite;
