@@ -1,5 +1,6 @@
 //! What must hold of a table: rows and positions land together, once, whatever the store answers and whoever else writes.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -62,6 +63,8 @@ fn exists(location: &Path) -> Error {
 struct Faulty {
     store: InMemory,
     faults: Mutex<Vec<Fault>>,
+    /// Log entries that were read.
+    read: AtomicUsize,
 }
 
 impl std::fmt::Display for Faulty {
@@ -101,6 +104,7 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> StoreResult<GetResult> {
+        self.read.fetch_add(usize::from(location.as_ref().ends_with(".json")), Ordering::Relaxed);
         self.store.get_opts(location, options).await
     }
 
@@ -123,7 +127,7 @@ impl ObjectStore for Faulty {
 
 /// A table to be made in a faulty store; the last of the faults comes first.
 async fn made_with(faults: Vec<Fault>) -> (Result<Table, TableError>, Arc<Faulty>) {
-    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::new(faults) });
+    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::new(faults), read: AtomicUsize::new(0) });
     let url = Url::parse("memory:///tables/").unwrap();
     let location = TableLocation::with_store(url, store.clone()).join("gate_usage");
     (Table::open_or_create(&location, &schema::GATE_USAGE).await, store)
@@ -133,6 +137,26 @@ async fn made_with(faults: Vec<Fault>) -> (Result<Table, TableError>, Arc<Faulty
 async fn faulty() -> (Table, Arc<Faulty>) {
     let (table, store) = made_with(Vec::new()).await;
     (table.unwrap(), store)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_many_positions_are_asked_about_the_log_is_read_twice() {
+    const COMMITS: usize = 40;
+    let (mut table, store) = faulty().await;
+    for n in 0..COMMITS {
+        let app_id = format!("app-{}", n % 10);
+        let expect = table.txn(&app_id).await.unwrap();
+        table.append(&[], &[TxnStep { app_id, expect, set: n as i64 }]).await.unwrap();
+    }
+    let mut table = Table::attach(table.log.clone(), &schema::GATE_USAGE).await.unwrap();
+    let opened = store.read.swap(0, Ordering::Relaxed);
+    for n in 0..10 {
+        assert_eq!(table.txn(&format!("app-{n}")).await.unwrap(), Some(30 + n), "the newest of each");
+    }
+    assert_eq!(table.txn("stranger").await.unwrap(), None);
+    let asked = store.read.load(Ordering::Relaxed);
+    // Once for protocol and metadata, once for the positions.
+    assert!((COMMITS..=2 * COMMITS + 4).contains(&asked), "{asked} of {opened} at the opening");
 }
 
 #[tokio::test(flavor = "multi_thread")]
