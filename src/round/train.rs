@@ -220,8 +220,9 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
         prompt: c.prompt_ids.clone(),
         completion: c.token_ids.clone(),
         reward: s.total,
-        old_logprobs: Some(c.logprobs.clone()),
-        base_logprobs: from_base.then(|| c.logprobs.clone()),
+        old_logprobs: (c.logprobs.len() == c.token_ids.len()).then(|| c.logprobs.clone()),
+        // Another engine's are no base to measure drift from.
+        base_logprobs: (from_base && !c.remote).then(|| c.logprobs.clone()),
     };
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }
