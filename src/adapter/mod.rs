@@ -7,6 +7,7 @@
 
 pub mod batches;
 pub mod checkpoint;
+mod command;
 mod known;
 pub mod losses;
 pub mod optimizer;
@@ -145,6 +146,8 @@ pub enum TuneError {
          ratios of {method} would be noise; set tuning.method to raft or dpo, or sample with the weights that are trained"
     )]
     OffPolicy { method: losses::Method, gap: f64, bound: f64 },
+    #[error("tuning.command: {what}")]
+    Command { what: String },
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
@@ -197,6 +200,9 @@ pub fn tune(
     out: &Path,
     progress: &Progress,
 ) -> Result<Outcome, TuneError> {
+    if !settings.command.is_empty() {
+        return command::tune(model, samples, start, settings, seed, out, progress);
+    }
     let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
     tune_frozen(frozen, samples, start, settings, seed, out, progress)
 }

@@ -16,6 +16,9 @@ pub struct Settings {
     /// Policy gradients: `rloo`, `grpo`, `dr_grpo`, `dapo`, `gspo`. Pairs: `dpo`, `rc_dpo`, `rpo`, `rebel`. Regression on the
     /// optimal advantage: `oapl`, `a_star_po`.
     pub method: Method,
+    /// Program and arguments of a trainer of your own, such as `["python", "train.py"]`; empty: taod trains. It is called with two
+    /// more arguments, the folder of the dataset and that of the adapter to be made (docs/training.md).
+    pub command: Vec<String>,
     /// Strength of the tie to the base or to the sampler: the weight of the divergence (grpo and its kin, rloo), the margin's
     /// scale (dpo and its kin, rebel), the log-ratio's (oapl, a_star_po). 0 = the method's own: 0.05 for rloo, oapl and
     /// a_star_po, 0.1 for pairs, none for the others.
@@ -69,6 +72,7 @@ impl Default for Settings {
         Settings {
             iterations: 2,
             method: Method::Raft,
+            command: Vec::new(),
             beta: 0.0,
             value_beta: 0.0,
             clip_low: 0.0,

@@ -111,6 +111,31 @@ fn candidates_of_another_server_carry_ids_and_log_probs_that_ours_confirm() {
     assert!(error.contains(&url) && error.contains("asked 3 times"), "{error}");
 }
 
+/// `TAOD_VLLM_URL` is a server of the model in the folder `TAOD_VLLM_MODEL`, under the name `smol`.
+#[test]
+#[ignore = "needs a vLLM; see the head of this test"]
+fn a_real_vllm_tells_ids_and_log_probs_that_ours_confirm() {
+    let told = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("set {name}"));
+    let (folder, model) = (tempfile::tempdir().unwrap(), Model::load(&told("TAOD_VLLM_MODEL")).unwrap());
+    let server = remote::Settings { model: "smol".into(), ..settings(&told("TAOD_VLLM_URL")).remote };
+    let settings = Settings { max_tokens: 32, remote: server, ..settings("") };
+    let manifest = sample(&model, &settings, folder.path()).unwrap();
+    let drawn = candidates::load(folder.path()).unwrap();
+    let items: Vec<ScoreItem> =
+        drawn.iter().map(|c| ScoreItem { prompt: &c.prompt_ids, completion: &c.token_ids }).collect();
+    let ours = logprobs(&model, None, &items).unwrap();
+    let pairs = drawn.iter().zip(&ours).flat_map(|(candidate, ours)| candidate.logprobs.iter().zip(ours));
+    let gaps: Vec<f32> = pairs.map(|(told, ours)| (told - ours).abs()).collect();
+    let (mean, most) = (gaps.iter().sum::<f32>() / gaps.len() as f32, gaps.iter().copied().fold(0.0, f32::max));
+    println!(
+        "{} tokens of {} answers: {mean:.6} nats a token apart, {most:.6} at most",
+        gaps.len(),
+        manifest.candidates
+    );
+    assert_eq!(gaps.len() as u64, manifest.tokens, "every token has its log-prob");
+    assert!(mean < 1e-3, "{mean}");
+}
+
 type Respond = fn(&Value, usize) -> (u16, Value);
 
 /// A server that answers with what `respond` makes of the body and of the number of requests before it.
