@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha20Rng;
 
-use super::losses::{Choice, choose};
+use super::losses::{Choice, Loss};
 use super::{Sample, Settings, TuneError};
 use crate::engine::ModelConfig;
 use crate::engine::train::GroupTokens;
@@ -16,7 +16,9 @@ use crate::record::derive_seed;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Chosen<'a> {
     pub completion: &'a [u32],
-    pub weight: f64,
+    pub reward: f64,
+    /// Its log-probs as the sampler told them, where they are known.
+    pub sampler_logprobs: Option<&'a [f32]>,
     /// Its log-probs under the base, where they are known.
     pub base_logprobs: Option<&'a [f32]>,
     /// Counts the chosen samples of all groups.
@@ -30,11 +32,20 @@ pub struct Group<'a> {
     pub samples: Vec<Chosen<'a>>,
 }
 
+impl Group<'_> {
+    /// Returns true for the index of one of its samples.
+    pub fn holds(&self, index: usize) -> bool {
+        self.samples.iter().any(|sample| sample.index == index)
+    }
+}
+
 /// What trains, and how much does not.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Selection<'a> {
     pub groups: Vec<Group<'a>>,
     pub samples: usize,
+    /// Tokens of the longest completion that trains.
+    pub longest: usize,
     pub all_equal: usize,
     pub none_above: usize,
 }
@@ -45,10 +56,11 @@ pub fn select<'a>(
     settings: &Settings,
     config: &ModelConfig,
 ) -> Result<Selection<'a>, TuneError> {
+    let loss = Loss::new(settings);
     let mut order: Vec<Vec<usize>> = Vec::new();
     let mut seen: HashMap<&str, usize> = HashMap::new();
     for (index, sample) in samples.iter().enumerate() {
-        check(index, sample, config)?;
+        check(index, sample, settings, config)?;
         let at = *seen.entry(&sample.group).or_insert(order.len());
         if at == order.len() {
             order.push(Vec::new());
@@ -58,9 +70,9 @@ pub fn select<'a>(
     let mut selection = Selection::default();
     for members in &order {
         let group: Vec<&Sample> = members.iter().map(|index| &samples[*index]).collect();
-        check_group(&group, members)?;
+        check_group(&group, members, settings)?;
         let rewards: Vec<f64> = group.iter().map(|sample| sample.reward).collect();
-        match choose(settings.method, &rewards, settings.best_per_prompt, settings.min_reward) {
+        match loss.choose(&rewards) {
             Choice::AllEqual => selection.all_equal += 1,
             Choice::NoneAbove => selection.none_above += 1,
             Choice::Train(chosen) => selection.add(&group, chosen),
@@ -75,19 +87,21 @@ pub fn select<'a>(
 }
 
 impl<'a> Selection<'a> {
-    fn add(&mut self, group: &[&'a Sample], chosen: Vec<(usize, f64)>) {
+    fn add(&mut self, group: &[&'a Sample], chosen: Vec<usize>) {
         let mut samples = Vec::with_capacity(chosen.len());
-        for (member, weight) in chosen {
-            let sample = group[member];
-            let base_logprobs = sample.base_logprobs.as_deref();
-            samples.push(Chosen { completion: &sample.completion, weight, base_logprobs, index: self.samples });
+        for member in chosen {
+            let Sample { completion, reward, old_logprobs, base_logprobs, .. } = group[member];
+            let (sampler_logprobs, base_logprobs) = (old_logprobs.as_deref(), base_logprobs.as_deref());
+            let index = self.samples;
+            samples.push(Chosen { completion, reward: *reward, sampler_logprobs, base_logprobs, index });
             self.samples += 1;
+            self.longest = self.longest.max(completion.len());
         }
         self.groups.push(Group { prompt: &group[0].prompt, samples });
     }
 }
 
-fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), TuneError> {
+fn check(index: usize, sample: &Sample, settings: &Settings, config: &ModelConfig) -> Result<(), TuneError> {
     // The last token is only predicted, never read.
     let length = (sample.prompt.len() + sample.completion.len()).saturating_sub(1);
     let known = [&sample.old_logprobs, &sample.base_logprobs];
@@ -106,15 +120,19 @@ fn check(index: usize, sample: &Sample, config: &ModelConfig) -> Result<(), Tune
     } else if let Some(found) = known.into_iter().flatten().find(|l| l.len() != sample.completion.len()) {
         let problem = format!("{} log-probs for {} tokens", found.len(), sample.completion.len());
         (problem, "carry the sampler's log-probs with its ids, or leave them out")
+    } else if settings.method.is_on_policy() && sample.old_logprobs.is_none() {
+        let problem =
+            format!("it has no log-probs of its sampler, without which {} cannot be trusted", settings.method);
+        (problem, "carry them with its ids, or set tuning.method to raft or dpo")
     } else {
         return Ok(());
     };
     Err(TuneError::Sample { index, group: sample.group.clone(), problem, remedy })
 }
 
-fn check_group(group: &[&Sample], members: &[usize]) -> Result<(), TuneError> {
+fn check_group(group: &[&Sample], members: &[usize], settings: &Settings) -> Result<(), TuneError> {
     let name = || group[0].group.clone();
-    if group.len() == 1 {
+    if group.len() == 1 && settings.method.compares() {
         return Err(TuneError::Alone { group: name() });
     }
     match group.iter().position(|sample| sample.prompt != group[0].prompt) {
@@ -165,6 +183,18 @@ pub struct Part<'a> {
     pub samples: Vec<Chosen<'a>>,
 }
 
+impl<'a> Part<'a> {
+    /// Returns each sample with its own of values that the pass returned, one a completion token.
+    pub fn split<'v>(&self, values: &'v [f32]) -> impl Iterator<Item = (&Chosen<'a>, &'v [f32])> {
+        let mut rest = values;
+        self.samples.iter().map(move |sample| {
+            let (own, others) = rest.split_at(sample.completion.len());
+            rest = others;
+            (sample, own)
+        })
+    }
+}
+
 /// Cuts the groups of a step into parts of at most `rows` rows. A group whose samples do not fit together is cut too,
 /// and its prompt run again; a single sample with more rows is a part of its own.
 pub fn parts<'a>(groups: impl IntoIterator<Item = &'a Group<'a>>, rows: usize) -> Vec<Part<'a>> {
@@ -203,7 +233,8 @@ mod tests {
     fn group(prompt: &'static [u32], first: usize, completions: &[&'static [u32]]) -> Group<'static> {
         let chosen = |(i, c): (usize, &&'static [u32])| Chosen {
             completion: c,
-            weight: 1.0,
+            reward: 1.0,
+            sampler_logprobs: None,
             base_logprobs: None,
             index: first + i,
         };

@@ -107,8 +107,16 @@ struct Manifest {
     updates: u64,
     /// The steps of this run so far; their count is the place to go on from.
     steps: Vec<StepLog>,
-    /// Log-probs of each chosen sample under the base, computed once.
-    base_logprobs: Vec<Vec<f32>>,
+    known: Known,
+}
+
+/// Log-probs of each chosen sample that are computed once.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Known {
+    /// Under the base.
+    pub base: Vec<Vec<f32>>,
+    /// Under the policy that training began from; nothing where the method does not ask.
+    pub old: Vec<Vec<f32>>,
 }
 
 /// A state read back.
@@ -116,7 +124,7 @@ pub struct Checkpoint {
     pub origin: Origin,
     pub sha256: String,
     pub steps: Vec<StepLog>,
-    pub base_logprobs: Vec<Vec<f32>>,
+    pub known: Known,
     updates: u64,
     tensors: HashMap<String, Tensor>,
 }
@@ -133,8 +141,8 @@ impl Checkpoint {
             return Err(fault(format!("its SHA-256 is {found}, the manifest says {}", manifest.sha256)));
         }
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| fault(e.to_string()))?;
-        let Manifest { origin, sha256, updates, steps, base_logprobs, .. } = manifest;
-        Ok(Checkpoint { origin, sha256, steps, base_logprobs, updates, tensors })
+        let Manifest { origin, sha256, updates, steps, known, .. } = manifest;
+        Ok(Checkpoint { origin, sha256, steps, known, updates, tensors })
     }
 
     /// Reads the checkpoint in `folder`, if one was ever written.
@@ -173,7 +181,7 @@ pub fn save(
     lora: &LoraMatrices,
     adam: &AdamW,
     steps: &[StepLog],
-    base_logprobs: &[Vec<f32>],
+    known: &Known,
 ) -> Result<(), TuneError> {
     let state = format!("state-{:06}.safetensors", steps.len());
     let path = folder.join(&state);
@@ -185,7 +193,7 @@ pub fn save(
         sha256: hex::encode(Sha256::digest(&bytes)),
         updates: adam.updates,
         steps: steps.to_vec(),
-        base_logprobs: base_logprobs.to_vec(),
+        known: known.clone(),
     };
     durable::write_json(&folder.join(MANIFEST), &manifest)?;
     remove_others(folder, &state)

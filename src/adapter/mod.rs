@@ -7,6 +7,8 @@
 
 pub mod batches;
 pub mod checkpoint;
+mod command;
+mod known;
 pub mod losses;
 pub mod optimizer;
 pub mod settings;
@@ -64,6 +66,10 @@ pub struct StepLog {
     pub kl_sample: f32,
     /// Mean entropy of the policy on the step's tokens, in nats, before the update.
     pub entropy: f32,
+    /// Mean ratio of the policy to the one that training began from, over the step's tokens; 1 where the method has none.
+    pub ratio: f32,
+    /// Share of the step's tokens whose ratio was clipped.
+    pub clipped: f32,
     pub samples: usize,
     /// Completion tokens.
     pub tokens: usize,
@@ -83,9 +89,20 @@ pub struct Outcome {
     pub tokens: u64,
     /// Mean divergence from the base over the last epoch's tokens, in nats.
     pub kl_sample: f32,
+    /// How far sampler and trainer lay apart, where the method asks.
+    pub mismatch: Option<Mismatch>,
     /// The PEFT folder.
     #[serde(skip)]
     pub adapter_dir: PathBuf,
+}
+
+/// How far the sampler's log-probs lie from those of the policy that it stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Mismatch {
+    /// Mean difference, in nats a token.
+    pub gap: f32,
+    /// Effective sample size under the truncated weights that make up for it, as a share of the samples.
+    pub effective: f32,
 }
 
 impl Outcome {
@@ -124,6 +141,13 @@ pub enum TuneError {
          tuning.epochs"
     )]
     Collapsed { what: &'static str, value: f64, step: usize, key: &'static str, bound: f64 },
+    #[error(
+        "the sampler's log-probs differ from the trainer's by {gap:.3} nats a token, past tuning.max_sampler_gap = {bound}: the \
+         ratios of {method} would be noise; set tuning.method to raft or dpo, or sample with the weights that are trained"
+    )]
+    OffPolicy { method: losses::Method, gap: f64, bound: f64 },
+    #[error("tuning.command: {what}")]
+    Command { what: String },
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
@@ -136,9 +160,10 @@ impl TuneError {
         matches!(self, TuneError::Nothing { .. })
     }
 
-    /// Returns true where training diverged or collapsed: the same samples under the same settings would do so again.
+    /// Returns true where training diverged, collapsed or never could work: the same samples under the same settings would
+    /// do so again.
     pub fn is_given_up(&self) -> bool {
-        matches!(self, TuneError::NotFinite { .. } | TuneError::Collapsed { .. })
+        matches!(self, TuneError::NotFinite { .. } | TuneError::Collapsed { .. } | TuneError::OffPolicy { .. })
     }
 
     /// Returns true where the folder holds a run under other settings, samples or threads.
@@ -175,6 +200,9 @@ pub fn tune(
     out: &Path,
     progress: &Progress,
 ) -> Result<Outcome, TuneError> {
+    if !settings.command.is_empty() {
+        return command::tune(model, samples, start, settings, seed, out, progress);
+    }
     let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
     tune_frozen(frozen, samples, start, settings, seed, out, progress)
 }
@@ -240,5 +268,7 @@ fn check(settings: &Settings, config: &ModelConfig) -> Result<(), TuneError> {
     Ok(())
 }
 
+#[cfg(test)]
+mod method_tests;
 #[cfg(test)]
 mod tests;

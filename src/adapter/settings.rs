@@ -12,8 +12,26 @@ pub struct Settings {
     /// How often a round samples, scores and trains; each iteration after the first samples from the adapter of the
     /// one before and continues it. At least 1.
     pub iterations: usize,
-    /// The loss. `raft`: likelihood of the best samples of each prompt.
+    /// The loss. Likelihood of good samples: `raft` (the best of each prompt), `rest` (all above `min_reward`), `sft` (all).
+    /// Policy gradients: `rloo`, `grpo`, `dr_grpo`, `dapo`, `gspo`. Pairs: `dpo`, `rc_dpo`, `rpo`, `rebel`. Regression on the
+    /// optimal advantage: `oapl`, `a_star_po`.
     pub method: Method,
+    /// Program and arguments of a trainer of your own, such as `["python", "train.py"]`; empty: taod trains. It is called with two
+    /// more arguments, the folder of the dataset and that of the adapter to be made (docs/training.md).
+    pub command: Vec<String>,
+    /// Strength of the tie to the base or to the sampler: the weight of the divergence (grpo and its kin, rloo), the margin's
+    /// scale (dpo and its kin, rebel), the log-ratio's (oapl, a_star_po). 0 = the method's own: 0.05 for rloo, oapl and
+    /// a_star_po, 0.1 for pairs, none for the others.
+    pub beta: f64,
+    /// Temperature of the soft maximum of a prompt's rewards (oapl, a_star_po). 0 = the method's own: 1 and 0.5.
+    pub value_beta: f64,
+    /// How far below 1 a ratio still counts. 0 = the method's own: 0.2, and 0.0003 for gspo.
+    pub clip_low: f64,
+    /// How far above 1 a ratio still counts. 0 = the method's own: 0.2, 0.28 for dapo, 0.0004 for gspo.
+    pub clip_high: f64,
+    /// Policy gradients are refused where the sampler's log-probs differ from the trainer's by more, in nats a token: such
+    /// ratios are noise. Above 0.
+    pub max_sampler_gap: f64,
     /// Rank of the LoRA matrices. At least 1, at most the narrowest layer.
     pub rank: usize,
     /// LoRA's alpha: the change is scaled by alpha / rank. Above 0.
@@ -38,9 +56,9 @@ pub struct Settings {
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
     /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
-    /// How many of a prompt's samples train, best first. At least 1.
+    /// How many of a prompt's samples train, best first (raft), or how many pairs it gives (dpo and its kin). At least 1.
     pub best_per_prompt: usize,
-    /// Only samples with a reward above this train. In [0, 1).
+    /// Only samples with a reward above this train (raft, rest), or are the better one of a pair. In [0, 1).
     pub min_reward: f64,
     /// Training is given up when the mean divergence from the base on a step's samples passes this, in nats a token.
     pub max_kl: f64,
@@ -55,6 +73,12 @@ impl Default for Settings {
         Settings {
             iterations: 2,
             method: Method::Raft,
+            command: Vec::new(),
+            beta: 0.0,
+            value_beta: 0.0,
+            clip_low: 0.0,
+            clip_high: 0.0,
+            max_sampler_gap: 0.05,
             rank: 16,
             alpha: 32.0,
             use_rslora: false,
@@ -101,11 +125,19 @@ impl Settings {
             ("learning_rate", self.learning_rate),
             ("max_grad_norm", self.max_grad_norm),
             ("max_kl", self.max_kl),
+            ("max_sampler_gap", self.max_sampler_gap),
         ];
         if let Some((key, value)) = positive.into_iter().find(|(_, value)| !value.is_finite() || *value <= 0.0) {
             return Err(format!("{key} is {value}; set it to a number above 0"));
         }
-        let not_negative = [("weight_decay", self.weight_decay), ("min_entropy", self.min_entropy)];
+        let not_negative = [
+            ("weight_decay", self.weight_decay),
+            ("min_entropy", self.min_entropy),
+            ("beta", self.beta),
+            ("value_beta", self.value_beta),
+            ("clip_low", self.clip_low),
+            ("clip_high", self.clip_high),
+        ];
         if let Some((key, value)) = not_negative.into_iter().find(|(_, value)| !value.is_finite() || *value < 0.0) {
             return Err(format!("{key} is {value}; set it to 0 or more"));
         }
@@ -114,6 +146,9 @@ impl Settings {
                 "min_reward is {}; rewards lie in [0, 1], so set it from 0 to below 1",
                 self.min_reward
             ));
+        }
+        if self.clip_low >= 1.0 {
+            return Err(format!("clip_low is {}; a ratio is never below 0, so set it below 1", self.clip_low));
         }
         if self.targets.is_empty() {
             return Err("targets is empty; name at least one of q, k, v, o, gate, up, down".to_string());
@@ -130,7 +165,10 @@ mod tests {
     fn the_defaults_are_valid_and_each_bound_bites() {
         assert_eq!(Settings::default().validate(), Ok(()));
         type Breaking = fn(&mut Settings);
-        let broken: [(&str, Breaking); 8] = [
+        let broken: [(&str, Breaking); 11] = [
+            ("beta is -0.1", |s| s.beta = -0.1),
+            ("clip_low is 1", |s| s.clip_low = 1.0),
+            ("max_sampler_gap is 0", |s| s.max_sampler_gap = 0.0),
             ("rank is 0", |s| s.rank = 0),
             ("alpha is -1", |s| s.alpha = -1.0),
             ("learning_rate is NaN", |s| s.learning_rate = f64::NAN),

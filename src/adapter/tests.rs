@@ -4,23 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::adapter::checkpoint::save;
+use crate::adapter::checkpoint::{Known, save};
 use crate::adapter::optimizer::AdamW;
 use crate::engine::train::LoraMatrices;
 use crate::engine::train::fixture::{Golden, Tiny, lora};
 use crate::engine::{Architecture, Linear};
 use crate::progress::Observer;
 
-fn tiny() -> Tiny {
+pub(super) fn tiny() -> Tiny {
     Tiny::new(Architecture::Llama)
 }
 
 impl Tiny {
-    fn frozen(&self) -> Frozen<'_> {
+    pub(super) fn frozen(&self) -> Frozen<'_> {
         Frozen { config: &self.config, weights: &self.weights, identity: &self.identity }
     }
 
-    fn tune(
+    pub(super) fn tune(
         &self,
         samples: &[Sample],
         start: Option<&Path>,
@@ -37,7 +37,7 @@ fn sample(group: &str, prompt: &[u32], completion: &[u32], reward: f64) -> Sampl
 }
 
 /// Twelve groups of four samples each, of which some reward one token.
-fn samples() -> Vec<Sample> {
+pub(super) fn samples() -> Vec<Sample> {
     let completion =
         |g: u32, s: u32| -> Vec<u32> { (0..2 + (g + s) % 4).map(|t| (g * 5 + s * 11 + t * 7) % 48).collect() };
     (0..12)
@@ -50,13 +50,13 @@ fn samples() -> Vec<Sample> {
         .collect()
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     let rates = Settings { learning_rate: 1e-2, warmup_steps: 2, ..Settings::default() };
     Settings { rank: 4, alpha: 8.0, batch_samples: 4, batch_tokens: 24, checkpoint_steps: 2, ..rates }
 }
 
 /// All files below a folder with their bytes.
-fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub(super) fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -99,7 +99,7 @@ fn expect_golden(name: &str, frozen: Frozen) {
     let origin = Origin::new(frozen.identity, &settings, 0, &[], None).unwrap();
     let before = folder.path().join("before");
     fs::create_dir_all(before.join(CHECKPOINT)).unwrap();
-    save(&before.join(CHECKPOINT), &origin, &lora, &AdamW::new(&lora.values), &[], &[]).unwrap();
+    save(&before.join(CHECKPOINT), &origin, &lora, &AdamW::new(&lora.values), &[], &Known::default()).unwrap();
     let (start, out) = (Some(before.as_path()), folder.path().join("out"));
     let outcome = tune_frozen(frozen, &samples, start, &settings, 0, &out, &Progress::silent()).unwrap();
     assert_eq!(outcome.steps.len(), t.steps);
@@ -165,7 +165,15 @@ fn groups_that_say_nothing_are_dropped_and_counted() {
 }
 
 /// Dies after a number of optimizer steps.
-struct Killer(AtomicUsize);
+pub(super) struct Killer(AtomicUsize);
+
+impl Killer {
+    /// Runs work and kills it after a number of optimizer steps.
+    pub(super) fn stop_after(steps: usize, work: impl FnOnce(&Progress) -> Result<(), TuneError>) {
+        let progress = Progress::to(Arc::new(Killer(AtomicUsize::new(steps))));
+        assert!(catch_unwind(AssertUnwindSafe(|| work(&progress))).is_err());
+    }
+}
 
 impl Observer for Killer {
     fn begin(&self, _: &str, _: u64, _: &str) {}
@@ -185,9 +193,9 @@ fn a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one() {
     let outcome = tiny.tune(&samples, None, &settings, &whole).unwrap();
     assert!(outcome.steps.len() >= 10);
     for after in [1, 3, 4] {
-        let progress = Progress::to(Arc::new(Killer(AtomicUsize::new(after))));
-        let run = || tune_frozen(tiny.frozen(), &samples, None, &settings, 7, &killed, &progress);
-        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        Killer::stop_after(after, |progress| {
+            tune_frozen(tiny.frozen(), &samples, None, &settings, 7, &killed, progress).map(drop)
+        });
         assert!(!killed.join(ADAPTER).exists(), "nothing to register yet");
     }
     let done = Checkpoint::load(&killed.join(CHECKPOINT)).unwrap().steps.len();
@@ -342,7 +350,7 @@ fn base_log_probs_that_come_with_the_samples_are_not_computed_again() {
     let base_logprobs = |name: &str, samples: &[Sample]| {
         let out = folder.path().join(name);
         tiny.tune(samples, None, &settings, &out).unwrap();
-        Checkpoint::load(&out.join(CHECKPOINT)).unwrap().base_logprobs
+        Checkpoint::load(&out.join(CHECKPOINT)).unwrap().known.base
     };
     let computed = base_logprobs("computed", &samples());
     let mut partly = samples();

@@ -1,16 +1,16 @@
 //! The training loop: one pass per step over its parts, one update, one line of the log, a checkpoint now and then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::time::Instant;
 
 use candle_core::Tensor;
 
 use super::batches::{Chosen, Group, Part, Selection, Step, parts, plan};
-use super::checkpoint::{self, Checkpoint, Origin};
-use super::losses::{drift, factors};
+use super::checkpoint::{self, Checkpoint, Known, Origin};
+use super::losses::{Batch, Loss, Member, drift};
 use super::optimizer::{AdamW, clip, learning_rate};
-use super::{Outcome, Settings, StepLog, TuneError};
+use super::{Mismatch, Outcome, Settings, StepLog, TuneError, known};
 use crate::crash;
 use crate::engine::train::{Base, LoraMatrices};
 use crate::progress::{self, Progress};
@@ -20,6 +20,7 @@ use crate::record::derive_seed;
 pub(super) struct Run<'a> {
     base: Base<'a>,
     settings: &'a Settings,
+    loss: Loss,
     selection: &'a Selection<'a>,
     origin: Origin,
     folder: &'a Path,
@@ -27,8 +28,9 @@ pub(super) struct Run<'a> {
     lora: LoraMatrices,
     adam: AdamW,
     logs: Vec<StepLog>,
-    /// Log-probs under the base, by the index of the chosen sample.
-    base_logprobs: Vec<Vec<f32>>,
+    /// By the index of the chosen sample.
+    known: Known,
+    mismatch: Option<Mismatch>,
 }
 
 /// What the parts of one step add up to.
@@ -36,9 +38,14 @@ struct Sums {
     loss: f64,
     drift: f64,
     entropy: f64,
+    ratio: f64,
+    clipped: usize,
     tokens: usize,
     gradients: Vec<Vec<f32>>,
 }
+
+/// Log-probs of samples under the adapter as it is, by the index of the chosen sample.
+type Ahead = HashMap<usize, Vec<f32>>;
 
 impl<'a> Run<'a> {
     /// Prepares a run: from its own checkpoint, else from that of the iteration before, else from no change.
@@ -64,15 +71,18 @@ impl<'a> Run<'a> {
             None => AdamW::new(&lora.values),
         };
         let steps = plan(&selection.groups, settings, seed);
-        let (logs, base_logprobs) = resumed.map_or_else(Default::default, |r| (r.steps, r.base_logprobs));
-        Ok(Run { base, settings, selection, origin, folder, steps, lora, adam, logs, base_logprobs })
+        let (logs, known) = resumed.map_or_else(Default::default, |r| (r.steps, r.known));
+        let loss = Loss::new(settings);
+        let mismatch = None;
+        Ok(Run { base, settings, loss, selection, origin, folder, steps, lora, adam, logs, known, mismatch })
     }
 
     /// Trains to the end of the plan, leaving a checkpoint of the last step.
     pub(super) fn train(&mut self, progress: &Progress) -> Result<(), TuneError> {
-        if self.base_logprobs.is_empty() {
-            self.base_logprobs = self.score_base(progress)?;
+        if self.known.base.is_empty() {
+            self.known = known::compute(&self.base, &self.lora, self.selection, self.settings, progress)?;
         }
+        self.mismatch = known::compare(self.selection, &self.known, self.settings)?;
         let tokens = |step: &Step| self.chosen(step).map(|sample| sample.completion.len() as u64).sum::<u64>();
         let left = self.steps[self.logs.len().min(self.steps.len())..].iter().map(tokens).sum();
         let mut report = progress.step("tuning", left, "tokens");
@@ -91,7 +101,7 @@ impl<'a> Run<'a> {
         let index = self.logs.len();
         let step = self.steps[index].clone();
         let samples = self.chosen(&step).count();
-        let mut sums = self.sums(&step, samples)?;
+        let mut sums = self.sums(&step)?;
         if index == 0 {
             self.check_gradients(&sums.gradients)?;
         }
@@ -105,6 +115,8 @@ impl<'a> Run<'a> {
             grad_norm: grad_norm as f32,
             kl_sample: (sums.drift / sums.tokens as f64) as f32,
             entropy: (sums.entropy / sums.tokens as f64) as f32,
+            ratio: (sums.ratio / sums.tokens as f64) as f32,
+            clipped: (sums.clipped as f64 / sums.tokens as f64) as f32,
             samples,
             tokens: sums.tokens,
         };
@@ -118,25 +130,72 @@ impl<'a> Run<'a> {
     }
 
     /// Runs the forward and backward passes of a step.
-    fn sums(&self, step: &Step, samples: usize) -> Result<Sums, TuneError> {
+    fn sums(&self, step: &Step) -> Result<Sums, TuneError> {
         let gradients = self.lora.zero_gradients();
-        let mut sums = Sums { loss: 0.0, drift: 0.0, entropy: 0.0, tokens: 0, gradients };
-        for part in parts(self.groups(step), self.settings.batch_tokens) {
-            self.add_part(&part, samples, &mut sums)?;
+        let mut sums = Sums { loss: 0.0, drift: 0.0, entropy: 0.0, ratio: 0.0, clipped: 0, tokens: 0, gradients };
+        let (samples, tokens) = self.chosen(step).fold((0, 0), |(n, t), sample| (n + 1, t + sample.completion.len()));
+        let batch = Batch { samples, tokens, longest: self.selection.longest };
+        let parts = parts(self.groups(step), self.settings.batch_tokens);
+        let ahead = self.look_ahead(step, &parts)?;
+        for part in &parts {
+            self.add_part(step, part, &batch, &ahead, &mut sums)?;
         }
         Ok(sums)
     }
 
-    fn add_part(&self, part: &Part, samples: usize, sums: &mut Sums) -> Result<(), TuneError> {
+    /// Returns the log-probs of groups whose samples stand in several parts: a loss sees a group whole.
+    fn look_ahead(&self, step: &Step, parts: &[Part]) -> Result<Ahead, TuneError> {
+        let mut ahead = Ahead::new();
+        let within = |part: &Part, group: &Group| part.samples.iter().filter(|s| group.holds(s.index)).count();
+        let is_cut =
+            |part: &&Part| self.groups(step).any(|group| (1..group.samples.len()).contains(&within(part, group)));
+        for part in parts.iter().filter(is_cut) {
+            let pass = self.base.forward(&self.lora, &part.groups)?;
+            ahead.extend(part.split(pass.logprobs()).map(|(sample, own)| (sample.index, own.to_vec())));
+        }
+        Ok(ahead)
+    }
+
+    fn add_part(
+        &self,
+        step: &Step,
+        part: &Part,
+        batch: &Batch,
+        ahead: &Ahead,
+        sums: &mut Sums,
+    ) -> Result<(), TuneError> {
         let pass = self.base.forward(&self.lora, &part.groups)?;
-        let weights: Vec<(usize, f64)> = part.samples.iter().map(|s| (s.completion.len(), s.weight)).collect();
-        let factors = factors(&weights, samples);
-        let base: Vec<f32> = part.samples.iter().flat_map(|s| &self.base_logprobs[s.index]).copied().collect();
-        sums.loss += pass.logprobs().iter().zip(&factors).map(|(l, f)| f64::from(*l) * f64::from(*f)).sum::<f64>();
+        let here: HashMap<usize, &[f32]> = part.split(pass.logprobs()).map(|(s, own)| (s.index, own)).collect();
+        let mut slopes: HashMap<usize, Vec<f32>> = HashMap::new();
+        for group in self.groups(step).filter(|group| group.samples.iter().any(|s| here.contains_key(&s.index))) {
+            let policy = |index: usize| here.get(&index).copied().or(ahead.get(&index).map(Vec::as_slice));
+            let members: Vec<Member> =
+                group.samples.iter().map(|s| self.member(s, policy(s.index).unwrap_or_default())).collect();
+            let found = self.loss.slopes(&members, batch);
+            // A group that was cut counts once.
+            if group.samples.first().is_some_and(|first| here.contains_key(&first.index)) {
+                sums.loss += found.value;
+                sums.ratio += found.ratio;
+                sums.clipped += found.clipped;
+            }
+            slopes.extend(group.samples.iter().map(|sample| sample.index).zip(found.slopes));
+        }
+        let slopes: Vec<f32> = part.samples.iter().flat_map(|s| slopes.remove(&s.index).unwrap_or_default()).collect();
+        let base: Vec<f32> = part.samples.iter().flat_map(|s| &self.known.base[s.index]).copied().collect();
         sums.drift += drift(pass.logprobs(), &base);
         sums.entropy += pass.entropies().iter().map(|e| f64::from(*e)).sum::<f64>();
-        sums.tokens += factors.len();
-        Ok(pass.backward(&factors, &mut sums.gradients)?)
+        sums.tokens += slopes.len();
+        Ok(pass.backward(&slopes, &mut sums.gradients)?)
+    }
+
+    fn member<'m>(&'m self, sample: &'m Chosen, policy: &'m [f32]) -> Member<'m> {
+        Member {
+            reward: sample.reward,
+            policy,
+            old: self.known.old.get(sample.index).map_or(&[], Vec::as_slice),
+            base: &self.known.base[sample.index],
+            sampler: sample.sampler_logprobs,
+        }
     }
 
     /// Refuses to go on where a matrix would never train. A's gradient may be zero while B is, but B's may not.
@@ -173,32 +232,6 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Returns the log-probs of every chosen sample under the base.
-    fn score_base(&self, progress: &Progress) -> Result<Vec<Vec<f32>>, TuneError> {
-        let mut scores = vec![Vec::new(); self.selection.samples];
-        let unknown = |group: &&Group| group.samples.iter().any(|sample| sample.base_logprobs.is_none());
-        let (left, known): (Vec<&Group>, Vec<&Group>) = self.selection.groups.iter().partition(unknown);
-        for sample in known.iter().flat_map(|group| &group.samples) {
-            scores[sample.index] = sample.base_logprobs.unwrap_or_default().to_vec();
-        }
-        if left.is_empty() {
-            return Ok(scores);
-        }
-        let samples: usize = left.iter().map(|group| group.samples.len()).sum();
-        let mut report = progress.step("base log-probs", samples as u64, "samples");
-        for part in parts(left, self.settings.batch_tokens) {
-            let found = self.base.score(&part.groups)?;
-            let mut rest = &found.logprobs[..];
-            for sample in &part.samples {
-                let (own, others) = rest.split_at(sample.completion.len());
-                scores[sample.index] = own.to_vec();
-                rest = others;
-            }
-            report.advance(part.samples.len() as u64, "");
-        }
-        Ok(scores)
-    }
-
     fn groups(&self, step: &Step) -> impl Iterator<Item = &'a Group<'a>> {
         let selection = self.selection;
         step.groups.clone().into_iter().map(move |index| &selection.groups[index])
@@ -209,7 +242,7 @@ impl<'a> Run<'a> {
     }
 
     fn save(&self) -> Result<(), TuneError> {
-        checkpoint::save(self.folder, &self.origin, &self.lora, &self.adam, &self.logs, &self.base_logprobs)
+        checkpoint::save(self.folder, &self.origin, &self.lora, &self.adam, &self.logs, &self.known)
     }
 
     pub(super) fn logs(&self) -> &[StepLog] {
@@ -232,6 +265,7 @@ impl<'a> Run<'a> {
             groups_none_above: self.selection.none_above,
             tokens: self.logs.iter().map(|log| log.tokens as u64).sum(),
             kl_sample: (drift / tokens.max(1) as f64) as f32,
+            mismatch: self.mismatch,
             adapter_dir: Default::default(),
         }
     }

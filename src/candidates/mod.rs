@@ -7,6 +7,8 @@
 //! Every candidate carries its token ids and log-probs: ids win over text from here to the trainer, because
 //! `encode(decode(ids))` is not `ids`.
 
+pub mod remote;
+
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -18,6 +20,7 @@ use crate::durable::{self, FileError};
 use crate::engine::{Adapter, BatchLimits, EngineError, Group, Model, SamplingSettings, generate};
 use crate::progress::{Progress, Step};
 use crate::record::{FinishReason, derive_seed};
+use remote::Remote;
 
 /// How candidates for training are drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +38,8 @@ pub struct Settings {
     pub chunk_prompts: usize,
     /// Most sequences decoded at the same time; bounds the memory of the KV cache.
     pub max_sequences: usize,
+    /// A server that samples instead of this machine.
+    pub remote: remote::Settings,
 }
 
 impl Default for Settings {
@@ -46,6 +51,7 @@ impl Default for Settings {
             max_tokens: 512,
             chunk_prompts: 16,
             max_sequences: 64,
+            remote: remote::Settings::default(),
         }
     }
 }
@@ -72,13 +78,13 @@ impl Settings {
                 return Err(format!("{key} = 0: set at least 1"));
             }
         }
-        Ok(())
+        self.remote.validate().map_err(|problem| format!("remote.{problem}"))
     }
 
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
-        let sampling = SamplingSettings { temperature, top_p, top_k: 0, max_tokens };
+        let sampling = SamplingSettings { temperature, top_p, max_tokens, ..SamplingSettings::default() };
         Draw { samples: self.samples_per_prompt, sampling, max_sequences: self.max_sequences }
     }
 }
@@ -118,7 +124,12 @@ impl Decoding {
 
     /// Returns how the engine is to draw.
     pub fn sampling(&self) -> SamplingSettings {
-        SamplingSettings { temperature: self.temperature, top_p: self.top_p, top_k: 0, max_tokens: self.max_tokens }
+        SamplingSettings {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            max_tokens: self.max_tokens,
+            ..SamplingSettings::default()
+        }
     }
 }
 
@@ -141,11 +152,14 @@ pub struct Candidate {
     pub prompt_ids: Vec<u32>,
     /// The answer, with the closing token exactly when `finish_reason` is `stop`.
     pub token_ids: Vec<u32>,
-    /// Log-softmax of the raw logits at temperature 1, one per token id.
+    /// Log-softmax of the raw logits at temperature 1, one per token id; none where a server does not tell them.
     pub logprobs: Vec<f32>,
-    /// Log-prob under the distribution that was drawn from, one per token id.
+    /// Log-prob under the distribution that was drawn from, one per token id; none where a server does not tell them.
     pub sampler_logprobs: Vec<f32>,
     pub finish_reason: FinishReason,
+    /// True where another engine drew it: its log-probs are near ours, not the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub remote: bool,
 }
 
 /// Which draws these are: enters every seed, so that no two purposes ever share a sample stream.
@@ -166,6 +180,8 @@ pub enum CandidateError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error("the server at candidates.remote.url {url} cannot sample: {what}")]
+    Remote { url: String, what: String },
 }
 
 /// What stands in the stage's folder once it is complete.
@@ -239,6 +255,7 @@ pub fn draw(
                 logprobs: done.logprobs,
                 sampler_logprobs: done.sampler_logprobs,
                 finish_reason: done.finish_reason,
+                remote: false,
             })
             .collect();
     }
@@ -272,10 +289,15 @@ pub fn sample(
         too_long: 0,
         sha256: Vec::new(),
     };
+    // The server has the base alone.
+    let remote = (settings.remote.is_on() && adapter.is_none()).then(|| Remote::open(&settings.remote)).transpose()?;
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
         let path = chunk_path(out, index);
         if !path.exists() {
-            let drawn = draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?;
+            let drawn = match &remote {
+                Some(remote) => remote.draw(model, chunk, &settings.draw(), stream, &mut step)?,
+                None => draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?,
+            };
             durable::write_json_lines(&path, &drawn.concat())?;
             crash::at("candidates-chunk");
         }

@@ -37,6 +37,12 @@ pub struct Generate {
     /// Likeliest tokens that are kept; 0 keeps all.
     #[arg(long, default_value_t = 0, value_name = "K")]
     top_k: usize,
+    /// Keeps tokens at least this likely beside the most likely one; 0 keeps all.
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    min_p: f64,
+    /// Makes tokens of the prompt and of the answer less likely; 1 is none.
+    #[arg(long, default_value_t = 1.0, value_name = "R")]
+    repetition_penalty: f64,
     /// Changes every draw.
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
@@ -60,7 +66,10 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         temperature: args.temperature,
         top_p: args.top_p,
         top_k: args.top_k,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
         max_tokens: args.max_tokens,
+        ..SamplingSettings::default()
     };
     let mut out = Output::stdout();
     let mut step = screen.progress().step("generating", prompts.len() as u64 * args.samples, "answers");

@@ -178,8 +178,12 @@ impl Side<'_> {
         first: usize,
     ) -> anyhow::Result<Vec<f64>> {
         let Side { args, model, rewards, step } = self;
-        let sampling =
-            SamplingSettings { temperature: args.temperature, top_p: 1.0, top_k: 0, max_tokens: args.max_tokens };
+        let sampling = SamplingSettings {
+            temperature: args.temperature,
+            top_p: 1.0,
+            max_tokens: args.max_tokens,
+            ..SamplingSettings::default()
+        };
         let group = |(at, line): (usize, &WorkloadLine)| {
             let index = first + at;
             let seed = |sample: u64| derive_seed(args.seed, &["eval", name, &index.to_string(), &sample.to_string()]);

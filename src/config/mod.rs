@@ -47,10 +47,26 @@ macro_rules! sections {
                 $(if let Err(problem) = self.$section.validate() {
                     problems.push(format!("{}.{problem}", stringify!($section)));
                 })*
+                problems.extend(self.across());
                 problems
             }
         }
     };
+}
+
+impl Config {
+    /// Returns what no section can see by itself.
+    fn across(&self) -> Option<String> {
+        let (method, drawn) = (self.tuning.method, &self.candidates);
+        let is_plain = drawn.temperature == 1.0 && drawn.top_p == 1.0;
+        (method.needs_plain_samples() && !is_plain).then(|| {
+            format!(
+                "tuning.method is {method}, which needs samples of the policy as it is, but candidates.temperature is {} and \
+                 candidates.top_p is {}: set both to 1, or the method to raft, rest or dpo",
+                drawn.temperature, drawn.top_p
+            )
+        })
+    }
 }
 
 sections! {

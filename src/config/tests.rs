@@ -247,6 +247,18 @@ fn a_section_checks_its_own_values_and_the_layer_is_blamed() {
 }
 
 #[test]
+fn a_method_that_needs_plain_samples_refuses_others() {
+    let read = |text: &str| Loaded::from_layers(Some(("taod.toml".into(), text.into())), Vec::new());
+    for (method, plain) in [("raft", false), ("dpo", false), ("rest", false), ("grpo", true), ("oapl", true)] {
+        let config = format!("[tuning]\nmethod = \"{method}\"\n[candidates]\ntemperature = 0.7\n");
+        let refused = read(&config).err().map(|error| error.to_string());
+        assert_eq!(refused.is_some(), plain, "{method}");
+        assert!(refused.is_none_or(|text| text.contains("tuning.method") && text.contains("temperature is 0.7")));
+        assert!(read(&config.replace("0.7", "1.0")).is_ok(), "{method}");
+    }
+}
+
+#[test]
 fn the_hash_changes_with_any_value() {
     let changed =
         Config { state: StateSettings { dir: "other".into(), ..StateSettings::default() }, ..Config::default() };

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::cache::{Cache, Pool, Segment};
 use super::decoder::{Decoder, LoraPack, Run};
-use super::draw::{Drawn, SamplingSettings, draw};
+use super::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
 use super::error::EngineError;
 use super::lora::Adapter;
 use super::model::Model;
@@ -92,6 +92,7 @@ struct Active {
     cache: Cache,
     rng: ChaCha8Rng,
     sampling: SamplingSettings,
+    said: Option<Said>,
     /// Most new tokens, by the settings and by the context.
     limit: usize,
     drawn: Vec<Drawn>,
@@ -211,7 +212,7 @@ impl<'a> Batcher<'a> {
             self.waiting.pop_front();
         }
         let started = self.active[first..].par_iter_mut().zip(&logits);
-        started.for_each_init(Vec::new, |scratch, (active, logits)| active.draw(logits, scratch));
+        started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, scratch));
         self.settle(first, events);
     }
 
@@ -226,7 +227,7 @@ impl<'a> Batcher<'a> {
         let logits = self.decoder.logits(&hidden);
         let work = self.active.par_iter_mut().enumerate();
         work.for_each_init(
-            || (vec![0.0; logits.columns()], Vec::new()),
+            || (vec![0.0; logits.columns()], Scratch::default()),
             |(row, scratch), (i, active)| {
                 logits.copy_row(i, row);
                 active.draw(row, scratch);
@@ -263,13 +264,18 @@ impl Active {
             cache: Cache::after(prefix),
             rng: ChaCha8Rng::seed_from_u64(group.seeds[sample]),
             sampling: group.sampling.clone(),
+            said: Said::begin(&group.sampling, &group.prompt),
             limit: group.sampling.max_tokens.min(room),
             drawn: Vec::new(),
         }
     }
 
-    fn draw(&mut self, logits: &[f32], scratch: &mut Vec<f32>) {
-        self.drawn.push(draw(logits, &self.sampling, &mut self.rng, scratch));
+    fn draw(&mut self, logits: &[f32], scratch: &mut Scratch) {
+        let drawn = draw(logits, &self.sampling, self.said.as_ref(), &mut self.rng, scratch);
+        if let Some(said) = &mut self.said {
+            said.add(drawn.token);
+        }
+        self.drawn.push(drawn);
     }
 
     fn finish_reason(&self, model: &Model) -> Option<FinishReason> {

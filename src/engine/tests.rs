@@ -65,11 +65,11 @@ fn worst(got: &[f32], expected: &[f32]) -> f32 {
 }
 
 fn greedy(tokens: usize) -> SamplingSettings {
-    SamplingSettings { temperature: 0.0, top_p: 1.0, max_tokens: tokens, top_k: 0 }
+    SamplingSettings { temperature: 0.0, top_p: 1.0, max_tokens: tokens, ..SamplingSettings::default() }
 }
 
 fn group(id: u64, prompt: &[u32], samples: u64, max_tokens: usize) -> Group {
-    let sampling = SamplingSettings { temperature: 0.8, top_p: 0.95, max_tokens, top_k: 0 };
+    let sampling = SamplingSettings { temperature: 0.8, top_p: 0.95, max_tokens, ..SamplingSettings::default() };
     Group { id, prompt: prompt.to_vec(), seeds: (0..samples).map(|s| id * 100 + s).collect(), sampling }
 }
 
@@ -143,7 +143,7 @@ fn a_sample_ends_with_the_closing_token_or_at_its_limit() {
     let model = load(&fixture("tiny-llama"));
     let closing = model.tokenizer().closing_id().unwrap();
     // Hot draws end sooner or later by themselves on a vocabulary of 340.
-    let sampling = SamplingSettings { temperature: 3.0, top_p: 1.0, max_tokens: 300, top_k: 0 };
+    let sampling = SamplingSettings { temperature: 3.0, top_p: 1.0, max_tokens: 300, ..SamplingSettings::default() };
     let group = Group { id: 0, prompt: vec![5, 6], seeds: (0..20).collect(), sampling };
     let samples = &sample(&model, vec![group], 64)[0];
     let stopped = samples.iter().filter(|s| s.finish_reason == FinishReason::Stop).count();

@@ -2,7 +2,7 @@
 //!
 //! Records gather in an epoch. Sealing it commits the rows of all partitions together with the offsets they take the
 //! partitions to, in one Delta commit; what could not be read goes to `dead_letters` before, under offsets of its own.
-//! The ledger knows neither Kafka nor the clock: a source calls it, in production a [`super::Session`], and in the model
+//! The ledger knows neither Kafka nor the clock: a source calls it, in production a [`super::session`], and in the model
 //! check every order of events that can happen. After an error a ledger is of no more use: nothing of its epoch may be
 //! stored, and a new one begins at what the tables hold.
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
+use super::ledger::Ledger;
 use super::*;
 use crate::query_log::TopicPartition;
 use crate::query_log::embedded::EmbeddedBroker;

@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::adapter::StepLog;
 use crate::candidates::Candidate;
 use crate::record::Purpose;
 
@@ -33,6 +34,17 @@ impl RoundRow {
             detail,
         }
     }
+}
+
+/// One optimizer step: a row of `tuning_steps`.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct TuningRow<'a> {
+    pub round: &'a str,
+    /// The training pass, from 1.
+    pub iteration: usize,
+    pub time: DateTime<Utc>,
+    #[serde(flatten)]
+    pub step: &'a StepLog,
 }
 
 /// One scored answer: a row of `candidates`.

@@ -11,7 +11,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::rows::{Place, candidate_row};
+use super::rows::{Place, TuningRow, candidate_row};
 use super::{Control, Night, RoundError, StageReport};
 use crate::adapter::{self, Sample, TuneError};
 use crate::candidates::{self, Candidate, Stream};
@@ -84,6 +84,7 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
             Err(error) if error.is_given_up() => return Ok(Trained::GivenUp { reason: error.to_string() }),
             Err(error) => return Err(error.into()),
         };
+        record_steps(night, pass, &outcome)?;
         night.report(StageReport::new(
             format!("adapter {pass}"),
             outcome.samples_used as u64,
@@ -220,8 +221,9 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
         prompt: c.prompt_ids.clone(),
         completion: c.token_ids.clone(),
         reward: s.total,
-        old_logprobs: Some(c.logprobs.clone()),
-        base_logprobs: from_base.then(|| c.logprobs.clone()),
+        old_logprobs: (c.logprobs.len() == c.token_ids.len()).then(|| c.logprobs.clone()),
+        // Another engine's are no base to measure drift from.
+        base_logprobs: (from_base && !c.remote).then(|| c.logprobs.clone()),
     };
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }
@@ -232,6 +234,13 @@ fn record(night: &Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score])
     let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, s.total, s.passed, &s.parts);
     let rows: Vec<_> = drawn.iter().zip(scores).map(row).collect();
     night.append_once(Name::Candidates, &app_id, &rows)
+}
+
+fn record_steps(night: &Night<'_>, pass: usize, outcome: &adapter::Outcome) -> Result<(), RoundError> {
+    let (round, time) = (&night.plan.round, chrono::Utc::now());
+    let row = |step| TuningRow { round, iteration: pass, time, step };
+    let rows: Vec<_> = outcome.steps.iter().map(row).collect();
+    night.append_once(Name::TuningSteps, &format!("taod/tuning_steps/{round}/{pass}"), &rows)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::record::{FinishReason, Message};
 
 use super::Settings;
-use super::job::{Refusal, Sampling};
+use super::job::{Penalties, Refusal, Sampling};
 
 /// An answer that is not a success, in OpenAI's envelope.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,6 +106,10 @@ pub(crate) struct ChatRequest {
     temperature: Option<f64>,
     top_p: Option<f64>,
     top_k: Option<i64>,
+    min_p: Option<f64>,
+    repetition_penalty: Option<f64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
     max_tokens: Option<usize>,
     max_completion_tokens: Option<usize>,
     pub(crate) seed: Option<i64>,
@@ -121,10 +125,7 @@ pub(crate) struct ChatRequest {
 type IsOff = fn(&Value) -> bool;
 
 /// Parameters that would change the answer and that the sampler does not have, with the value that means "off".
-const UNSUPPORTED: [(&str, IsOff); 5] = [
-    ("frequency_penalty", |v| v.as_f64() == Some(0.0)),
-    ("presence_penalty", |v| v.as_f64() == Some(0.0)),
-    ("repetition_penalty", |v| v.as_f64() == Some(1.0)),
+const UNSUPPORTED: [(&str, IsOff); 2] = [
     ("logit_bias", |v| v.as_object().is_some_and(Map::is_empty)),
     ("response_format", |v| v.get("type").and_then(Value::as_str) == Some("text")),
 ];
@@ -172,6 +173,7 @@ impl ChatRequest {
         let temperature = within("temperature", self.temperature.unwrap_or(1.0), 0.0, 2.0)?;
         let top_p = within("top_p", self.top_p.unwrap_or(1.0), f64::MIN_POSITIVE, 1.0)?;
         let top_k = usize::try_from(self.top_k.unwrap_or(0)).unwrap_or(0); // vLLM: -1 and 0 both mean "off"
+        let min_p = within("min_p", self.min_p.unwrap_or(0.0), 0.0, 1.0)?;
         let asked = self.max_completion_tokens.or(self.max_tokens);
         if let Some(n) = asked.filter(|&n| n == 0 || n > settings.max_tokens) {
             let message = format!("max_tokens={n} is not between 1 and {}", settings.max_tokens);
@@ -182,7 +184,17 @@ impl ChatRequest {
             let message = format!("n={samples} is not between 1 and {}", settings.max_samples);
             return Err(ApiError::bad(message, Some("n")));
         }
-        Ok(Sampling { temperature, top_p, top_k, max_tokens: asked, samples, stop: self.stop_strings()? })
+        let (penalties, stop) = (self.penalties()?, self.stop_strings()?);
+        Ok(Sampling { temperature, top_p, top_k, min_p, penalties, max_tokens: asked, samples, stop })
+    }
+
+    fn penalties(&self) -> Result<Penalties, ApiError> {
+        Ok(Penalties {
+            // vLLM's bounds, and OpenAI's.
+            repetition: within("repetition_penalty", self.repetition_penalty.unwrap_or(1.0), f64::MIN_POSITIVE, 2.0)?,
+            presence: within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?,
+            frequency: within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?,
+        })
     }
 
     /// Returns what the answer shall carry.
@@ -376,7 +388,9 @@ mod tests {
             (json!({"top_p": 0.0}), "top_p=0"),
             (json!({"top_logprobs": 5}), "top_logprobs=5"),
             (json!({"stop": ["a", ""]}), "'stop'"),
-            (json!({"frequency_penalty": 0.5}), "'frequency_penalty'"),
+            (json!({"frequency_penalty": 2.5}), "frequency_penalty=2.5"),
+            (json!({"min_p": 1.5}), "min_p=1.5"),
+            (json!({"repetition_penalty": 0.0}), "repetition_penalty=0"),
             (json!({"response_format": {"type": "json_object"}}), "'response_format'"),
             (json!({"messages": []}), "'messages'"),
         ];
@@ -395,6 +409,8 @@ mod tests {
             temperature: 1.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
+            penalties: Penalties { repetition: 1.0, presence: 0.0, frequency: 0.0 },
             max_tokens: Some(8),
             samples: 1,
             stop: vec!["x".into()],

@@ -46,6 +46,15 @@ pub(crate) struct Job {
     pub(crate) _place: OwnedSemaphorePermit,
 }
 
+/// What makes tokens less likely that stand there already.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Penalties {
+    /// 1 = off.
+    pub(crate) repetition: f64,
+    pub(crate) presence: f64,
+    pub(crate) frequency: f64,
+}
+
 /// Checked decoding parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sampling {
@@ -53,6 +62,8 @@ pub(crate) struct Sampling {
     pub(crate) top_p: f64,
     /// 0 = off.
     pub(crate) top_k: usize,
+    pub(crate) min_p: f64,
+    pub(crate) penalties: Penalties,
     /// `None`: as many as the server's bound and the context allow.
     pub(crate) max_tokens: Option<usize>,
     pub(crate) samples: usize,

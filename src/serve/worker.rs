@@ -13,7 +13,7 @@ use crate::engine::{Adapter, BatchLimits, Batcher, Completion, Event as Step, Gr
 use super::Settings;
 use super::api::Sampled;
 use super::emit::{Emitter, Wish};
-use super::job::{Command, Event, Job, Refusal, rank_too_high, room};
+use super::job::{Command, Event, Job, Refusal, Sampling, rank_too_high, room};
 
 /// Starts the thread; it ends when the last sender is gone and all is answered.
 pub(crate) fn start(model: Model, settings: &Settings) -> std::io::Result<Sender<Command>> {
@@ -182,8 +182,17 @@ impl<'m> Batch<'m> {
         if emitter.is_gone() {
             return;
         }
-        let (temperature, top_p, top_k) = (job.sampling.temperature, job.sampling.top_p, job.sampling.top_k);
-        let sampling = SamplingSettings { temperature, top_p, max_tokens, top_k };
+        let Sampling { temperature, top_p, top_k, min_p, penalties, .. } = job.sampling;
+        let sampling = SamplingSettings {
+            temperature,
+            top_p,
+            max_tokens,
+            top_k,
+            min_p,
+            repetition_penalty: penalties.repetition,
+            presence_penalty: penalties.presence,
+            frequency_penalty: penalties.frequency,
+        };
         match self.batcher.push(Group { id, prompt, seeds: job.seeds.clone(), sampling }) {
             Ok(()) => drop(self.running.insert(id, Running { emitter, job })),
             Err(error) => drop(job.events.send(Event::Refused(Refusal::Engine(error.to_string())))),

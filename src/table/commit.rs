@@ -12,7 +12,8 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 use deltalake::kernel::Snapshot;
 use deltalake::kernel::transaction::TransactionError;
-use deltalake::logstore::{CommitOrBytes, LogStoreRef};
+use deltalake::logstore::object_store::ObjectStoreExt;
+use deltalake::logstore::{CommitOrBytes, LogStoreRef, commit_uri_from_version};
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use super::log::{self, Add, Line, Remove, Rewrite, Txn};
 use super::schema::TableSpec;
 use super::write::{self, EncodedFile};
-use super::{TableError, TableLocation, evolve, location, rows};
+use super::{TableError, TableLocation, evolve, location, positions, rows};
 use crate::crash::{self, Point};
 
 /// How often a log entry is written or read back again before a commit is given up as unsettled.
@@ -40,7 +41,8 @@ pub struct Table {
     pub(super) log: LogStoreRef,
     pub(super) version: u64,
     name: String,
-    positions: HashMap<String, Option<i64>>,
+    /// All positions at this version, once one was asked for.
+    positions: Option<HashMap<String, i64>>,
     /// Positions that this table's commits do not move, but only hold while they stand where they stood.
     held: Vec<(String, Option<i64>)>,
     seen: SystemTime,
@@ -87,7 +89,7 @@ impl Table {
     /// Opens the table of a log at its newest version, as it is.
     pub(super) async fn attach(log: LogStoreRef, spec: &'static TableSpec) -> Result<Table, TableError> {
         let (name, seen) = (location::display(log.root_url()), SystemTime::UNIX_EPOCH);
-        let (positions, held) = (HashMap::new(), Vec::new());
+        let (positions, held) = (None, Vec::new());
         let mut table = Table { spec, log, version: 0, name, positions, held, seen, upkept: 0 };
         table.reopen().await?;
         table.upkept = table.version;
@@ -133,12 +135,11 @@ impl Table {
 
     /// Returns the positions of `app_ids` at this version, in order.
     pub async fn txns(&mut self, app_ids: &[String]) -> Result<Vec<Option<i64>>, TableError> {
-        let unknown: Vec<&String> = app_ids.iter().filter(|id| !self.positions.contains_key(*id)).collect();
-        if !unknown.is_empty() {
-            let found = self.replay(unknown.into_iter().cloned().collect()).await?;
-            self.positions.extend(found);
+        if self.positions.is_none() {
+            self.positions = Some(positions::read(&self.log, self.version, &self.name).await?);
         }
-        Ok(app_ids.iter().map(|id| self.positions.get(id).copied().flatten()).collect())
+        let position = |id: &String| self.positions.as_ref()?.get(id).copied();
+        Ok(app_ids.iter().map(position).collect())
     }
 
     /// Makes every later commit of this table fail as fenced once `app_id` has moved from where it stands now.
@@ -149,21 +150,6 @@ impl Table {
         let position = self.txn(app_id).await?;
         self.held.push((app_id.to_owned(), position));
         Ok(())
-    }
-
-    /// Looks positions up in the log: a replay from the newest checkpoint that makes no list of the files.
-    async fn replay(&self, ids: Vec<String>) -> Result<Vec<(String, Option<i64>)>, TableError> {
-        let (root, engine, version) = (self.log.root_url().clone(), self.log.engine(None), self.version);
-        let found = tokio::task::spawn_blocking(move || {
-            let snapshot = delta_kernel::Snapshot::builder_for(root).at_version(version).build(engine.as_ref())?;
-            let position = |id: String| Ok((snapshot.get_app_id_version(&id, engine.as_ref())?, id));
-            let found: delta_kernel::DeltaResult<Vec<_>> = ids.into_iter().map(position).collect();
-            found
-        });
-        let fail = "cannot read the positions of";
-        let found = found.await.map_err(|e| TableError::store(fail, &self.name, e))?;
-        let found = found.map_err(|e| TableError::store(fail, &self.name, e))?;
-        Ok(found.into_iter().map(|(position, id)| (id, position)).collect())
     }
 
     /// Appends rows and moves positions in one commit: all of it lands, once, or none.
@@ -362,8 +348,8 @@ impl Table {
             if let Some(metadata) = meta_data {
                 metadata.check(&self.name, self.spec)?;
             }
-            if let Some(txn) = txn {
-                self.positions.insert(txn.app_id, Some(txn.version));
+            if let (Some(positions), Some(txn)) = (&mut self.positions, txn) {
+                positions.insert(txn.app_id, txn.version);
             }
         }
         self.version = version;
@@ -380,7 +366,7 @@ impl Table {
         serde_json::from_value::<log::Protocol>(protocol).map_err(retell)?.check(&self.name)?;
         serde_json::from_value::<log::Metadata>(metadata).map_err(retell)?.check(&self.name, self.spec)?;
         self.version = snapshot.version();
-        self.positions.clear();
+        self.positions = None;
         self.seen = SystemTime::now();
         Ok(())
     }
@@ -402,18 +388,32 @@ impl Table {
     /// more, and holdings count up without end: only whether they are the newest matters.
     pub(crate) fn fingerprint(&self) -> String {
         let positions: std::collections::BTreeMap<_, _> =
-            self.positions.iter().filter(|(id, _)| !id.ends_with("/holding")).collect();
+            self.positions.iter().flatten().filter(|(id, _)| !id.ends_with("/holding")).collect();
         format!("{positions:?}")
     }
 }
 
 /// Writes version 0. Losing the race to another creator is fine: its table is checked when it is opened.
+///
+/// Winning it is put to the proof: everything rests on a store that refuses to create what exists, and one that takes such a
+/// request and overwrites would lose commits in silence.
 async fn create(log: &LogStoreRef, name: &str, spec: &TableSpec) -> Result<(), TableError> {
     let id = Uuid::new_v4();
-    let bytes = log::create(id, spec, now_ms());
-    match log.write_commit_entry(0, CommitOrBytes::LogBytes(bytes), id).await {
-        Ok(()) | Err(TransactionError::VersionAlreadyExists(_)) => Ok(()),
-        Err(error) => Err(TableError::store("cannot create", name, error)),
+    let entry = CommitOrBytes::LogBytes(log::create(id, spec, now_ms()));
+    let fail = |error| TableError::store("cannot create", name, error);
+    match log.write_commit_entry(0, entry.clone(), id).await {
+        Ok(()) => {}
+        Err(TransactionError::VersionAlreadyExists(_)) => return Ok(()),
+        Err(error) => return Err(fail(error)),
+    }
+    match log.write_commit_entry(0, entry, id).await {
+        Ok(()) => {
+            // So that the next start puts it to the proof again.
+            log.object_store(None).delete(&commit_uri_from_version(Some(0))).await.map_err(|e| fail(e.into()))?;
+            Err(TableError::Overwrites { table: name.to_owned() })
+        }
+        Err(TransactionError::VersionAlreadyExists(_)) => Ok(()),
+        Err(error) => Err(fail(error)),
     }
 }
 

@@ -19,6 +19,7 @@ mod location;
 mod log;
 mod log_files;
 pub mod maintain;
+mod positions;
 mod read;
 mod retain;
 mod rewrite;
@@ -71,6 +72,11 @@ pub enum TableError {
     Fenced { table: String, app_id: String, expected: Option<i64>, found: Option<i64> },
     #[error("another writer changed the same files of table {table} first: nothing was changed")]
     Conflict { table: String },
+    #[error(
+        "the store of table {table} overwrites a log entry that exists, so that commits would be lost: use one that honours \
+             conditional creates (If-None-Match)"
+    )]
+    Overwrites { table: String },
     #[error("table {table}: {why}")]
     Refused { table: String, why: String },
     #[error("the condition {condition:?} cannot be used on table {table}: {why}")]
@@ -123,6 +129,12 @@ impl TableError {
 
     /// Returns true where no retry helps: the table is not one that taod may write.
     pub fn is_foreign(&self) -> bool {
-        matches!(self, TableError::Feature { .. } | TableError::Schema { .. } | TableError::Location { .. })
+        matches!(
+            self,
+            TableError::Feature { .. }
+                | TableError::Schema { .. }
+                | TableError::Location { .. }
+                | TableError::Overwrites { .. }
+        )
     }
 }

@@ -185,6 +185,28 @@ pub static CANDIDATES: TableSpec = TableSpec {
     ],
 };
 
+/// Every optimizer step of training: what it learnt from and how far it went.
+pub static TUNING_STEPS: TableSpec = TableSpec {
+    name: "tuning_steps",
+    columns: &[
+        required("round", Kind::Word),
+        required("iteration", Kind::Int),
+        required("step", Kind::Long),
+        required("time", Kind::Time),
+        required("epoch", Kind::Long),
+        required("samples", Kind::Long),
+        required("tokens", Kind::Long),
+        required("learning_rate", Kind::Double),
+        required("loss", Kind::Double),
+        required("grad_norm", Kind::Double),
+        required("kl_sample", Kind::Double),
+        required("entropy", Kind::Double),
+        required("ratio", Kind::Double),
+        required("clipped", Kind::Double),
+        optional("detail", Kind::Rest),
+    ],
+};
+
 /// One row per change of a round's state.
 pub static ROUNDS: TableSpec = TableSpec {
     name: "rounds",

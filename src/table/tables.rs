@@ -16,6 +16,7 @@ pub enum Name {
     Splits,
     GateUsage,
     Candidates,
+    TuningSteps,
     Rounds,
     Trials,
     GateSteps,
@@ -25,12 +26,13 @@ pub enum Name {
 
 impl Name {
     /// All names, in the order of the flow.
-    pub const ALL: [Name; 10] = [
+    pub const ALL: [Name; 11] = [
         Name::Queries,
         Name::DeadLetters,
         Name::Splits,
         Name::GateUsage,
         Name::Candidates,
+        Name::TuningSteps,
         Name::Rounds,
         Name::Trials,
         Name::GateSteps,
@@ -46,6 +48,7 @@ impl Name {
             Name::Splits => &schema::SPLITS,
             Name::GateUsage => &schema::GATE_USAGE,
             Name::Candidates => &schema::CANDIDATES,
+            Name::TuningSteps => &schema::TUNING_STEPS,
             Name::Rounds => &schema::ROUNDS,
             Name::Trials => &schema::TRIALS,
             Name::GateSteps => &schema::GATE_STEPS,

@@ -1,5 +1,6 @@
 //! What must hold of a table: rows and positions land together, once, whatever the store answers and whoever else writes.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -9,6 +10,7 @@ use deltalake::logstore::object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result as StoreResult,
 };
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -48,6 +50,8 @@ enum Fault {
     LandThenConflict,
     /// Another writer's entry is written while the caller waits for an answer that never comes.
     RivalThenFail(Value),
+    /// The entry is written, whatever stands there (a store that does not know conditional writes).
+    Overwrite,
 }
 
 fn exists(location: &Path) -> Error {
@@ -59,6 +63,8 @@ fn exists(location: &Path) -> Error {
 struct Faulty {
     store: InMemory,
     faults: Mutex<Vec<Fault>>,
+    /// Log entries that were read.
+    read: AtomicUsize,
 }
 
 impl std::fmt::Display for Faulty {
@@ -89,6 +95,7 @@ impl ObjectStore for Faulty {
                 self.store.put_opts(location, entry.to_string().into(), opts).await.and(Err(broken()))
             }
             Some(Fault::FalseConflict) => Err(exists(location)),
+            Some(Fault::Overwrite) => self.store.put_opts(location, payload, PutOptions::default()).await,
         }
     }
 
@@ -97,6 +104,7 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> StoreResult<GetResult> {
+        self.read.fetch_add(usize::from(location.as_ref().ends_with(".json")), Ordering::Relaxed);
         self.store.get_opts(location, options).await
     }
 
@@ -117,12 +125,49 @@ impl ObjectStore for Faulty {
     }
 }
 
-/// A table in a faulty store, and the store.
-async fn faulty() -> (Table, Arc<Faulty>) {
-    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::default() });
+/// A table to be made in a faulty store; the last of the faults comes first.
+async fn made_with(faults: Vec<Fault>) -> (Result<Table, TableError>, Arc<Faulty>) {
+    let store = Arc::new(Faulty { store: InMemory::new(), faults: Mutex::new(faults), read: AtomicUsize::new(0) });
     let url = Url::parse("memory:///tables/").unwrap();
     let location = TableLocation::with_store(url, store.clone()).join("gate_usage");
-    (Table::open_or_create(&location, &schema::GATE_USAGE).await.unwrap(), store)
+    (Table::open_or_create(&location, &schema::GATE_USAGE).await, store)
+}
+
+/// A table in a faulty store, and the store.
+async fn faulty() -> (Table, Arc<Faulty>) {
+    let (table, store) = made_with(Vec::new()).await;
+    (table.unwrap(), store)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_many_positions_are_asked_about_the_log_is_read_twice() {
+    const COMMITS: usize = 40;
+    let (mut table, store) = faulty().await;
+    for n in 0..COMMITS {
+        let app_id = format!("app-{}", n % 10);
+        let expect = table.txn(&app_id).await.unwrap();
+        table.append(&[], &[TxnStep { app_id, expect, set: n as i64 }]).await.unwrap();
+    }
+    let mut table = Table::attach(table.log.clone(), &schema::GATE_USAGE).await.unwrap();
+    let opened = store.read.swap(0, Ordering::Relaxed);
+    for n in 0..10 {
+        assert_eq!(table.txn(&format!("app-{n}")).await.unwrap(), Some(30 + n), "the newest of each");
+    }
+    assert_eq!(table.txn("stranger").await.unwrap(), None);
+    let asked = store.read.load(Ordering::Relaxed);
+    // Once for protocol and metadata, once for the positions.
+    assert!((COMMITS..=2 * COMMITS + 4).contains(&asked), "{asked} of {opened} at the opening");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_overwrites_log_entries_is_refused() {
+    let (made, store) = made_with(vec![Fault::Overwrite, Fault::Overwrite]).await;
+    let error = made.err().unwrap();
+    assert!(error.is_foreign() && error.to_string().contains("If-None-Match"), "{error}");
+    assert!(store.store.list(None).next().await.is_none(), "the next start tries it again");
+    // A lost race and a lost reply are none of this.
+    assert!(made_with(vec![Fault::LandThenConflict]).await.0.is_ok());
+    assert!(made_with(vec![Fault::LandThenConflict, Fault::Overwrite]).await.0.is_ok());
 }
 
 async fn local(folder: &std::path::Path) -> Table {

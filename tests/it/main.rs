@@ -27,6 +27,7 @@ mod layers;
 mod metrics;
 mod power_loss;
 mod readers;
+mod remote;
 mod round;
 mod spark;
 mod stores;

@@ -15,8 +15,8 @@ use crate::harness::{Outcome, files, text};
 const CALLS: usize = 120;
 
 /// Where a round's tables hold what it decided.
-const WRITTEN: [Name; 6] =
-    [Name::Splits, Name::Rounds, Name::Candidates, Name::Trials, Name::GateUsage, Name::GateSteps];
+const WRITTEN: [Name; 7] =
+    [Name::Splits, Name::Rounds, Name::Candidates, Name::TuningSteps, Name::Trials, Name::GateUsage, Name::GateSteps];
 
 /// Returns a night that was run to its end without any disturbance.
 fn undisturbed() -> Night {
@@ -85,6 +85,16 @@ fn a_round_ends_with_a_verdict_and_the_same_seed_gives_the_same_bytes() {
     for pass in 1..=2 {
         let outcome = first.json(&format!("pass-{pass}/adapter/outcome.json"));
         assert!(outcome["kl_sample"].as_f64().unwrap() > 0.0, "pass {pass}: {outcome}");
+        // Each of its steps is a row, with the same numbers.
+        let rows: Vec<Value> = first.rows(Name::TuningSteps);
+        let mut rows: Vec<&Value> = rows.iter().filter(|row| row["iteration"] == pass).collect();
+        rows.sort_by_key(|row| row["step"].as_i64());
+        let steps = outcome["steps"].as_array().unwrap();
+        assert_eq!(rows.len(), steps.len(), "pass {pass}");
+        let same = |row: &&Value, step: &Value| {
+            row["loss"].as_f64().map(|l| l as f32) == step["loss"].as_f64().map(|l| l as f32)
+        };
+        assert!(rows.iter().zip(steps).all(|(row, step)| same(row, step)), "{rows:?} {steps:?}");
     }
     let steps = first.rows(Name::GateSteps);
     assert!(steps.len() > 32, "only {} steps: less than three blocks", steps.len());
