@@ -176,7 +176,7 @@ fn judge(
 ) -> Result<f32, TuneError> {
     let refuse = |what: &str| TuneError::Command { what: format!("its adapter {what}") };
     let adapter = Adapter::load(attempt, model)?;
-    let pairs = (0..model.config().layers).flat_map(|layer| Linear::ALL.map(|linear| (layer, linear)));
+    let pairs = (0..model.config().layers.len()).flat_map(|layer| Linear::ALL.map(|linear| (layer, linear)));
     let mut changes = false;
     for pair in pairs.filter_map(|(layer, linear)| adapter.get(layer, linear)) {
         let sum = |tensor: &candle_core::Tensor| tensor.abs()?.sum_all()?.to_scalar::<f32>();

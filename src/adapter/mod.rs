@@ -22,7 +22,7 @@ pub use settings::Settings;
 
 use crate::durable::{self, FileError};
 use crate::engine::train::Base;
-use crate::engine::{EngineError, Model, ModelConfig, ModelIdentity, Weights, save_peft};
+use crate::engine::{EngineError, Model, ModelConfig, ModelIdentity, Module, Weights, save_peft};
 use crate::progress::Progress;
 use checkpoint::{Checkpoint, Origin};
 use training::Run;
@@ -257,6 +257,7 @@ fn finished(out: &Path) -> Result<Option<Outcome>, TuneError> {
 
 fn check(settings: &Settings, config: &ModelConfig) -> Result<(), TuneError> {
     settings.validate().map_err(TuneError::Settings)?;
+    Module::check_targets(config, &settings.targets)?;
     for linear in settings.lora().targets {
         let (ins, outs) = linear.shape(config);
         let width = ins.min(outs);

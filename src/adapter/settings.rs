@@ -38,7 +38,8 @@ pub struct Settings {
     pub alpha: f64,
     /// Scales by alpha / sqrt(rank) instead (rank-stabilised LoRA).
     pub use_rslora: bool,
-    /// Linear layers that are adapted: any of q, k, v, o, gate, up, down.
+    /// Linear layers that are adapted: any of q, k, v, o, gate, up, down. Phi-3 keeps q, k and v in one matrix, and gate and
+    /// up: name all of one or none.
     pub targets: Vec<Linear>,
     /// Learning rate after the warm-up; it then falls linearly to 0. Above 0.
     pub learning_rate: f64,

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::adapter::checkpoint::{Known, save};
 use crate::adapter::optimizer::AdamW;
-use crate::engine::Architecture;
 use crate::engine::train::LoraMatrices;
 use crate::engine::train::fixture::{Golden, Tiny, lora};
+use crate::engine::{Architecture, Linear};
 use crate::progress::Observer;
 
 pub(super) fn tiny() -> Tiny {
@@ -116,7 +116,7 @@ fn expect_golden(name: &str, frozen: Frozen) {
 
 #[test]
 fn ten_steps_agree_with_pytorch() {
-    for kind in [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3] {
+    for kind in Architecture::ALL {
         expect_golden(kind.as_str(), Tiny::new(kind).frozen());
     }
 }
@@ -224,6 +224,21 @@ fn a_second_iteration_continues_matrices_and_moments() {
     let other = Settings { rank: 2, ..settings };
     let error = tiny.tune(&samples, start, &other, &outs[2]).unwrap_err();
     assert!(error.to_string().contains("the LoRA shape"), "{error}");
+}
+
+#[test]
+fn a_part_of_a_fused_projection_is_no_target() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = Tiny::new(Architecture::Phi3);
+    let tune = |targets: &[Linear]| {
+        let settings = Settings { targets: targets.to_vec(), epochs: 1, ..settings() };
+        tiny.tune(&samples(), None, &settings, folder.path()).map_err(|e| e.to_string())
+    };
+    let error = tune(&[Linear::Q, Linear::V, Linear::Down]).unwrap_err();
+    assert!(error.contains("k_proj is no target") && error.contains("self_attn.qkv_proj"), "{error}");
+    tune(&[Linear::Gate, Linear::Up, Linear::Down]).unwrap();
+    let config = fs::read_to_string(folder.path().join("adapter/adapter_config.json")).unwrap();
+    assert!(config.contains("gate_up_proj") && !config.contains("qkv_proj"), "{config}");
 }
 
 #[test]

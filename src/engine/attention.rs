@@ -3,6 +3,8 @@
 //! Query heads that share a key-value head are computed together, so that each key and value is read once for them.
 //! Work per call is small; callers spread rows and heads over threads.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cache::{BLOCK, Segment};
@@ -15,9 +17,11 @@ const TOGETHER: usize = 4;
 pub(crate) struct View<'a> {
     pub(crate) layer: usize,
     pub(crate) head: usize,
-    /// Prefix and own positions, each with how many of them are visible.
-    pub(crate) parts: [Option<(&'a Segment, usize)>; 2],
+    /// Prefix and own positions, each with those of them that are visible.
+    pub(crate) parts: [Option<(&'a Segment, Range<usize>)>; 2],
     pub(crate) head_dim: usize,
+    /// Scores are bent into +- this.
+    pub(crate) cap: Option<f32>,
 }
 
 impl View<'_> {
@@ -34,13 +38,14 @@ impl View<'_> {
         }
     }
 
-    /// Returns keys, values and the number of visible positions of each block in order.
+    /// Returns keys, values and the visible lanes of each block in order.
     #[inline(always)]
-    fn blocks(&self) -> impl Iterator<Item = (&[f32], &[f32], usize)> {
+    fn blocks(&self) -> impl Iterator<Item = (&[f32], &[f32], Range<usize>)> {
         self.parts.iter().flatten().flat_map(move |(segment, visible)| {
-            (0..visible.div_ceil(BLOCK)).map(move |page| {
+            (visible.start / BLOCK..visible.end.div_ceil(BLOCK)).map(move |page| {
                 let (keys, values) = segment.block(page, self.layer, self.head);
-                (keys, values, (visible - page * BLOCK).min(BLOCK))
+                let start = visible.start.saturating_sub(page * BLOCK);
+                (keys, values, start..(visible.end - page * BLOCK).min(BLOCK))
             })
         })
     }
@@ -81,7 +86,11 @@ impl<const HEADS: usize> Heads<'_, HEADS> {
             for (h, scores) in scores::<S, VECTORS, HEADS>(simd, q, keys).iter().enumerate() {
                 let out = &mut scratch[h * row + at * BLOCK..][..BLOCK];
                 S::as_mut_simd_f32s(out).0.copy_from_slice(scores);
-                out[visible..].fill(f32::NEG_INFINITY);
+                if let Some(cap) = view.cap {
+                    math::cap(out, cap);
+                }
+                out[..visible.start].fill(f32::NEG_INFINITY);
+                out[visible.end..].fill(f32::NEG_INFINITY);
             }
         }
         let mut inverse = [0.0; HEADS];

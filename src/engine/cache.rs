@@ -21,7 +21,7 @@ pub(crate) struct Shape {
 
 impl Shape {
     pub(crate) fn new(config: &ModelConfig) -> Self {
-        Shape { layers: config.layers, heads: config.kv_heads, head_dim: config.head_dim }
+        Shape { layers: config.layers.len(), heads: config.kv_heads, head_dim: config.head_dim }
     }
 
     /// Returns the floats of the keys, and of the values, of one layer and head in one page.

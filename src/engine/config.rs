@@ -1,20 +1,22 @@
 //! The shape of a decoder, read from Hugging Face's `config.json` or from GGUF metadata.
 //!
-//! One decoder serves the whole Llama family; everything in which its members differ stands here. What it cannot
-//! compute (other activations, scaled rotary embeddings beyond the two below) is refused by name when it is read, so
-//! that no model runs slightly wrong.
+//! One decoder serves all families; everything in which they differ stands here as data, so that a forward pass asks
+//! what a layer is like and never whose it is. What the decoder cannot compute (other activations, other stretches of
+//! the rotary embedding) is refused by name when it is read, so that no model runs slightly wrong.
+
+mod gguf;
+mod json;
 
 use std::path::Path;
 
-use candle_core::quantized::gguf_file::{Content, Value as GgufValue};
+use candle_core::quantized::gguf_file::Content;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::error::EngineError;
 
-const CONFIG_REMEDY: &str = "use a model of the Llama family as published, or convert it again";
+const CONFIG_REMEDY: &str = "use a model of a supported family as published, or convert it again";
 
-/// The members of the Llama family that the decoder knows.
+/// The families that the decoder knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Architecture {
@@ -22,30 +24,147 @@ pub enum Architecture {
     Mistral,
     Qwen2,
     Qwen3,
+    SmolLm3,
+    Olmo2,
+    Phi3,
+    Gemma2,
+    #[serde(rename = "gemma3_text")]
+    Gemma3,
 }
 
 impl Architecture {
     /// Every architecture, in the order of the error message.
-    pub const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    pub const ALL: [Architecture; 9] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::SmolLm3,
+        Architecture::Olmo2,
+        Architecture::Phi3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+    ];
 
-    /// Returns the name used by `model_type` in `config.json` and by `general.architecture` in a GGUF.
+    /// Returns the name used by `model_type` in `config.json`.
     pub fn as_str(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
             Architecture::Mistral => "mistral",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::SmolLm3 => "smollm3",
+            Architecture::Olmo2 => "olmo2",
+            Architecture::Phi3 => "phi3",
+            Architecture::Gemma2 => "gemma2",
+            Architecture::Gemma3 => "gemma3_text",
         }
     }
 
-    fn parse(name: &str, path: &Path) -> Result<Self, EngineError> {
-        Self::ALL.into_iter().find(|a| a.as_str() == name).ok_or_else(|| EngineError::Architecture {
+    /// Returns how its layers are built.
+    pub fn block(self) -> Block {
+        let plain = Block {
+            norms: Norms::Pre,
+            norm_weight: NormWeight::Whole,
+            qk_norm: QkNorm::None,
+            activation: Activation::SwiGlu,
+            projections: Projections::Split,
+        };
+        let gemma =
+            Block { norms: Norms::Both, norm_weight: NormWeight::AboveOne, activation: Activation::GeGlu, ..plain };
+        match self {
+            Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::SmolLm3 => plain,
+            Architecture::Qwen3 => Block { qk_norm: QkNorm::PerHead, ..plain },
+            Architecture::Olmo2 => Block { norms: Norms::Post, qk_norm: QkNorm::Full, ..plain },
+            Architecture::Phi3 => Block { projections: Projections::Fused, ..plain },
+            Architecture::Gemma2 => gemma,
+            Architecture::Gemma3 => Block { qk_norm: QkNorm::PerHead, ..gemma },
+        }
+    }
+
+    fn parse(name: &str, known: &[Architecture], path: &Path) -> Result<Self, EngineError> {
+        known.iter().copied().find(|a| a.as_str() == name).ok_or_else(|| EngineError::Architecture {
             file: path.display().to_string(),
             found: name.to_string(),
-            supported: Self::ALL.map(Architecture::as_str).join(", "),
+            supported: known.iter().map(|a| a.as_str()).collect::<Vec<_>>().join(", "),
         })
     }
+}
+
+/// How a layer is built, the same for all layers of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    pub norms: Norms,
+    pub norm_weight: NormWeight,
+    pub qk_norm: QkNorm,
+    pub activation: Activation,
+    pub projections: Projections,
+}
+
+/// Where the two halves of a layer, attention and MLP, are normed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Norms {
+    /// What goes in.
+    Pre,
+    /// What comes out, before it is added to the residual.
+    Post,
+    Both,
+}
+
+/// What the weight of a norm is stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormWeight {
+    Whole,
+    /// Gemma: the factor is 1 more than what is stored. [`super::Weights`] hold the factor.
+    AboveOne,
+}
+
+/// How queries and keys are normed before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    None,
+    PerHead,
+    /// Over the whole width of the projection.
+    Full,
+}
+
+/// What the MLP does to its gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    SwiGlu,
+    /// GELU in its tanh form.
+    GeGlu,
+}
+
+/// How a model names, stores and adapts its projections; computed they are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Projections {
+    Split,
+    /// Phi-3: queries, keys and values in one matrix, gate and up in another.
+    Fused,
+}
+
+/// In what the layers of a model differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerKind {
+    /// Which of the model's rotary embeddings; none in SmolLM3's layers without one.
+    pub rope: Option<usize>,
+    /// How many positions a row sees, its own included; all where there is none.
+    pub window: Option<usize>,
+}
+
+/// A rotary position embedding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RopeConfig {
+    pub theta: f64,
+    /// How many dimensions of a head are rotated: the first.
+    pub dim: usize,
+    pub scaling: RopeScaling,
 }
 
 /// How rotary frequencies are stretched for long contexts.
@@ -64,27 +183,50 @@ pub enum RopeScaling {
         high: f64,
         original: f64,
     },
-    /// One divisor per frequency, as a GGUF carries it in `rope_freqs.weight`.
+    /// One divisor per frequency, as a GGUF of Llama 3 carries it in a tensor and Phi-3 in its short factors, and one
+    /// factor on all cosines and sines.
     Divisors {
         divisors: Vec<f32>,
+        attention: f32,
     },
+    /// YaRN: as Llama 3.1 with the ramp over dimensions, and one factor on all cosines and sines.
+    Yarn {
+        factor: f64,
+        /// Dimensions between which the ramp runs.
+        low: f64,
+        high: f64,
+        attention: f32,
+    },
+}
+
+/// How a product of query and key becomes a score.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    pub scale: f32,
+    /// Gemma 2: scores are bent into +- this.
+    pub cap: Option<f32>,
 }
 
 /// The shape and the constants of a decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     pub architecture: Architecture,
+    pub block: Block,
     pub vocab: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
-    pub layers: usize,
+    pub layers: Vec<LayerKind>,
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
     pub rms_eps: f64,
-    pub rope_theta: f64,
-    pub rope_scaling: RopeScaling,
-    /// Longest sequence; where the model slides its window, the window, within which both are the same.
+    pub ropes: Vec<RopeConfig>,
+    pub scores: Scores,
+    /// Gemma multiplies the embeddings that go in.
+    pub embedding_scale: Option<f32>,
+    /// Gemma 2: logits are bent into +- this.
+    pub logit_cap: Option<f32>,
+    /// Longest sequence.
     pub max_positions: usize,
     /// True where the output layer is the embedding.
     pub tied: bool,
@@ -101,180 +243,44 @@ impl ModelConfig {
         self.kv_heads * self.head_dim
     }
 
+    /// Returns the widths of the norms of queries and keys, where the model has them.
+    pub fn qk_norm_sizes(&self) -> Option<(usize, usize)> {
+        match self.block.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some((self.head_dim, self.head_dim)),
+            QkNorm::Full => Some((self.query_size(), self.kv_size())),
+        }
+    }
+
     /// Reads Hugging Face's `config.json`.
     pub fn from_json(path: &Path) -> Result<Self, EngineError> {
         let bytes =
             std::fs::read(path).map_err(|e| EngineError::file(path, e, "copy the model's config.json there"))?;
         let value = serde_json::from_slice(&bytes).map_err(|e| EngineError::file(path, e, CONFIG_REMEDY))?;
-        Fields { path, value: &value }.config()
+        json::read(path, &value)
     }
 
-    /// Reads the header of a GGUF file. `rope_freqs` is the tensor of that name, if it has one.
-    pub fn from_gguf(content: &Content, rope_freqs: Option<Vec<f32>>, path: &Path) -> Result<Self, EngineError> {
-        let name = content.metadata.get("general.architecture").and_then(|v| v.to_string().ok()).cloned();
-        let name = name.ok_or_else(|| EngineError::file(path, "general.architecture is missing", CONFIG_REMEDY))?;
-        let architecture = Architecture::parse(&name, path)?;
-        Gguf { path, content, name }.config(architecture, rope_freqs)
+    /// Reads the header of a GGUF file. `divisors` are those of its rotary frequencies, if it holds a tensor of them.
+    pub fn from_gguf(content: &Content, divisors: Option<Vec<f32>>, path: &Path) -> Result<Self, EngineError> {
+        gguf::read(content, divisors, path)
     }
 
-    fn check(self, path: &Path) -> Result<Self, EngineError> {
-        let problem = if [self.vocab, self.hidden_size, self.intermediate_size, self.layers].contains(&0) {
+    fn check(mut self, path: &Path) -> Result<Self, EngineError> {
+        let problem = if [self.vocab, self.hidden_size, self.intermediate_size, self.layers.len()].contains(&0) {
             "vocabulary, hidden size, intermediate size and layers must all be above 0".to_string()
         } else if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             format!("{} heads are not a multiple of {} key-value heads", self.heads, self.kv_heads)
         } else if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             format!("head dimension {} is not an even number above 0", self.head_dim)
+        } else if let Some(rope) = self.ropes.iter().find(|r| r.dim == 0 || r.dim % 2 == 1 || r.dim > self.head_dim) {
+            format!("{} rotated dimensions are not an even number up to {}", rope.dim, self.head_dim)
+        } else if self.layers.iter().any(|layer| layer.window == Some(0)) {
+            "a sliding window of 0 positions sees nothing".to_string()
         } else {
+            // A window that no sequence outgrows is none.
+            self.layers.iter_mut().for_each(|layer| layer.window = layer.window.filter(|w| *w < self.max_positions));
             return Ok(self);
         };
         Err(EngineError::file(path, problem, CONFIG_REMEDY))
-    }
-}
-
-/// Reads the fields of one `config.json`.
-struct Fields<'a> {
-    path: &'a Path,
-    value: &'a Value,
-}
-
-impl Fields<'_> {
-    fn config(&self) -> Result<ModelConfig, EngineError> {
-        let architecture = Architecture::parse(self.value["model_type"].as_str().unwrap_or("(none)"), self.path)?;
-        let activation = self.value["hidden_act"].as_str().unwrap_or("silu");
-        if activation != "silu" {
-            return Err(EngineError::file(self.path, format!("hidden_act {activation} is not silu"), CONFIG_REMEDY));
-        }
-        let (heads, hidden_size) = (self.count("num_attention_heads")?, self.count("hidden_size")?);
-        let head_dim = self.optional("head_dim").unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
-        let positions = self.optional("max_position_embeddings").unwrap_or(2048);
-        // transformers 5 moved both rotary settings into `rope_parameters`.
-        let rope = if self.value["rope_parameters"].is_object() { "rope_parameters" } else { "rope_scaling" };
-        let theta = self.value[rope]["rope_theta"].as_f64().or(self.value["rope_theta"].as_f64());
-        ModelConfig {
-            architecture,
-            vocab: self.count("vocab_size")?,
-            hidden_size,
-            intermediate_size: self.count("intermediate_size")?,
-            layers: self.count("num_hidden_layers")?,
-            heads,
-            kv_heads: self.optional("num_key_value_heads").unwrap_or(heads),
-            head_dim,
-            rms_eps: self.value["rms_norm_eps"].as_f64().unwrap_or(1e-6),
-            rope_theta: theta.unwrap_or(10_000.0),
-            rope_scaling: self.scaling(&self.value[rope])?,
-            max_positions: self.window(architecture).map_or(positions, |w| w.min(positions)),
-            tied: self.value["tie_word_embeddings"].as_bool().unwrap_or(false),
-        }
-        .check(self.path)
-    }
-
-    fn count(&self, key: &str) -> Result<usize, EngineError> {
-        self.optional(key).ok_or_else(|| EngineError::file(self.path, format!("{key} is missing"), CONFIG_REMEDY))
-    }
-
-    fn optional(&self, key: &str) -> Option<usize> {
-        self.value[key].as_u64().map(|v| v as usize)
-    }
-
-    /// Returns the sliding window where the model uses one: Mistral where it is set, Qwen only where it is switched on.
-    fn window(&self, architecture: Architecture) -> Option<usize> {
-        let on = architecture == Architecture::Mistral || self.value["use_sliding_window"].as_bool() == Some(true);
-        self.optional("sliding_window").filter(|_| on)
-    }
-
-    fn scaling(&self, rope: &Value) -> Result<RopeScaling, EngineError> {
-        let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
-        let number = |key: &str| {
-            rope[key]
-                .as_f64()
-                .ok_or_else(|| EngineError::file(self.path, format!("rope {key} is missing"), CONFIG_REMEDY))
-        };
-        match kind {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low: number("low_freq_factor")?,
-                high: number("high_freq_factor")?,
-                original: number("original_max_position_embeddings")?,
-            }),
-            other => Err(EngineError::file(
-                self.path,
-                format!("rope type {other} is not one of default, linear, llama3"),
-                CONFIG_REMEDY,
-            )),
-        }
-    }
-}
-
-/// Reads the metadata of one GGUF file, whose keys start with the architecture's name.
-struct Gguf<'a> {
-    path: &'a Path,
-    content: &'a Content,
-    name: String,
-}
-
-impl Gguf<'_> {
-    fn config(&self, architecture: Architecture, rope_freqs: Option<Vec<f32>>) -> Result<ModelConfig, EngineError> {
-        let (heads, hidden_size) = (self.count("attention.head_count")?, self.count("embedding_length")?);
-        let head_dim = self
-            .optional("attention.key_length")
-            .or(self.optional("rope.dimension_count"))
-            .unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
-        if let Some(rotated) = self.optional("rope.dimension_count").filter(|d| *d != head_dim) {
-            let problem = format!("rotates {rotated} of {head_dim} dimensions of a head, which is not supported");
-            return Err(EngineError::file(self.path, problem, CONFIG_REMEDY));
-        }
-        let tokens = self.content.metadata.get("tokenizer.ggml.tokens").and_then(|v| v.to_vec().ok()).map(Vec::len);
-        let positions = self.count("context_length")?;
-        ModelConfig {
-            architecture,
-            vocab: tokens.or(self.optional("vocab_size")).unwrap_or(0),
-            hidden_size,
-            intermediate_size: self.count("feed_forward_length")?,
-            layers: self.count("block_count")?,
-            heads,
-            kv_heads: self.optional("attention.head_count_kv").unwrap_or(heads),
-            head_dim,
-            rms_eps: self.number("attention.layer_norm_rms_epsilon").unwrap_or(1e-6),
-            rope_theta: self.number("rope.freq_base").unwrap_or(10_000.0),
-            rope_scaling: self.scaling(rope_freqs)?,
-            max_positions: self.optional("attention.sliding_window").map_or(positions, |w| w.min(positions)),
-            tied: !self.content.tensor_infos.contains_key("output.weight"),
-        }
-        .check(self.path)
-    }
-
-    fn get(&self, key: &str) -> Option<&GgufValue> {
-        self.content.metadata.get(&format!("{}.{key}", self.name))
-    }
-
-    fn optional(&self, key: &str) -> Option<usize> {
-        self.get(key).and_then(|v| v.to_u64().ok()).map(|v| v as usize)
-    }
-
-    fn count(&self, key: &str) -> Result<usize, EngineError> {
-        let missing = || EngineError::file(self.path, format!("{}.{key} is missing", self.name), CONFIG_REMEDY);
-        self.optional(key).ok_or_else(missing)
-    }
-
-    fn number(&self, key: &str) -> Option<f64> {
-        self.get(key).and_then(|v| v.to_f32().ok()).map(f64::from)
-    }
-
-    fn scaling(&self, rope_freqs: Option<Vec<f32>>) -> Result<RopeScaling, EngineError> {
-        if let Some(divisors) = rope_freqs {
-            return Ok(RopeScaling::Divisors { divisors });
-        }
-        let kind = self.get("rope.scaling.type").and_then(|v| v.to_string().ok()).map(String::as_str);
-        match kind.unwrap_or("none") {
-            "none" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: self.number("rope.scaling.factor").unwrap_or(1.0) }),
-            other => Err(EngineError::file(
-                self.path,
-                format!("rope scaling {other} is not one of none, linear"),
-                CONFIG_REMEDY,
-            )),
-        }
     }
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::attention::View;
 use super::cache::{Cache, Pool, Shape};
-use super::config::ModelConfig;
+use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
 use super::lora::{Adapter, Linear};
 use super::math;
@@ -23,18 +23,27 @@ pub(crate) struct Decoder {
     layers: Vec<Layer>,
     norm: Vec<f32>,
     head: Packed,
+    ropes: Vec<Tables>,
+}
+
+/// The cosines and sines of one rotary embedding, position after position.
+struct Tables {
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// Numbers of one position.
+    width: usize,
 }
 
 struct Layer {
-    attn_norm: Vec<f32>,
+    attn_norm: Option<Vec<f32>>,
+    attn_post_norm: Option<Vec<f32>>,
     qkv: Packed,
     qkv_bias: Option<Vec<f32>>,
     q_norm: Option<Vec<f32>>,
     k_norm: Option<Vec<f32>>,
     o: Packed,
-    mlp_norm: Vec<f32>,
+    mlp_norm: Option<Vec<f32>>,
+    mlp_post_norm: Option<Vec<f32>>,
     gate_up: Packed,
     down: Packed,
 }
@@ -54,8 +63,11 @@ struct Row {
 }
 
 impl Decoder {
-    pub(crate) fn new(config: &ModelConfig, weights: &Weights, rope: &Rope) -> Result<Self, EngineError> {
+    pub(crate) fn new(config: &ModelConfig, weights: &Weights, ropes: &[Rope]) -> Result<Self, EngineError> {
         let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let tables = |rope: &Rope| -> Result<Tables, EngineError> {
+            Ok(Tables { cos: flat(&rope.cos)?, sin: flat(&rope.sin)?, width: rope.cos.dims2()?.1 })
+        };
         let layers = weights.layers.par_iter().map(|l| Layer::new(config, l)).collect::<Result<_, EngineError>>()?;
         Ok(Decoder {
             config: config.clone(),
@@ -63,8 +75,7 @@ impl Decoder {
             layers,
             norm: flat(&weights.norm)?,
             head: Packed::new(&[&weights.lm_head])?,
-            cos: flat(&rope.cos)?,
-            sin: flat(&rope.sin)?,
+            ropes: ropes.iter().map(tables).collect::<Result<_, _>>()?,
         })
     }
 
@@ -75,11 +86,6 @@ impl Decoder {
 
     pub(crate) fn hidden_size(&self) -> usize {
         self.config.hidden_size
-    }
-
-    /// Returns the panels of the output layer.
-    pub(crate) fn head(&self) -> &Packed {
-        &self.head
     }
 
     /// Reads the runs' tokens into their caches and returns the last layer's rows, `[rows, hidden]`, normed.
@@ -100,6 +106,9 @@ impl Decoder {
                 None => self.head.copy_output(*token as usize, x),
             }
         }
+        if let Some(scale) = self.config.embedding_scale {
+            x.iter_mut().for_each(|x| *x *= scale);
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             let lora = adapter.map(|a| &a.layers[i]);
             self.attention(i, layer, lora, runs, &rows, &mut x);
@@ -113,7 +122,21 @@ impl Decoder {
 
     /// Returns the logits of rows that [`Decoder::forward`] returned.
     pub(crate) fn logits(&self, hidden: &[f32]) -> Product {
-        self.head.apply(hidden, hidden.len() / self.config.hidden_size)
+        self.logits_of(hidden, 0..self.head.panels())
+    }
+
+    /// Returns the number of panels of the output layer.
+    pub(crate) fn panels(&self) -> usize {
+        self.head.panels()
+    }
+
+    /// Returns the logits of a part of the vocabulary.
+    pub(crate) fn logits_of(&self, hidden: &[f32], panels: std::ops::Range<usize>) -> Product {
+        let mut logits = self.head.apply_panels(hidden, hidden.len() / self.config.hidden_size, panels);
+        if let Some(cap) = self.config.logit_cap {
+            logits.change(|values| math::wide_cap(values, cap));
+        }
+        logits
     }
 
     fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
@@ -133,10 +156,11 @@ impl Decoder {
         rows: &[Row],
         x: &mut [f32],
     ) {
-        let c = &self.config;
-        let normed = self.normed(x, &layer.attn_norm);
-        let mut product = layer.qkv.apply(&normed, rows.len());
-        add_low_rank(lora.and_then(|l| l.qkv.as_ref()), &normed, &mut product);
+        let (c, kind) = (&self.config, self.config.layers[index]);
+        let normed = layer.attn_norm.as_ref().map(|norm| self.normed(x, norm));
+        let input = normed.as_deref().unwrap_or(x);
+        let mut product = layer.qkv.apply(input, rows.len());
+        add_low_rank(lora.and_then(|l| l.qkv.as_ref()), input, &mut product);
         let mut q = vec![0.0; rows.len() * c.query_size()];
         self.place(index, layer, runs, &product, &mut q);
 
@@ -147,19 +171,24 @@ impl Decoder {
         work.with_min_len(4).for_each_init(Vec::new, |scratch, (at, (out, q))| {
             let (row, head) = (rows[at / c.kv_heads], at % c.kv_heads);
             let cache = &*runs[row.run].cache;
-            let prefix = cache.prefix().map(|p| (p, p.len()));
-            let own = Some((cache.own(), cache.own().len() + row.offset + 1));
-            View { layer: index, head, parts: [prefix, own], head_dim: c.head_dim }.attend(q, out, scratch);
+            let before = cache.prefix_len();
+            let end = cache.own().len() + row.offset + 1;
+            // The first position that the row sees.
+            let first = kind.window.map_or(0, |window| (before + end).saturating_sub(window));
+            let prefix = cache.prefix().filter(|_| first < before).map(|p| (p, first..before));
+            let own = Some((cache.own(), first.saturating_sub(before)..end));
+            let view = View { layer: index, head, parts: [prefix, own], head_dim: c.head_dim, cap: c.scores.cap };
+            view.attend(q, out, scratch);
         });
         let mut product = layer.o.apply(&attended, rows.len());
         add_low_rank(lora.and_then(|l| l.o.as_ref()), &attended, &mut product);
-        add_rows(x, &product, c.hidden_size);
+        self.add(x, product, layer.attn_post_norm.as_deref());
     }
 
     /// Finishes queries, keys and values (bias, norm, rotation), writes keys and values to the caches.
     fn place(&self, index: usize, layer: &Layer, runs: &mut [Run], product: &Product, q: &mut [f32]) {
         let c = &self.config;
-        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let scale = c.scores.scale;
         let mut work = Vec::with_capacity(runs.len());
         let (mut first, mut rest) = (0, q);
         for run in runs.iter_mut() {
@@ -174,7 +203,7 @@ impl Decoder {
             for (offset, q) in q.chunks_exact_mut(c.query_size()).enumerate() {
                 product.copy_row(first + offset, row);
                 let position = run.cache.len() + offset;
-                self.finish(layer, position, row);
+                self.finish(index, layer, position, row);
                 for (q, value) in q.iter_mut().zip(&*row) {
                     *q = value * scale;
                 }
@@ -185,18 +214,23 @@ impl Decoder {
         });
     }
 
-    fn finish(&self, layer: &Layer, position: usize, row: &mut [f32]) {
+    fn finish(&self, index: usize, layer: &Layer, position: usize, row: &mut [f32]) {
         let c = &self.config;
         if let Some(bias) = &layer.qkv_bias {
             row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
         }
-        let half = c.head_dim / 2;
-        let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
-        for (i, head) in row.chunks_exact_mut(c.head_dim).take(c.heads + c.kv_heads).enumerate() {
-            let norm = if i < c.heads { &layer.q_norm } else { &layer.k_norm };
+        let (queries, rest) = row.split_at_mut(c.query_size());
+        let (keys, _) = rest.split_at_mut(c.kv_size());
+        for (values, norm) in [(queries, &layer.q_norm), (keys, &layer.k_norm)] {
             if let Some(norm) = norm {
-                math::rms_norm_in_place(head, norm, c.rms_eps);
+                // As wide as a head, or as the whole projection.
+                let parts = values.chunks_exact_mut(norm.len());
+                parts.for_each(|part| math::rms_norm_in_place(part, norm, c.rms_eps));
             }
+        }
+        let Some(Tables { cos, sin, width }) = c.layers[index].rope.map(|rope| &self.ropes[rope]) else { return };
+        let (cos, sin) = (&cos[position * width..][..*width], &sin[position * width..][..*width]);
+        for head in row.chunks_exact_mut(c.head_dim).take(c.heads + c.kv_heads) {
             math::rotate(head, cos, sin);
         }
     }
@@ -204,9 +238,14 @@ impl Decoder {
     fn mlp(&self, layer: &Layer, lora: Option<&LayerLora>, x: &mut [f32]) {
         let (hidden, wide) = (self.config.hidden_size, self.config.intermediate_size);
         let rows = x.len() / hidden;
-        let normed = self.normed(x, &layer.mlp_norm);
-        let mut product = layer.gate_up.apply(&normed, rows);
-        add_low_rank(lora.and_then(|l| l.gate_up.as_ref()), &normed, &mut product);
+        let normed = layer.mlp_norm.as_ref().map(|norm| self.normed(x, norm));
+        let input = normed.as_deref().unwrap_or(x);
+        let mut product = layer.gate_up.apply(input, rows);
+        add_low_rank(lora.and_then(|l| l.gate_up.as_ref()), input, &mut product);
+        let activate = match self.config.block.activation {
+            Activation::SwiGlu => math::swiglu,
+            Activation::GeGlu => math::geglu,
+        };
         let mut active = vec![0.0; rows * wide];
         let work = active.par_chunks_exact_mut(wide).with_min_len(4).enumerate();
         work.for_each_init(
@@ -214,12 +253,19 @@ impl Decoder {
             |both, (i, out)| {
                 product.copy_row(i, both);
                 let (gate, up) = both.split_at(wide);
-                math::swiglu(gate, up, out);
+                activate(gate, up, out);
             },
         );
         let mut product = layer.down.apply(&active, rows);
         add_low_rank(lora.and_then(|l| l.down.as_ref()), &active, &mut product);
-        add_rows(x, &product, hidden);
+        self.add(x, product, layer.mlp_post_norm.as_deref());
+    }
+
+    /// Adds a product to the residual rows, normed first where the layer norms what comes out.
+    fn add(&self, x: &mut [f32], product: Product, norm: Option<&[f32]>) {
+        let Some(norm) = norm else { return add_rows(x, &product, self.config.hidden_size) };
+        let normed = self.normed(&product.to_rows(), norm);
+        x.iter_mut().zip(normed).for_each(|(x, y)| *x += y);
     }
 }
 
@@ -242,13 +288,15 @@ impl Layer {
             qkv_bias.extend(optional(bias)?.unwrap_or_else(|| vec![0.0; width]));
         }
         Ok(Layer {
-            attn_norm: flat(&w.attn_norm)?,
+            attn_norm: optional(&w.attn_norm)?,
+            attn_post_norm: optional(&w.attn_post_norm)?,
             qkv: Packed::new(&[&w.q, &w.k, &w.v])?,
             qkv_bias: biases.iter().any(|(b, _)| b.is_some()).then_some(qkv_bias),
             q_norm: optional(&w.q_norm)?,
             k_norm: optional(&w.k_norm)?,
             o: Packed::new(&[&w.o])?,
-            mlp_norm: flat(&w.mlp_norm)?,
+            mlp_norm: optional(&w.mlp_norm)?,
+            mlp_post_norm: optional(&w.mlp_post_norm)?,
             gate_up: Packed::new(&[&w.gate, &w.up])?,
             down: Packed::new(&[&w.down])?,
         })
@@ -283,7 +331,7 @@ impl LoraPack {
                 down: LowRank::new(config, adapter, i, &[Linear::Down])?,
             })
         };
-        Ok(LoraPack { layers: (0..config.layers).map(layer).collect::<Result<_, _>>()? })
+        Ok(LoraPack { layers: (0..config.layers.len()).map(layer).collect::<Result<_, _>>()? })
     }
 }
 

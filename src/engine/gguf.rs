@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{Content, Value as GgufValue};
 use candle_core::{Device, Tensor};
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Norms};
 use super::error::EngineError;
 
 const DOWNLOAD_AGAIN: &str = "download or convert the file again";
@@ -30,22 +30,28 @@ impl Gguf {
     }
 
     pub(crate) fn config(&self) -> Result<ModelConfig, EngineError> {
-        let divisors = match self.read("rope_freqs.weight")? {
-            Some(tensor) => Some(tensor.to_vec1()?),
-            None => None,
+        // The first is that of Llama 3, the second that of Phi-3.
+        let tensor = match self.read("rope_freqs.weight")? {
+            Some(tensor) => Some(tensor),
+            None => self.read("rope_factors_short.weight")?,
         };
+        let divisors = tensor.map(|tensor| tensor.to_vec1()).transpose()?;
         ModelConfig::from_gguf(&self.content, divisors, &self.path)
     }
 
     /// Returns a tensor by its Hugging Face name, or `None` where the file does not hold it.
     pub(crate) fn tensor(&self, name: &str, config: &ModelConfig) -> Result<Option<Tensor>, EngineError> {
-        let own = own_name(name);
+        let own = own_name(name, config.block.norms);
         let Some(tensor) = self.read(&own)? else { return Ok(None) };
-        // llama.cpp's converter interleaves the two halves that rotary embedding rotates, for this architecture only.
+        // llama.cpp's converter interleaves the two halves that rotary embedding rotates, for these architectures only.
+        // SmolLM3's converter is Llama's, which does so for layers without a rotary embedding too.
         let architecture = self.content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
-        let heads = match (architecture.map(String::as_str), own.rsplit('.').nth(1)) {
-            (Some("llama"), Some("attn_q")) => config.heads,
-            (Some("llama"), Some("attn_k")) => config.kv_heads,
+        if !matches!(architecture.map(String::as_str), Some("llama" | "smollm3")) {
+            return Ok(Some(tensor));
+        }
+        let heads = match own.rsplit('.').nth(1) {
+            Some("attn_q") => config.heads,
+            Some("attn_k") => config.kv_heads,
             _ => return Ok(Some(tensor)),
         };
         Ok(Some(unpermute(&tensor, heads)?))
@@ -112,11 +118,11 @@ fn open(path: &Path) -> Result<BufReader<File>, EngineError> {
     Ok(BufReader::with_capacity(1 << 20, file))
 }
 
-/// Returns llama.cpp's name of a tensor of Hugging Face.
-fn own_name(name: &str) -> String {
+/// Returns llama.cpp's name of a tensor of Hugging Face, in a model that norms here.
+fn own_name(name: &str, norms: Norms) -> String {
     const TOP: [(&str, &str); 3] =
         [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
-    const IN_LAYER: [(&str, &str); 11] = [
+    const IN_LAYER: [(&str, &str); 14] = [
         ("input_layernorm", "attn_norm"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
@@ -124,14 +130,21 @@ fn own_name(name: &str) -> String {
         ("self_attn.o_proj", "attn_output"),
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("mlp.gate_up_proj", "ffn_up"),
     ];
     let (stem, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
     if let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-        let own = IN_LAYER.iter().find(|(hf, _)| *hf == part).map_or(part, |(_, own)| own);
+        let own = match (part, norms) {
+            ("post_attention_layernorm", Norms::Pre) => "ffn_norm",
+            ("post_attention_layernorm", Norms::Post | Norms::Both) => "post_attention_norm",
+            _ => IN_LAYER.iter().find(|(hf, _)| *hf == part).map_or(part, |(_, own)| own),
+        };
         return format!("blk.{layer}.{own}.{kind}");
     }
     let own = TOP.iter().find(|(hf, _)| *hf == stem).map_or(stem, |(_, own)| own);
@@ -153,9 +166,16 @@ mod tests {
 
     #[test]
     fn names_are_translated() {
-        assert_eq!(own_name("model.layers.12.self_attn.q_proj.bias"), "blk.12.attn_q.bias");
-        assert_eq!(own_name("model.embed_tokens.weight"), "token_embd.weight");
-        assert_eq!(own_name("lm_head.weight"), "output.weight");
+        let translated = |name: &str| own_name(name, Norms::Pre);
+        assert_eq!(translated("model.layers.12.self_attn.q_proj.bias"), "blk.12.attn_q.bias");
+        assert_eq!(translated("model.embed_tokens.weight"), "token_embd.weight");
+        assert_eq!(translated("lm_head.weight"), "output.weight");
+        // The same name stands for two norms.
+        let after_attention = "model.layers.1.post_attention_layernorm.weight";
+        assert_eq!(translated(after_attention), "blk.1.ffn_norm.weight");
+        assert_eq!(own_name(after_attention, Norms::Post), "blk.1.post_attention_norm.weight");
+        let after_mlp = "model.layers.1.post_feedforward_layernorm.weight";
+        assert_eq!(own_name(after_mlp, Norms::Post), "blk.1.post_ffw_norm.weight");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! An adapter here is detached: plain f32 tensors without a gradient, so that sampling and scoring keep no history.
 
+mod module;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+pub use self::module::Module;
 use super::config::ModelConfig;
 use super::error::EngineError;
 use super::model::{Model, ModelIdentity};
@@ -42,7 +45,7 @@ impl Linear {
     pub const ALL: [Linear; 7] = [Linear::Q, Linear::K, Linear::V, Linear::O, Linear::Gate, Linear::Up, Linear::Down];
 
     /// Returns the module's path inside its layer, as PEFT writes it.
-    pub fn peft_name(self) -> &'static str {
+    pub const fn peft_name(self) -> &'static str {
         match self {
             Linear::Q => "self_attn.q_proj",
             Linear::K => "self_attn.k_proj",
@@ -54,7 +57,7 @@ impl Linear {
         }
     }
 
-    /// Returns the module's own name, as PEFT's `target_modules` lists it.
+    /// Returns its own name, as PEFT's `target_modules` lists it.
     pub fn target_name(self) -> &'static str {
         self.peft_name().rsplit('.').next().unwrap_or_default()
     }
@@ -69,11 +72,6 @@ impl Linear {
             Linear::Gate | Linear::Up => (hidden, wide),
             Linear::Down => (wide, hidden),
         }
-    }
-
-    /// Returns PEFT's key of one of its matrices, such as `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
-    pub fn peft_key(self, layer: usize, factor: Factor) -> String {
-        format!("base_model.model.model.layers.{layer}.{}.{}.weight", self.peft_name(), factor.as_str())
     }
 }
 
@@ -134,8 +132,11 @@ pub struct Adapter {
     pub spec: LoraSpec,
     /// SHA-256 of `adapter_model.safetensors`; of nothing for an adapter that was never on disk.
     pub sha256: String,
-    layers: Vec<[Option<LoraPair>; 7]>,
+    layers: Vec<Pairs>,
 }
+
+/// The pair of each linear layer of one decoder layer, where there is one.
+type Pairs = [Option<LoraPair>; 7];
 
 impl Adapter {
     /// Reads a PEFT folder and checks it against the model it will change.
@@ -147,16 +148,19 @@ impl Adapter {
         let sha256 = durable::sha256_file(&path).map_err(|e| fault(e.to_string()))?;
         let shard = Shard::open(&path)?;
         check_base(dir, &shard, model.identity())?;
-        let mut layers = Vec::with_capacity(model.config().layers);
-        for layer in 0..model.config().layers {
-            let mut pairs = [const { None }; 7];
-            for (pair, linear) in pairs.iter_mut().zip(Linear::ALL) {
-                *pair = config.pair(dir, &shard, layer, linear, model.config())?;
+        let shape = model.config();
+        let mut layers = vec![[const { None }; 7]; shape.layers.len()];
+        let mut taken = 0;
+        for (layer, pairs) in layers.iter_mut().enumerate() {
+            for module in Module::all(shape) {
+                let Some(pair) = config.pair(dir, &shard, layer, *module, shape)? else { continue };
+                set(pairs, shape, *module, &pair)?;
+                taken += 2;
             }
-            layers.push(pairs);
         }
-        check_complete(dir, &shard, &layers)?;
-        let targets = Linear::ALL.into_iter().filter(|l| layers.iter().any(|p| p[*l as usize].is_some())).collect();
+        check_complete(dir, &shard, shape, taken)?;
+        let has = |l: &Linear| layers.iter().any(|pairs: &Pairs| pairs[*l as usize].is_some());
+        let targets = Linear::ALL.into_iter().filter(has).collect();
         let spec = LoraSpec { rank: config.r, alpha: config.lora_alpha, targets, use_rslora: config.use_rslora };
         let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Adapter { name, spec, sha256, layers })
@@ -164,25 +168,8 @@ impl Adapter {
 
     /// Returns an adapter that changes nothing: A and B are 0.
     pub fn zero(model: &Model, spec: &LoraSpec) -> Result<Self, EngineError> {
-        let pair = |linear: Linear| -> Result<Option<LoraPair>, EngineError> {
-            if !spec.targets.contains(&linear) {
-                return Ok(None);
-            }
-            let (input, output) = linear.shape(model.config());
-            let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu);
-            let (a, b) = (zeros((spec.rank, input))?, zeros((output, spec.rank))?);
-            Ok(Some(LoraPair { a, b, scale: spec.scaling(), rank: spec.rank }))
-        };
-        let mut layers = Vec::with_capacity(model.config().layers);
-        for _ in 0..model.config().layers {
-            let mut pairs = [const { None }; 7];
-            for (slot, linear) in pairs.iter_mut().zip(Linear::ALL) {
-                *slot = pair(linear)?;
-            }
-            layers.push(pairs);
-        }
-        let sha256 = hex::encode(Sha256::digest(b""));
-        Ok(Adapter { name: "zero".to_string(), spec: spec.clone(), sha256, layers })
+        let zeros = |_: String, shape: [usize; 2]| Ok(Tensor::zeros(&shape, DType::F32, &Device::Cpu)?);
+        Self::made("zero", model, spec, zeros)
     }
 
     /// Returns an adapter over tensors in memory, keyed as PEFT keys them. The tensors are detached.
@@ -192,26 +179,45 @@ impl Adapter {
         spec: &LoraSpec,
         tensors: &BTreeMap<String, Tensor>,
     ) -> Result<Self, EngineError> {
-        let mut adapter = Self::zero(model, spec)?;
-        adapter.name = name.to_string();
-        for (layer, pairs) in adapter.layers.iter_mut().enumerate() {
-            for (pair, linear) in pairs.iter_mut().zip(Linear::ALL) {
-                let Some(pair) = pair else { continue };
-                for (factor, slot) in [(Factor::A, &mut pair.a), (Factor::B, &mut pair.b)] {
-                    let key = linear.peft_key(layer, factor);
-                    let tensor = tensors.get(&key).filter(|t| t.dims() == slot.dims());
-                    let problem = || EngineError::adapter(Path::new(name), format!("{key} is missing"), OTHER_BASE);
-                    *slot = tensor.ok_or_else(problem)?.detach();
-                }
+        Self::made(name, model, spec, |key, shape| {
+            let tensor = tensors.get(&key).filter(|t| t.dims() == shape);
+            let problem = || EngineError::adapter(Path::new(name), format!("{key} is missing"), OTHER_BASE);
+            Ok(tensor.ok_or_else(problem)?.detach())
+        })
+    }
+
+    /// Returns an adapter whose matrices are made by PEFT key and shape.
+    fn made(
+        name: &str,
+        model: &Model,
+        spec: &LoraSpec,
+        matrix: impl Fn(String, [usize; 2]) -> Result<Tensor, EngineError>,
+    ) -> Result<Self, EngineError> {
+        let config = model.config();
+        let mut layers = vec![[const { None }; 7]; config.layers.len()];
+        for (layer, pairs) in layers.iter_mut().enumerate() {
+            for module in Module::targeted(config, &spec.targets) {
+                let made = |f: Factor| matrix(module.peft_key(layer, f), module.shape(config, f, spec.rank));
+                let (a, b) = (made(Factor::A)?, made(Factor::B)?);
+                set(pairs, config, module, &LoraPair { a, b, scale: spec.scaling(), rank: spec.rank })?;
             }
         }
-        Ok(adapter)
+        let sha256 = hex::encode(Sha256::digest(b""));
+        Ok(Adapter { name: name.to_string(), spec: spec.clone(), sha256, layers })
     }
 
     /// Returns the change of one linear layer, if the adapter changes it.
     pub fn get(&self, layer: usize, linear: Linear) -> Option<&LoraPair> {
         self.layers.get(layer)?[linear as usize].as_ref()
     }
+}
+
+/// Hands each part of a module its own pair.
+fn set(pairs: &mut Pairs, config: &ModelConfig, module: Module, pair: &LoraPair) -> Result<(), EngineError> {
+    for (linear, pair) in module.split(config, pair)? {
+        pairs[linear as usize] = Some(pair);
+    }
+    Ok(())
 }
 
 /// The fields of `adapter_config.json` that change what an adapter computes.
@@ -262,15 +268,14 @@ impl PeftConfig {
         dir: &Path,
         shard: &Shard,
         layer: usize,
-        linear: Linear,
+        module: Module,
         config: &ModelConfig,
     ) -> Result<Option<LoraPair>, EngineError> {
-        let module = format!("model.layers.{layer}.{}", linear.peft_name());
-        let rank = matching(&self.rank_pattern, &module).unwrap_or(self.r);
-        let alpha = matching(&self.alpha_pattern, &module).unwrap_or(self.lora_alpha);
-        let (input, output) = linear.shape(config);
-        let read = |factor: Factor, shape: [usize; 2]| -> Result<Option<Tensor>, EngineError> {
-            let key = linear.peft_key(layer, factor);
+        let path = format!("model.layers.{layer}.{}", module.name);
+        let rank = matching(&self.rank_pattern, &path).unwrap_or(self.r);
+        let alpha = matching(&self.alpha_pattern, &path).unwrap_or(self.lora_alpha);
+        let read = |factor: Factor| -> Result<Option<Tensor>, EngineError> {
+            let (key, shape) = (module.peft_key(layer, factor), module.shape(config, factor, rank));
             match shard.tensor(&key)? {
                 Some(tensor) if tensor.dims() != shape => {
                     let problem = format!("{key} has shape {:?} where {shape:?} is expected", tensor.dims());
@@ -279,10 +284,10 @@ impl PeftConfig {
                 found => Ok(found),
             }
         };
-        match (read(Factor::A, [rank, input])?, read(Factor::B, [output, rank])?) {
+        match (read(Factor::A)?, read(Factor::B)?) {
             (Some(a), Some(b)) => Ok(Some(LoraPair { a, b, scale: scaling(alpha, rank, self.use_rslora), rank })),
             (None, None) => Ok(None),
-            _ => Err(EngineError::adapter(dir, format!("{module} has one of two matrices"), NOT_A_PEFT_FOLDER)),
+            _ => Err(EngineError::adapter(dir, format!("{path} has one of two matrices"), NOT_A_PEFT_FOLDER)),
         }
     }
 }
@@ -308,15 +313,14 @@ fn check_base(dir: &Path, shard: &Shard, base: &ModelIdentity) -> Result<(), Eng
 }
 
 /// Refuses tensors that no linear layer of the model takes, and an adapter that changes nothing of it.
-fn check_complete(dir: &Path, shard: &Shard, layers: &[[Option<LoraPair>; 7]]) -> Result<(), EngineError> {
-    let taken = layers.iter().flatten().flatten().count() * 2;
+fn check_complete(dir: &Path, shard: &Shard, config: &ModelConfig, taken: usize) -> Result<(), EngineError> {
     let names = shard.names();
     if taken == names.len() && taken > 0 {
         return Ok(());
     }
     let known = |name: &String| {
-        (0..layers.len())
-            .any(|i| Linear::ALL.iter().any(|l| *name == l.peft_key(i, Factor::A) || *name == l.peft_key(i, Factor::B)))
+        let is = |i: usize, module: &Module, factor: Factor| *name == module.peft_key(i, factor);
+        (0..config.layers.len()).any(|i| Module::all(config).iter().any(|m| is(i, m, Factor::A) || is(i, m, Factor::B)))
     };
     let stranger = names.iter().find(|name| !known(name)).map_or("(none)", String::as_str);
     let problem = format!("{} of {} tensors fit the model; {stranger} does not", taken, names.len());
@@ -325,7 +329,7 @@ fn check_complete(dir: &Path, shard: &Shard, layers: &[[Option<LoraPair>; 7]]) -
 
 /// Writes an adapter as PEFT does: `adapter_model.safetensors`, then `adapter_config.json`, each whole or absent.
 ///
-/// `tensors` are keyed as [`Linear::peft_key`] does. The base's hash is noted beside the tensors, where PEFT and vLLM
+/// `tensors` are keyed as [`Module::peft_key`] does. The base's hash is noted beside the tensors, where PEFT and vLLM
 /// ignore it and [`Adapter::load`] checks it.
 pub fn save_peft(
     dir: &Path,
@@ -338,7 +342,8 @@ pub fn save_peft(
     // A map of one metadata pair after PEFT's own keeps the bytes a function of the inputs.
     let bytes = serialise(tensors, &base.sha256)?;
     durable::write(&dir.join(TENSOR_FILE), &bytes).map_err(|e| fault(e.to_string()))?;
-    durable::write_json(&dir.join(CONFIG_FILE), &peft_config(&base.name, spec)).map_err(|e| fault(e.to_string()))
+    durable::write_json(&dir.join(CONFIG_FILE), &peft_config(&base.name, spec, tensors))
+        .map_err(|e| fault(e.to_string()))
 }
 
 /// Returns the safetensors bytes of f32 tensors: names sorted, so that equal tensors give equal bytes.
@@ -364,9 +369,8 @@ fn serialise(tensors: &BTreeMap<String, Tensor>, base_sha256: &str) -> Result<Ve
 }
 
 /// Returns the keys that PEFT, vLLM and mistral.rs accept, sorted as PEFT sorts them.
-fn peft_config(base_name: &str, spec: &LoraSpec) -> Value {
+fn peft_config(base_name: &str, spec: &LoraSpec, tensors: &BTreeMap<String, Tensor>) -> Value {
     let alpha = if spec.alpha.fract() == 0.0 { json!(spec.alpha as i64) } else { json!(spec.alpha) };
-    let targets: Vec<&str> = spec.targets.iter().map(|t| t.target_name()).collect();
     json!({
         "alpha_pattern": {},
         "base_model_name_or_path": base_name,
@@ -381,7 +385,7 @@ fn peft_config(base_name: &str, spec: &LoraSpec) -> Value {
         "r": spec.rank,
         "rank_pattern": {},
         "revision": null,
-        "target_modules": targets,
+        "target_modules": Module::target_names(tensors.keys()),
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": spec.use_rslora,

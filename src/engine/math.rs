@@ -141,7 +141,54 @@ pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     Arch::new().dispatch(SwiGlu(gate, up, out));
 }
 
-/// Rotates the two halves of a head by the angles of its position.
+/// Writes `gelu(gate) * up` with GELU in its tanh form, in the widest vectors.
+pub(crate) fn geglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    struct GeGlu<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
+    impl WithSimd for GeGlu<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for ((out, gate), up) in self.2.iter_mut().zip(self.0).zip(self.1) {
+                let inner = SQRT_2_OVER_PI * (gate + GELU_CUBIC * gate * gate * gate);
+                *out = 0.5 * gate * (1.0 + tanh(inner)) * up;
+            }
+        }
+    }
+    Arch::new().dispatch(GeGlu(gate, up, out));
+}
+
+/// The constants of GELU's tanh form.
+pub(crate) const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+pub(crate) const GELU_CUBIC: f32 = 0.044_715;
+
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let e = exp(-2.0 * x.abs());
+    ((1.0 - e) / (1.0 + e)).copysign(x)
+}
+
+/// Bends values into +- `cap`: `cap * tanh(value / cap)`.
+#[inline(always)]
+pub(crate) fn cap(values: &mut [f32], cap: f32) {
+    for value in values {
+        *value = cap * tanh(*value / cap);
+    }
+}
+
+/// Bends values into +- `cap`, in the widest vectors.
+pub(crate) fn wide_cap(values: &mut [f32], by: f32) {
+    struct Cap<'a>(&'a mut [f32], f32);
+    impl WithSimd for Cap<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            cap(self.0, self.1);
+        }
+    }
+    Arch::new().dispatch(Cap(values, by));
+}
+
+/// Rotates the two halves of a head's rotated dimensions by the angles of its position; the dimensions after them stay.
 #[inline(always)]
 pub(crate) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (low, high) = head.split_at_mut(cos.len());
@@ -175,9 +222,21 @@ mod tests {
     }
 
     #[test]
+    fn a_cap_keeps_small_values_and_bends_large_ones() {
+        let mut values = [0.01, -0.01, 25.0, 1e4, -1e4, 0.0];
+        wide_cap(&mut values, 50.0);
+        let expected = [0.01, -0.01, 50.0 * 0.5f32.tanh(), 50.0, -50.0, 0.0];
+        assert!(values.iter().zip(expected).all(|(v, e)| (v - e).abs() < 5e-6), "{values:?}");
+    }
+
+    #[test]
     fn a_rotation_keeps_the_length_and_turns_by_the_angle() {
         let mut head = [1.0, 0.0, 0.0, 1.0];
         rotate(&mut head, &[0.0, 1.0], &[1.0, 0.0]);
         assert_eq!(head, [0.0, 0.0, 1.0, 1.0]);
+        // Two of three pairs' dimensions rotate where the tables are shorter than half a head.
+        let mut head = [1.0, 0.0, 7.0, 8.0];
+        rotate(&mut head, &[0.0], &[1.0]);
+        assert_eq!(head, [0.0, 1.0, 7.0, 8.0]);
     }
 }

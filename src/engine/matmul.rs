@@ -144,6 +144,11 @@ impl Product {
         })
     }
 
+    /// Changes all values, piece by piece in parallel.
+    pub(crate) fn change(&mut self, by: impl Fn(&mut [f32]) + Sync + Send) {
+        self.data.par_chunks_mut(1 << 13).for_each(by);
+    }
+
     /// Copies one row.
     pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
         for (at, piece) in self.row(row) {

@@ -1,4 +1,4 @@
-//! The inference engine: one decoder for the Llama family, on candle, f32 on the CPU.
+//! The inference engine: one decoder for all families, on candle, f32 on the CPU.
 //!
 //! [`Model`] is what is loaded once; [`Batcher`] samples from it, [`logprobs`] and [`divergence`] score with it, and
 //! `train` differentiates through it with the ops of `ops`. All four compute with the same frozen [`Weights`] and an
@@ -30,10 +30,13 @@ mod tokenizer;
 pub mod train;
 mod weights;
 
-pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use config::{
+    Activation, Architecture, Block, LayerKind, ModelConfig, NormWeight, Norms, Projections, QkNorm, RopeConfig,
+    RopeScaling, Scores,
+};
 pub use draw::SamplingSettings;
 pub use error::EngineError;
-pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, save_peft};
+pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, save_peft};
 pub use model::{Model, ModelIdentity};
 pub use rope::Rope;
 pub use sampler::{BatchLimits, Batcher, Completion, Event, Group, generate};

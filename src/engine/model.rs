@@ -37,7 +37,7 @@ struct Inner {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     weights: Weights,
-    rope: Rope,
+    ropes: Vec<Rope>,
     /// The weights laid out for inference, made when first needed: training does without this second copy.
     decoder: OnceLock<Decoder>,
 }
@@ -64,8 +64,8 @@ impl Model {
             template_sha256: template.sha256(),
         };
         let weights = Weights::load(&files, &config)?;
-        let rope = Rope::new(&config)?;
-        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, rope, decoder: OnceLock::new() })))
+        let ropes = Rope::all(&config)?;
+        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder: OnceLock::new() })))
     }
 
     /// Returns the shape and the constants.
@@ -88,9 +88,9 @@ impl Model {
         &self.0.weights
     }
 
-    /// Returns the rotary tables.
-    pub fn rope(&self) -> &Rope {
-        &self.0.rope
+    /// Returns the tables of the rotary embeddings.
+    pub fn ropes(&self) -> &[Rope] {
+        &self.0.ropes
     }
 
     /// Returns the model laid out for inference.
@@ -98,7 +98,7 @@ impl Model {
         if let Some(decoder) = self.0.decoder.get() {
             return Ok(decoder);
         }
-        let decoder = Decoder::new(self.config(), self.weights(), self.rope())?;
+        let decoder = Decoder::new(self.config(), self.weights(), self.ropes())?;
         Ok(self.0.decoder.get_or_init(|| decoder))
     }
 

@@ -1,7 +1,7 @@
 //! Operations with a backward pass for training on the CPU, over f32 rows.
 //!
 //! - [`linear`]: a frozen weight with or without a trainable LoRA pair; no gradient is made for the weight.
-//! - [`pointwise`]: RMS norm, rotary embedding, SwiGLU.
+//! - [`pointwise`]: RMS norm, rotary embedding, SwiGLU and GeGLU.
 //! - [`attention`]: causal attention in which the completions of a group share the run of their prompt.
 //! - [`token_logprobs`]: log-probs of given tokens without ever holding `[tokens, vocabulary]` logits.
 //!
@@ -70,6 +70,13 @@ fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let p = p * r * r + r + 1.0;
     p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+/// Returns the hyperbolic tangent within 1e-7.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let e = exp(-2.0 * x.abs());
+    ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
 /// Partial sums per reduction: as many as the widest vector registers hold, in a fixed order.

@@ -183,13 +183,9 @@ impl<'a> Scorer<'a> {
 
     /// Returns the logits of all rows, a piece of the vocabulary at a time, with the first token of each.
     fn pieces(&self, hidden: &[f32]) -> impl Iterator<Item = (usize, Product)> {
-        let head = self.decoder.head();
-        let rows = hidden.len() / self.decoder.hidden_size();
-        let starts = (0..head.panels()).step_by(PANELS);
-        starts.map(move |start| {
-            let end = head.panels().min(start + PANELS);
-            (start * WIDTH, head.apply_panels(hidden, rows, start..end))
-        })
+        let panels = self.decoder.panels();
+        let starts = (0..panels).step_by(PANELS);
+        starts.map(move |start| (start * WIDTH, self.decoder.logits_of(hidden, start..panels.min(start + PANELS))))
     }
 }
 

@@ -7,6 +7,7 @@ use std::io;
 
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value as JinjaValue, context, filters};
+use regex::Regex;
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 use sha2::{Digest, Sha256};
@@ -113,8 +114,20 @@ fn compile(source: &str) -> Result<Environment<'static>, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, problem))
     });
     environment.add_function("strftime_now", |format: String| chrono::Local::now().format(&format).to_string());
-    environment.add_template_owned(NAME, source.to_string())?;
+    environment.add_template_owned(NAME, without_generation(source))?;
     Ok(environment)
+}
+
+/// Returns the template without the block with which transformers marks what an assistant wrote (SmolLM3 has it): one
+/// that always holds, so that white space is trimmed as it was.
+fn without_generation(source: &str) -> String {
+    let mut source = source.to_string();
+    for (tag, by) in [("generation", "if true"), ("endgeneration", "endif")] {
+        if let Ok(mark) = Regex::new(&format!(r"\{{%([-+]?)\s*{tag}\s*([-+]?)%\}}")) {
+            source = mark.replace_all(&source, format!("{{%${{1}} {by} ${{2}}%}}")).into_owned();
+        }
+    }
+    source
 }
 
 /// Returns JSON as Python writes it: `", "` and `": "` on one line, or indented.
@@ -214,6 +227,51 @@ mod tests {
         assert!(render("x", image, None).unwrap_err().to_string().contains("image_url"));
         let none = ChatTemplate::new("m", None, None, None).unwrap().render(&[], None).unwrap_err();
         assert!(none.to_string().contains("has none"), "{none}");
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Family {
+        name: String,
+        template: String,
+        bos: String,
+        eos: String,
+        cases: Vec<Rendered>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Rendered {
+        messages: Vec<Message>,
+        tools: Option<Value>,
+        /// None where transformers refuses the conversation.
+        text: Option<String>,
+    }
+
+    /// Templates belong to their models: `tools/reference/template_golden.py` renders those of a folder.
+    #[test]
+    fn templates_render_as_in_transformers() {
+        let Ok(path) = std::env::var("TAOD_TEMPLATES") else {
+            println!("skipped: TAOD_TEMPLATES names no file of tools/reference/template_golden.py");
+            return;
+        };
+        let families: Vec<Family> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let mut wrong = Vec::new();
+        for Family { name, template, bos, eos, cases } in families {
+            let template = ChatTemplate::new(&name, Some(template), Some(bos), Some(eos)).unwrap();
+            for (i, case) in cases.into_iter().enumerate() {
+                let found = template.render(&case.messages, case.tools.as_ref());
+                if found.as_ref().ok() != case.text.as_ref() {
+                    wrong.push(format!("{name}, conversation {i}: {found:?}, transformers {:?}", case.text));
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{} conversations:\n{}", wrong.len(), wrong.join("\n"));
+    }
+
+    #[test]
+    fn the_mark_of_generated_text_prints_nothing() {
+        let source =
+            "a\n  {% generation %}\n  b\n  {%- endgeneration -%}\n  c{% if add_generation_prompt %}>{% endif %}";
+        assert_eq!(render(source, json!([]), None).unwrap(), "a\n  bc>");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::gguf_tokenizer;
 use super::source::Files;
 
 /// Tokens that close an assistant's turn in the families' chat templates, whether or not the config lists them.
-const CHAT_END: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|eom_id|>"];
+const CHAT_END: [&str; 5] = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|eom_id|>", "<end_of_turn>"];
 
 /// A model's tokenizer.
 pub struct Tokenizer {

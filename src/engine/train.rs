@@ -8,6 +8,7 @@
 mod layer;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use rand::{RngExt, SeedableRng};
@@ -16,12 +17,12 @@ use rand_chacha::ChaCha20Rng;
 use self::layer::{Batch, Layer, Saved};
 use super::config::ModelConfig;
 use super::error::EngineError;
-use super::lora::{Factor, Linear, LoraSpec};
+use super::lora::{Factor, Linear, LoraSpec, Module};
 use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
 use super::ops::linear::Pair;
 use super::ops::pointwise::{RmsNorm, Rotation};
-use super::ops::token_logprobs::{Slopes, TokenLogprobs, token_logprobs};
+use super::ops::token_logprobs::{Output, Slopes, TokenLogprobs, token_logprobs};
 use super::rope::Rope;
 use super::weights::Weights;
 
@@ -47,13 +48,17 @@ pub struct Matrix {
     pub shape: [usize; 2],
 }
 
-/// A LoRA adapter in training: a flat list of matrices, A and B of each target of each layer in turn.
+/// A LoRA adapter in training: a flat list of matrices, A and B of each targeted module of each layer in turn.
 #[derive(Debug, Clone)]
 pub struct LoraMatrices {
     pub spec: LoraSpec,
     pub matrices: Vec<Matrix>,
     /// The values of each matrix, which an optimizer moves.
     pub values: Vec<Vec<f32>>,
+    /// Modules of one layer.
+    modules: usize,
+    /// For each linear layer that changes: its module, and its rows of the module's B.
+    places: Vec<(Linear, usize, Range<usize>)>,
 }
 
 impl LoraMatrices {
@@ -89,16 +94,21 @@ impl LoraMatrices {
 
     fn zero(config: &ModelConfig, spec: &LoraSpec) -> Self {
         let mut matrices = Vec::new();
-        for layer in 0..config.layers {
-            for linear in &spec.targets {
-                let (ins, outs) = linear.shape(config);
-                for (factor, shape) in [(Factor::A, [spec.rank, ins]), (Factor::B, [outs, spec.rank])] {
-                    matrices.push(Matrix { key: linear.peft_key(layer, factor), shape });
+        let modules = Module::targeted(config, &spec.targets);
+        for layer in 0..config.layers.len() {
+            for module in &modules {
+                for factor in [Factor::A, Factor::B] {
+                    let shape = module.shape(config, factor, spec.rank);
+                    matrices.push(Matrix { key: module.peft_key(layer, factor), shape });
                 }
             }
         }
         let values = matrices.iter().map(|m| vec![0.0; m.shape[0] * m.shape[1]]).collect();
-        LoraMatrices { spec: spec.clone(), matrices, values }
+        let rows = |(at, module): (usize, &Module)| {
+            module.rows(config).into_iter().map(move |(linear, rows)| (linear, at, rows))
+        };
+        let places = modules.iter().enumerate().flat_map(rows).collect();
+        LoraMatrices { spec: spec.clone(), matrices, values, modules: modules.len(), places }
     }
 
     /// Returns all matrices as tensors, by PEFT key.
@@ -114,16 +124,18 @@ impl LoraMatrices {
         self.values.iter().map(|values| vec![0.0; values.len()]).collect()
     }
 
-    /// Returns where in the list the pair of a linear layer stands, if the adapter changes it.
-    fn position(&self, layer: usize, linear: Linear) -> Option<usize> {
-        let target = self.spec.targets.iter().position(|target| *target == linear)?;
-        Some(2 * (layer * self.spec.targets.len() + target))
+    /// Returns where in the list the A of a linear layer stands, with its B after it, and which of B's values are its
+    /// own, if the adapter changes it.
+    fn position(&self, layer: usize, linear: Linear) -> Option<(usize, Range<usize>)> {
+        let (_, module, rows) = self.places.iter().find(|(placed, ..)| *placed == linear)?;
+        let rank = self.spec.rank;
+        Some((2 * (layer * self.modules + module), rows.start * rank..rows.end * rank))
     }
 
     fn pair(&self, layer: usize, linear: Linear) -> Option<Pair<'_>> {
-        let at = self.position(layer, linear)?;
-        let scale = self.spec.scaling() as f32;
-        Some(Pair { a: self.values.get(at)?, b: self.values.get(at + 1)?, rank: self.spec.rank, scale })
+        let (at, own) = self.position(layer, linear)?;
+        let (a, b) = (self.values.get(at)?, self.values.get(at + 1)?.get(own)?);
+        Some(Pair { a, b, rank: self.spec.rank, scale: self.spec.scaling() as f32 })
     }
 }
 
@@ -131,13 +143,13 @@ impl LoraMatrices {
 pub struct Base<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
-    rope: Rope,
+    ropes: Vec<Rope>,
 }
 
 impl<'a> Base<'a> {
     /// Prepares the frozen model for training.
     pub fn new(config: &'a ModelConfig, weights: &'a Weights) -> Result<Self, EngineError> {
-        Ok(Base { config, weights, rope: Rope::new(config)? })
+        Ok(Base { config, weights, ropes: Rope::all(config)? })
     }
 
     /// Returns the log-probs and the entropies of all completion tokens under the base: group by group, completion by
@@ -146,7 +158,7 @@ impl<'a> Base<'a> {
         let packed = Packed::new(groups)?;
         let batch = self.batch(&packed)?;
         let mut x = self.embed(&packed)?;
-        for index in 0..self.config.layers {
+        for index in 0..self.config.layers.len() {
             x = self.layer(index, None).forward(x, &batch)?.output;
         }
         Ok(self.logprobs(&packed, &x, Slopes::Skip)?.0)
@@ -156,9 +168,9 @@ impl<'a> Base<'a> {
     pub fn forward<'p>(&'p self, lora: &'p LoraMatrices, groups: &[GroupTokens]) -> Result<Pass<'p>, EngineError> {
         let packed = Packed::new(groups)?;
         let batch = self.batch(&packed)?;
-        let mut saved = Vec::with_capacity(self.config.layers);
+        let mut saved = Vec::with_capacity(self.config.layers.len());
         let mut x = self.embed(&packed)?;
-        for index in 0..self.config.layers {
+        for index in 0..self.config.layers.len() {
             let step = self.layer(index, Some(lora)).forward(x, &batch)?;
             x = step.output;
             saved.push(step.saved);
@@ -177,14 +189,19 @@ impl<'a> Base<'a> {
         if let Some(id) = packed.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(EngineError::request(format!("token id {id} is outside the vocabulary of {vocab}")));
         }
-        Ok(gather(&table, packed.ids.iter().map(|id| *id as usize), width))
+        let mut x = gather(&table, packed.ids.iter().map(|id| *id as usize), width);
+        if let Some(scale) = self.config.embedding_scale {
+            x.iter_mut().for_each(|x| *x *= scale);
+        }
+        Ok(x)
     }
 
     /// Returns the results of all targets, and the hidden rows that predict them, before the last norm.
     fn logprobs(&self, packed: &Packed, x: &[f32], slopes: Slopes) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
         let predicting = gather(x, packed.predicting.iter().copied(), self.config.hidden_size);
         let hidden = RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.forward(&predicting);
-        let tokens = token_logprobs(&hidden, &self.weights.lm_head, &packed.targets, slopes)?;
+        let output = Output { weight: &self.weights.lm_head, cap: self.config.logit_cap };
+        let tokens = token_logprobs(&hidden, output, &packed.targets, slopes)?;
         Ok((tokens, predicting))
     }
 
@@ -192,18 +209,23 @@ impl<'a> Base<'a> {
         let ModelConfig { heads, kv_heads, head_dim, .. } = *self.config;
         let heads = Heads { query: heads, key_value: kv_heads, dim: head_dim };
         let attention = Attention::new(packed.groups.clone(), heads)?;
-        Ok(Batch { attention, rotation: self.rotation(&packed.positions)? })
+        Ok(Batch { attention, rotations: self.rotations(&packed.positions)? })
     }
 
-    fn rotation(&self, positions: &[usize]) -> Result<Rotation, EngineError> {
-        let (context, half) = self.rope.cos.dims2()?;
+    /// Returns the angles of these positions under each rotary embedding of the model.
+    fn rotations(&self, positions: &[usize]) -> Result<Vec<Rotation>, EngineError> {
+        let context = self.config.max_positions;
         if let Some(position) = positions.iter().find(|position| **position >= context) {
             let problem = format!("position {position} is outside the context of {context} tokens; shorten the sample");
             return Err(EngineError::request(problem));
         }
-        let (cos, sin) = (Values::of(&self.rope.cos)?, Values::of(&self.rope.sin)?);
-        let pick = |table: &[f32]| gather(table, positions.iter().copied(), half);
-        Ok(Rotation { cos: pick(&cos), sin: pick(&sin), head_dim: half * 2 })
+        let rotation = |rope: &Rope| -> Result<Rotation, EngineError> {
+            let half = rope.cos.dims2()?.1;
+            let (cos, sin) = (Values::of(&rope.cos)?, Values::of(&rope.sin)?);
+            let pick = |table: &[f32]| gather(table, positions.iter().copied(), half);
+            Ok(Rotation { cos: pick(&cos), sin: pick(&sin), head_dim: self.config.head_dim, dim: half * 2 })
+        };
+        self.ropes.iter().map(rotation).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, NormWeight, Norms, Projections};
 use super::error::EngineError;
 use super::source::Files;
 
@@ -19,15 +19,19 @@ pub struct Weights {
     pub lm_head: Tensor,
 }
 
-/// The weights of one layer.
+/// The weights of one layer. Norms hold the factor itself, whatever the model stores.
 #[derive(Debug, Clone)]
 pub struct LayerWeights {
-    pub attn_norm: Tensor,
+    /// The norm of what goes into attention and the norm of what comes out; a family has one or both.
+    pub attn_norm: Option<Tensor>,
+    pub attn_post_norm: Option<Tensor>,
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
     pub o: Tensor,
-    pub mlp_norm: Tensor,
+    /// The same for the MLP.
+    pub mlp_norm: Option<Tensor>,
+    pub mlp_post_norm: Option<Tensor>,
     pub gate: Tensor,
     pub up: Tensor,
     pub down: Tensor,
@@ -35,7 +39,7 @@ pub struct LayerWeights {
     pub q_bias: Option<Tensor>,
     pub k_bias: Option<Tensor>,
     pub v_bias: Option<Tensor>,
-    /// Qwen3 norms each head's query and key: `[head_dim]`.
+    /// The norms of queries and keys, as wide as [`ModelConfig::qk_norm_sizes`] says.
     pub q_norm: Option<Tensor>,
     pub k_norm: Option<Tensor>,
 }
@@ -49,8 +53,8 @@ impl Weights {
             true => embed.clone(),
             false => loader.required("lm_head.weight", &[config.vocab, config.hidden_size])?,
         };
-        let norm = loader.required("model.norm.weight", &[config.hidden_size])?;
-        let layers = (0..config.layers).into_par_iter().map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
+        let norm = loader.norm("model.norm.weight", config.hidden_size)?;
+        let layers = (0..config.layers.len()).into_par_iter().map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
         Ok(Weights { embed, layers, norm, lm_head })
     }
 }
@@ -67,26 +71,61 @@ impl Loader<'_> {
         let required = |part: &str, shape: &[usize]| self.required(&name(part), shape);
         let optional = |part: &str, shape: &[usize]| self.optional(&name(part), shape);
         let (hidden, query, kv, wide) = (c.hidden_size, c.query_size(), c.kv_size(), c.intermediate_size);
+        let norm = |part: Option<&str>, width: usize| {
+            part.map(|part| self.norm(&name(&format!("{part}.weight")), width)).transpose()
+        };
         for unknown in ["self_attn.o_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"] {
             if self.files.tensor(&name(unknown), c)?.is_some() {
-                return Err(self.fault(&name(unknown), "is a bias that the Llama family does not have".into()));
+                return Err(self.fault(&name(unknown), "is a bias that no supported family has".into()));
             }
         }
+        let [q, k, v] = match c.block.projections {
+            Projections::Split => [
+                required("self_attn.q_proj.weight", &[query, hidden])?,
+                required("self_attn.k_proj.weight", &[kv, hidden])?,
+                required("self_attn.v_proj.weight", &[kv, hidden])?,
+            ],
+            Projections::Fused => {
+                let fused = required("self_attn.qkv_proj.weight", &[query + 2 * kv, hidden])?;
+                [fused.narrow(0, 0, query)?, fused.narrow(0, query, kv)?, fused.narrow(0, query + kv, kv)?]
+            }
+        };
+        let [gate, up] = match c.block.projections {
+            Projections::Split => {
+                [required("mlp.gate_proj.weight", &[wide, hidden])?, required("mlp.up_proj.weight", &[wide, hidden])?]
+            }
+            Projections::Fused => {
+                let fused = required("mlp.gate_up_proj.weight", &[2 * wide, hidden])?;
+                [fused.narrow(0, 0, wide)?, fused.narrow(0, wide, wide)?]
+            }
+        };
+        let [attn_norm, attn_post_norm, mlp_norm, mlp_post_norm] = norm_names(c.block.norms);
+        let qk_norm = c.qk_norm_sizes();
         Ok(LayerWeights {
-            attn_norm: required("input_layernorm.weight", &[hidden])?,
-            q: required("self_attn.q_proj.weight", &[query, hidden])?,
-            k: required("self_attn.k_proj.weight", &[kv, hidden])?,
-            v: required("self_attn.v_proj.weight", &[kv, hidden])?,
+            attn_norm: norm(attn_norm, hidden)?,
+            attn_post_norm: norm(attn_post_norm, hidden)?,
+            q,
+            k,
+            v,
             o: required("self_attn.o_proj.weight", &[hidden, query])?,
-            mlp_norm: required("post_attention_layernorm.weight", &[hidden])?,
-            gate: required("mlp.gate_proj.weight", &[wide, hidden])?,
-            up: required("mlp.up_proj.weight", &[wide, hidden])?,
+            mlp_norm: norm(mlp_norm, hidden)?,
+            mlp_post_norm: norm(mlp_post_norm, hidden)?,
+            gate,
+            up,
             down: required("mlp.down_proj.weight", &[hidden, wide])?,
             q_bias: optional("self_attn.q_proj.bias", &[query])?,
             k_bias: optional("self_attn.k_proj.bias", &[kv])?,
             v_bias: optional("self_attn.v_proj.bias", &[kv])?,
-            q_norm: optional("self_attn.q_norm.weight", &[c.head_dim])?,
-            k_norm: optional("self_attn.k_norm.weight", &[c.head_dim])?,
+            q_norm: qk_norm.map(|(q, _)| self.norm(&name("self_attn.q_norm.weight"), q)).transpose()?,
+            k_norm: qk_norm.map(|(_, k)| self.norm(&name("self_attn.k_norm.weight"), k)).transpose()?,
+        })
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Tensor, EngineError> {
+        let weight = self.required(name, &[width])?;
+        Ok(match self.config.block.norm_weight {
+            NormWeight::Whole => weight,
+            NormWeight::AboveOne => (weight + 1.0)?,
         })
     }
 
@@ -103,6 +142,21 @@ impl Loader<'_> {
     }
 
     fn fault(&self, name: &str, problem: String) -> EngineError {
-        EngineError::tensor(self.files.home(), name, problem, "use a complete model of the Llama family")
+        EngineError::tensor(self.files.home(), name, problem, "use a complete model of a supported family")
+    }
+}
+
+/// Returns Hugging Face's names of the norms before and after attention and before and after the MLP. One name means
+/// two things: where nothing is normed after attention, it is the norm before the MLP.
+fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
+    match norms {
+        Norms::Pre => [Some("input_layernorm"), None, Some("post_attention_layernorm"), None],
+        Norms::Post => [None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm")],
+        Norms::Both => [
+            Some("input_layernorm"),
+            Some("post_attention_layernorm"),
+            Some("pre_feedforward_layernorm"),
+            Some("post_feedforward_layernorm"),
+        ],
     }
 }

@@ -8,7 +8,9 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use taod::engine::ops::mat::{Into, Mat, MatMut, Threads, multiply};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
-use taod::engine::{Architecture, LayerWeights, Linear, LoraSpec, ModelConfig, RopeScaling, Weights};
+use taod::engine::{
+    Architecture, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, RopeConfig, RopeScaling, Scores, Weights,
+};
 
 const PROMPT: usize = 64;
 const COMPLETION: usize = 64;
@@ -58,7 +60,7 @@ fn flops(c: &ModelConfig) -> f64 {
     let layer: usize = shapes.map(|(ins, outs)| ins * outs).sum();
     let rows = PROMPT + SAMPLES * (COMPLETION - 1);
     let head = c.vocab * c.hidden_size * SAMPLES * COMPLETION;
-    4.0 * (c.layers * layer * rows + head) as f64
+    4.0 * (c.layers.len() * layer * rows + head) as f64
 }
 
 fn gemm_rate() -> candle_core::Result<f64> {
@@ -88,16 +90,19 @@ fn peak_memory_mb() -> u64 {
 fn config() -> ModelConfig {
     ModelConfig {
         architecture: Architecture::Llama,
+        block: Architecture::Llama.block(),
         vocab: 49_152,
         hidden_size: 576,
         intermediate_size: 1536,
-        layers: 30,
+        layers: vec![LayerKind { rope: Some(0), window: None }; 30],
         heads: 9,
         kv_heads: 3,
         head_dim: 64,
         rms_eps: 1e-5,
-        rope_theta: 100_000.0,
-        rope_scaling: RopeScaling::None,
+        ropes: vec![RopeConfig { theta: 100_000.0, dim: 64, scaling: RopeScaling::None }],
+        scores: Scores { scale: 0.125, cap: None },
+        embedding_scale: None,
+        logit_cap: None,
         max_positions: 8192,
         tied: true,
     }
@@ -112,12 +117,14 @@ fn weights(c: &ModelConfig) -> candle_core::Result<Weights> {
             random(outs, ins)
         };
         Ok(LayerWeights {
-            attn_norm: ones()?,
+            attn_norm: Some(ones()?),
+            attn_post_norm: None,
             q: linear(Linear::Q)?,
             k: linear(Linear::K)?,
             v: linear(Linear::V)?,
             o: linear(Linear::O)?,
-            mlp_norm: ones()?,
+            mlp_norm: Some(ones()?),
+            mlp_post_norm: None,
             gate: linear(Linear::Gate)?,
             up: linear(Linear::Up)?,
             down: linear(Linear::Down)?,
@@ -129,6 +136,6 @@ fn weights(c: &ModelConfig) -> candle_core::Result<Weights> {
         })
     };
     let embed = random(c.vocab, c.hidden_size)?;
-    let layers = (0..c.layers).map(|_| layer()).collect::<candle_core::Result<_>>()?;
+    let layers = (0..c.layers.len()).map(|_| layer()).collect::<candle_core::Result<_>>()?;
     Ok(Weights { lm_head: embed.clone(), embed, layers, norm: ones()? })
 }

@@ -1,7 +1,7 @@
 //! Adapters that tuning writes, read by PEFT itself.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
@@ -43,40 +43,67 @@ fn reference(python: &Path, script: &str, arguments: &[&Path], input: &str) -> S
     String::from_utf8(output.stdout).unwrap()
 }
 
-#[test]
-fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
-    let Some(models) = harness::models() else { return };
+/// Returns the Python that has PEFT, where this machine has it.
+fn peft_python() -> Option<PathBuf> {
     let python = harness::cache().join("reference/bin/python");
-    if !harness::has("peft", python.is_file(), "run `tools/setup.sh full` (6 GB)") {
-        return;
-    }
+    harness::has("peft", python.is_file(), "run `tools/setup.sh full` (6 GB)").then_some(python)
+}
+
+/// Trains an adapter and expects that PEFT loads it on the base's folder and computes the same log-probs.
+fn expect_peft_agrees(python: &Path, model: &Model, base: &Path, samples: &[Sample]) {
     let folder = tempfile::tempdir().unwrap();
-    let gguf = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    let model = Model::load(&gguf.display().to_string()).unwrap();
     let settings = Settings { epochs: 4, batch_samples: 2, ..Settings::default() };
-    let samples = samples();
     let out = folder.path().join("tuned");
-    let outcome = tune(&model, &samples, None, &settings, 7, &out, &Progress::silent()).unwrap();
+    let outcome = tune(model, samples, None, &settings, 7, &out, &Progress::silent()).unwrap();
     assert!(outcome.kl_sample > 0.0);
 
-    let adapter = Adapter::load(&outcome.adapter_dir, &model).unwrap();
+    let adapter = Adapter::load(&outcome.adapter_dir, model).unwrap();
     let items: Vec<ScoreItem> =
         samples.iter().map(|s| ScoreItem { prompt: &s.prompt, completion: &s.completion }).collect();
-    let ours = logprobs(&model, Some(&adapter), &items).unwrap();
-    let base = folder.path().join("base");
-    reference(&python, "gguf_to_hf.py", &[&gguf, &base], "");
+    let ours = logprobs(model, Some(&adapter), &items).unwrap();
     let groups: Vec<Value> =
         samples.iter().map(|s| json!({ "prompt": s.prompt, "completions": [s.completion] })).collect();
     let input = serde_json::to_string(&groups).unwrap();
-    let theirs = reference(&python, "peft_check.py", &[&base, &outcome.adapter_dir], &input);
+    let theirs = reference(python, "peft_check.py", &[base, &outcome.adapter_dir], &input);
     for (sample, (ours, theirs)) in ours.iter().zip(theirs.lines()).enumerate() {
         let theirs: Vec<f32> = serde_json::from_str(theirs).unwrap();
         assert_eq!(ours.len(), theirs.len());
         for (a, b) in ours.iter().zip(&theirs) {
-            assert!((a - b).abs() < 1e-3, "sample {sample}: {a}, PEFT {b}");
+            assert!((a - b).abs() < 1e-3, "{}, sample {sample}: {a}, PEFT {b}", base.display());
         }
     }
     assert_eq!(theirs.lines().count(), samples.len());
+}
+
+#[test]
+fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
+    let Some(models) = harness::models() else { return };
+    let Some(python) = peft_python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let base = folder.path().join("base");
+    reference(&python, "gguf_to_hf.py", &[&gguf, &base], "");
+    let model = Model::load(&gguf.display().to_string()).unwrap();
+    expect_peft_agrees(&python, &model, &base, &samples());
+}
+
+/// Phi-3's projections are fused, OLMo 2 norms elsewhere, Gemma 3 does everything its own way.
+#[test]
+fn adapters_of_other_families_load_in_peft_too() {
+    let Some(python) = peft_python() else { return };
+    for name in ["tiny-phi3", "tiny-olmo2", "tiny-gemma3"] {
+        let base = harness::root().join("tests/fixtures/models").join(name);
+        let model = Model::load(&base.display().to_string()).unwrap();
+        let samples: Vec<Sample> = samples()
+            .into_iter()
+            .map(|mut sample| {
+                let tokens = sample.prompt.iter_mut().chain(&mut sample.completion);
+                tokens.for_each(|id| *id %= 340);
+                sample
+            })
+            .collect();
+        expect_peft_agrees(&python, &model, &base, &samples);
+    }
 }
 
 /// Runs `taod tune` on two samples, one good and one bad, and returns how it ended.

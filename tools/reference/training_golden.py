@@ -1,6 +1,6 @@
 """Makes the golden numbers of LoRA training with torch, transformers and peft.
 
-    python tools/reference/training_golden.py tiny                    # tests/golden/training_{llama,qwen2,qwen3}.json
+    python tools/reference/training_golden.py tiny [KIND ...]       # tests/golden/training_<kind>.json, one per family
     python tools/reference/training_golden.py model DIR             # tests/golden/training_smollm2.json; DIR: gguf_to_hf.py
 
 Weights (of the tiny models) and LoRA matrices come from an integer hash of (tensor, element), which the Rust tests
@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden"
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+FUSED = {"self_attn.qkv_proj": LINEARS[:3], "mlp.gate_up_proj": LINEARS[4:6]}
 RATE, WARMUP, STEPS, DECAY, CLIP = 5e-3, 3, 10, 0.01, 1.0
 
 
@@ -36,27 +37,81 @@ def hashed(tensor, shape, scale, offset=0.0):
     return torch.from_numpy((offset + scale * unit).astype(np.float32).reshape(shape))
 
 
+UNTIED = ("qwen2", "olmo2", "phi3")
+KINDS = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "mistral": (transformers.MistralConfig, dict(sliding_window=4)),
+    "smollm3": (transformers.SmolLM3Config, dict(no_rope_layer_interval=2)),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "phi3": (transformers.Phi3Config, dict(
+        original_max_position_embeddings=32, sliding_window=4, rope_parameters=dict(
+            rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.5, short_factor=[1.5],
+            long_factor=[3.0]))),
+    "gemma2": (transformers.Gemma2Config, dict(
+        query_pre_attn_scalar=9, sliding_window=4, attn_logit_softcapping=1.5, final_logit_softcapping=4.0)),
+    "gemma3_text": (transformers.Gemma3TextConfig, dict(
+        query_pre_attn_scalar=9, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=100.0),
+                             sliding_attention=dict(rope_type="default", rope_theta=10000.0)))),
+}
+
+
+def parts_of(kind):
+    """The parameters of a layer in the order of their numbers, as if no projection were fused."""
+    attention, mlp = ([f"{l}.weight" for l in part] for part in (LINEARS[:4], LINEARS[4:]))
+    norm = lambda name: [f"{name}.weight"]
+    if kind == "olmo2":
+        parts = [*attention, *norm("post_attention_layernorm"), *mlp, *norm("post_feedforward_layernorm")]
+    elif kind.startswith("gemma"):
+        parts = [*norm("input_layernorm"), *attention, *norm("post_attention_layernorm"),
+                 *norm("pre_feedforward_layernorm"), *mlp, *norm("post_feedforward_layernorm")]
+    else:
+        parts = [*norm("input_layernorm"), *attention, *norm("post_attention_layernorm"), *mlp]
+    if kind == "qwen2":
+        parts += [f"self_attn.{p}_proj.bias" for p in "qkv"]
+    if kind in ("qwen3", "olmo2", "gemma3_text"):
+        parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    return parts
+
+
+def shape_of(name, parameters, config):
+    """The shape of a parameter, or of a part of a fused one."""
+    if name in parameters:
+        return parameters[name].shape
+    rows = {"q": config.num_attention_heads * 4, "k": config.num_key_value_heads * 4, "v": config.num_key_value_heads * 4}
+    return (rows.get(name.split(".")[-2][0], config.intermediate_size), config.hidden_size)
+
+
 def tiny(kind):
     common = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5,
-                  rope_theta=10000.0, tie_word_embeddings=kind != "qwen2", attn_implementation="eager")
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
-    model = transformers.AutoModelForCausalLM.from_config(config[kind](**common)).float()
+                  rope_theta=10000.0, tie_word_embeddings=kind not in UNTIED, attn_implementation="eager",
+                  pad_token_id=0)
+    config, own = KINDS[kind]
+    if "rope_parameters" in own:
+        common.pop("rope_theta")
+    model = transformers.AutoModelForCausalLM.from_config(config(**common, **own)).float()
     names = ["model.embed_tokens.weight"]
-    for layer in range(2):
-        parts = ["input_layernorm.weight", *(f"{l}.weight" for l in LINEARS[:4]), "post_attention_layernorm.weight",
-                 *(f"{l}.weight" for l in LINEARS[4:])]
-        if kind == "qwen2":
-            parts += [f"self_attn.{p}_proj.bias" for p in "qkv"]
-        if kind == "qwen3":
-            parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-        names += [f"model.layers.{layer}.{part}" for part in parts]
-    names += ["model.norm.weight"] + (["lm_head.weight"] if kind == "qwen2" else [])
+    names += [f"model.layers.{layer}.{part}" for layer in range(2) for part in parts_of(kind)]
+    names += ["model.norm.weight"] + (["lm_head.weight"] if kind in UNTIED else [])
     parameters = dict(model.named_parameters())
-    assert set(parameters) == set(names), set(parameters) ^ set(names)
+    values = {}
     for number, name in enumerate(names):
         norm = "norm" in name
-        parameters[name].data = hashed(number, parameters[name].shape, 0.2 if norm else 0.5, 1.0 if norm else 0.0)
+        # Gemma stores what its norms add to 1.
+        offset = 1.0 if norm and not kind.startswith("gemma") else 0.0
+        values[name] = hashed(number, shape_of(name, parameters, model.config), 0.2 if norm else 0.5, offset)
+    if kind == "phi3":
+        for layer in range(2):
+            for fused, linears in FUSED.items():
+                pieces = [values.pop(f"model.layers.{layer}.{linear}.weight") for linear in linears]
+                values[f"model.layers.{layer}.{fused}.weight"] = torch.cat(pieces)
+    assert set(parameters) == set(values), set(parameters) ^ set(values)
+    for name, value in values.items():
+        assert parameters[name].shape == value.shape, name
+        parameters[name].data = value
     groups = [
         dict(prompt=[3, 17, 42, 5, 9], completions=[[7, 1, 30, 2], [11], [40, 41, 8, 8, 25, 2]]),
         dict(prompt=[20, 33, 4], completions=[[6, 46, 2], [13, 0]]),
@@ -65,13 +120,16 @@ def tiny(kind):
 
 
 def with_lora(model, rank, alpha, rslora):
-    names = [l.split(".")[1] for l in LINEARS]
+    linears = LINEARS
+    if model.config.model_type == "phi3":
+        linears = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    names = [l.split(".")[1] for l in linears]
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names,
                                              use_rslora=rslora, task_type="CAUSAL_LM"))
     parameters = dict(model.named_parameters())
     number, lora = 1000, {}
     for layer in range(model.config.num_hidden_layers):
-        for linear in LINEARS:
+        for linear in linears:
             for factor in "AB":
                 key = f"base_model.model.model.layers.{layer}.{linear}.lora_{factor}.weight"
                 parameter = parameters[key.replace(".weight", ".default.weight")]
@@ -148,8 +206,9 @@ def write(path, result):
 
 def main():
     if sys.argv[1] == "tiny":
-        for kind, rslora in (("llama", False), ("qwen2", False), ("qwen3", True)):
-            write(GOLDEN / f"training_{kind}.json", golden(*tiny(kind), rank=4, alpha=8, rslora=rslora, full=True))
+        for kind in sys.argv[2:] or KINDS:
+            made = golden(*tiny(kind), rank=4, alpha=8, rslora=kind == "qwen3", full=True)
+            write(GOLDEN / f"training_{kind}.json", made)
         return
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
     groups = [

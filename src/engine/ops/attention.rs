@@ -10,7 +10,7 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{dot, exp, largest};
+use super::{dot, exp, largest, tanh};
 
 /// Where the rows of one group lie in a packed batch: the prompt, then each completion, without gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,16 @@ impl GroupRows {
 struct Segment {
     own: Range<usize>,
     prefix: Range<usize>,
+}
+
+/// How the products of queries and keys become scores, and how far a row looks back.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    pub scale: f32,
+    /// Scores are bent into +- this: `cap * tanh(score / cap)`.
+    pub cap: Option<f32>,
+    /// How many positions a row sees, its own included.
+    pub window: Option<usize>,
 }
 
 /// How many heads there are and how wide they are.
@@ -108,17 +118,18 @@ impl Attention {
 
     /// Returns `[rows, query heads * dim]` for `q` of that shape and `k`, `v` `[rows, key-value heads * dim]`, rotated
     /// already.
-    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Result<Vec<f32>> {
+    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], scoring: Scoring) -> Result<Vec<f32>> {
         let mut y = vec![0.0; q.len()];
-        for (kv, block) in self.tasks(|group, kv| self.forward_task(q, k, v, group, kv))? {
+        let inputs = Inputs { q, k, v, grad: &[], scoring };
+        for (kv, block) in self.tasks(|group, kv| self.forward_task(&inputs, group, kv))? {
             block.place(&mut y, self.heads.query * self.heads.dim, kv * block.width);
         }
         Ok(y)
     }
 
     /// Returns the gradients of `q`, `k` and `v`.
-    pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> Result<[Vec<f32>; 3]> {
-        let inputs = Inputs { q, k, v, grad };
+    pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], scoring: Scoring) -> Result<[Vec<f32>; 3]> {
+        let inputs = Inputs { q, k, v, grad, scoring };
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
         let (query_width, kv_width) = (self.heads.query * self.heads.dim, self.heads.key_value * self.heads.dim);
         for (kv, [q_block, k_block, v_block]) in self.tasks(|group, kv| self.backward_task(&inputs, group, kv))? {
@@ -140,10 +151,6 @@ impl Attention {
         self.heads.query / self.heads.key_value
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.heads.dim as f32).sqrt()
-    }
-
     fn query<'a>(&self, values: &'a [f32], index: usize) -> Head<'a> {
         Head { values, width: self.heads.query * self.heads.dim, dim: self.heads.dim, index }
     }
@@ -152,25 +159,14 @@ impl Attention {
         Head { values, width: self.heads.key_value * self.heads.dim, dim: self.heads.dim, index }
     }
 
-    /// Returns `[own, prefix + own]`: how much each row of a segment looks at each row that it sees.
-    fn probabilities(&self, q: Head, k: Head, segment: &Segment) -> Result<Vec<f32>> {
-        let mut scores = products(q, k, segment, self.scale())?;
-        let (own, prefix) = (segment.own.len(), segment.prefix.len());
-        for (row, scores) in scores.chunks_exact_mut(prefix + own).enumerate() {
-            let (seen, unseen) = scores.split_at_mut(prefix + row + 1);
-            softmax(seen);
-            unseen.fill(0.0);
-        }
-        Ok(scores)
-    }
-
-    fn forward_task(&self, q: &[f32], k: &[f32], v: &[f32], group: &GroupRows, kv: usize) -> Result<Block> {
-        let (k, v) = (self.key_value(k, kv), self.key_value(v, kv));
+    fn forward_task(&self, inputs: &Inputs, group: &GroupRows, kv: usize) -> Result<Block> {
+        let (k, v) = (self.key_value(inputs.k, kv), self.key_value(inputs.v, kv));
         let mut block = Block::new(group, self.sharing(), self.heads.dim);
         for head in 0..self.sharing() {
-            let q = self.query(q, kv * self.sharing() + head);
+            let q = self.query(inputs.q, kv * self.sharing() + head);
             for segment in group.segments() {
-                let p = self.probabilities(q, k, &segment)?;
+                let mut p = products(q, k, &segment, inputs.scoring.scale)?;
+                probabilities(&mut p, &segment, inputs.scoring, None);
                 let (seen, own) = halves(&p, &segment)?;
                 multiply(block.rows(&segment.own, head)?, Into::Fresh, 1.0, own, v.rows(&segment.own)?, Threads::One)?;
                 if !segment.prefix.is_empty() {
@@ -192,16 +188,22 @@ impl Attention {
             let index = kv * self.sharing() + head;
             let (q, grad) = (self.query(inputs.q, index), self.query(inputs.grad, index));
             for segment in group.segments() {
-                let p = self.probabilities(q, k, &segment)?;
+                let Scoring { scale, cap, .. } = inputs.scoring;
+                let mut p = products(q, k, &segment, scale)?;
+                let mut bends = cap.map(|_| vec![0.0; p.len()]);
+                probabilities(&mut p, &segment, inputs.scoring, bends.as_deref_mut());
                 let mut ds = products(grad, v, &segment, 1.0)?;
                 let width = segment.own.len() + segment.prefix.len();
                 for (ds, p) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)) {
                     let mean = dot(ds, p);
                     ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - mean));
                 }
+                if let Some(bends) = bends {
+                    ds.iter_mut().zip(bends).for_each(|(ds, bend)| *ds *= bend);
+                }
                 let (p_seen, p_own) = halves(&p, &segment)?;
                 let (ds_seen, ds_own) = halves(&ds, &segment)?;
-                let (scale, one) = (self.scale(), Threads::One);
+                let one = Threads::One;
                 let (rows, prefix) = (&segment.own, &segment.prefix);
                 let (q, grad) = (q.rows(rows)?, grad.rows(rows)?);
                 multiply(dq.rows(rows, head)?, Into::Fresh, scale, ds_own, k.rows(rows)?, one)?;
@@ -223,6 +225,29 @@ struct Inputs<'a> {
     k: &'a [f32],
     v: &'a [f32],
     grad: &'a [f32],
+    scoring: Scoring,
+}
+
+/// Turns `[own, prefix + own]` products into how much each row of a segment looks at each row that it sees. `bends`
+/// takes the slopes of the bent scores, where scores are bent and the slopes are wanted.
+fn probabilities(products: &mut [f32], segment: &Segment, scoring: Scoring, mut bends: Option<&mut [f32]>) {
+    let prefix = segment.prefix.len();
+    let width = prefix + segment.own.len();
+    for (row, scores) in products.chunks_exact_mut(width).enumerate() {
+        let end = prefix + row + 1;
+        let seen = scoring.window.map_or(0, |window| end.saturating_sub(window))..end;
+        if let Some(cap) = scoring.cap {
+            let bent = &mut scores[seen.clone()];
+            bent.iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+            if let Some(bends) = &mut bends {
+                let bends = &mut bends[row * width..][seen.clone()];
+                bends.iter_mut().zip(&*bent).for_each(|(bend, s)| *bend = 1.0 - (s / cap) * (s / cap));
+            }
+        }
+        softmax(&mut scores[seen.clone()]);
+        scores[..seen.start].fill(0.0);
+        scores[seen.end..].fill(0.0);
+    }
 }
 
 /// Returns `[own, prefix + own]`: the products of a segment's rows of `a` with the rows of `b` before and in it.
@@ -262,6 +287,9 @@ mod tests {
     use super::*;
 
     const HEADS: Heads = Heads { query: 4, key_value: 2, dim: 4 };
+    const PLAIN: Scoring = Scoring { scale: 0.5, cap: None, window: None };
+    /// A window shorter than the prompt, and scores bent hard.
+    const GEMMA: Scoring = Scoring { scale: 0.5, cap: Some(0.6), window: Some(2) };
 
     /// Two groups: one with two completions and an empty one (an answer of one token), one of a bare prompt.
     fn attention() -> Attention {
@@ -270,7 +298,7 @@ mod tests {
     }
 
     /// Attention of one plain sequence made of `rows`, by candle's ops: returns the outputs of those rows.
-    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, rows: &[u32]) -> Vec<Vec<f32>> {
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, rows: &[u32], scoring: Scoring) -> Vec<Vec<f32>> {
         let n = rows.len();
         let ids = Tensor::new(rows, q.device()).unwrap();
         let split = |t: &Tensor, heads: usize| {
@@ -282,9 +310,14 @@ mod tests {
             Tensor::stack(&parts, 0).unwrap()
         };
         let (q, k, v) = (split(q, HEADS.query), repeat(split(k, 2)), repeat(split(v, 2)));
-        let mask: Vec<f32> = (0..n * n).map(|i| if i % n > i / n { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let seen = |row: usize, column: usize| column <= row && row - column < scoring.window.unwrap_or(n);
+        let mask = (0..n * n).map(|i| if seen(i / n, i % n) { 0.0 } else { f32::NEG_INFINITY }).collect::<Vec<f32>>();
         let mask = Tensor::from_vec(mask, (n, n), q.device()).unwrap();
-        let scores = (q.matmul(&k.t().unwrap()).unwrap() * 0.5).unwrap().broadcast_add(&mask).unwrap();
+        let mut scores = (q.matmul(&k.t().unwrap()).unwrap() * f64::from(scoring.scale)).unwrap();
+        if let Some(cap) = scoring.cap.map(f64::from) {
+            scores = ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap();
+        }
+        let scores = scores.broadcast_add(&mask).unwrap();
         let p = candle_nn::ops::softmax_last_dim(&scores).unwrap();
         let y = p.matmul(&v).unwrap().transpose(0, 1).unwrap().contiguous().unwrap();
         y.reshape((n, HEADS.query * HEADS.dim)).unwrap().to_vec2().unwrap()
@@ -293,13 +326,15 @@ mod tests {
     #[test]
     fn each_completion_sees_the_prompt_and_itself_only() {
         let (q, k, v) = (random(1, 160), random(2, 80), random(3, 80));
-        let found = attention().forward(&q, &k, &v).unwrap();
+        let found = [PLAIN, GEMMA].map(|scoring| attention().forward(&q, &k, &v, scoring).unwrap());
         let (q, k, v) = (tensor(&q, &[10, 16]), tensor(&k, &[10, 8]), tensor(&v, &[10, 8]));
         let sequences: [&[u32]; 3] = [&[0, 1, 2, 3, 4], &[0, 1, 2, 5, 6, 7], &[8, 9]];
-        for rows in sequences {
-            for (expected, row) in plain(&q, &k, &v, rows).iter().zip(rows) {
+        for (rows, (found, scoring)) in
+            sequences.iter().flat_map(|s| found.iter().zip([PLAIN, GEMMA]).map(move |f| (s, f)))
+        {
+            for (expected, row) in plain(&q, &k, &v, rows, scoring).iter().zip(*rows) {
                 for (a, b) in found[*row as usize * 16..].iter().zip(expected) {
-                    assert!((a - b).abs() < 1e-5, "row {row}: {a} {b}");
+                    assert!((a - b).abs() < 1e-5, "{scoring:?}, row {row}: {a} {b}");
                 }
             }
         }
@@ -307,11 +342,13 @@ mod tests {
 
     #[test]
     fn backward_agrees_with_differences() {
-        gradients(
-            &[random(1, 160), random(2, 80), random(3, 80)],
-            |t| attention().forward(&t[0], &t[1], &t[2]).unwrap(),
-            |t, grad| attention().backward(&t[0], &t[1], &t[2], grad).unwrap().to_vec(),
-        );
+        for scoring in [PLAIN, GEMMA] {
+            gradients(
+                &[random(1, 160), random(2, 80), random(3, 80)],
+                |t| attention().forward(&t[0], &t[1], &t[2], scoring).unwrap(),
+                |t, grad| attention().backward(&t[0], &t[1], &t[2], grad, scoring).unwrap().to_vec(),
+            );
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! RMS norm, rotary position embedding and SwiGLU, row by row on all threads.
+//! RMS norm, rotary position embedding, SwiGLU and GeGLU, row by row on all threads.
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Values, dot, exp};
+use super::{Values, dot, exp, tanh};
+use crate::engine::math::{GELU_CUBIC, SQRT_2_OVER_PI};
 
 /// Rows per parallel task: enough work to pay for the hand-over.
 const ROWS: usize = 16;
@@ -59,12 +60,14 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
-/// Cosines and sines of the rows of one packed batch, `[rows, head_dim / 2]` each, by the position of each row.
+/// Cosines and sines of the rows of one packed batch, `[rows, dim / 2]` each, by the position of each row.
 #[derive(Clone)]
 pub struct Rotation {
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
     pub head_dim: usize,
+    /// How many dimensions of a head are rotated: the first.
+    pub dim: usize,
 }
 
 impl Rotation {
@@ -80,7 +83,7 @@ impl Rotation {
 
     /// Rotates by the angle times `sign`.
     fn rotate(&self, x: &mut [f32], sign: f32) {
-        let half = self.head_dim / 2;
+        let half = self.dim / 2;
         let rows = self.cos.len() / half.max(1);
         let Some(width) = x.len().checked_div(rows).filter(|width| *width > 0) else { return };
         x.par_chunks_mut(width).enumerate().with_min_len(ROWS).for_each(|(row, x)| {
@@ -95,6 +98,38 @@ impl Rotation {
             }
         });
     }
+}
+
+/// Returns `gelu(gate) * up`, GELU in its tanh form.
+pub fn geglu(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    let mut y = vec![0.0; gate.len()];
+    let chunks = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
+    y.par_chunks_mut(VALUES).zip(chunks).for_each(|(y, (gate, up))| {
+        y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = 0.5 * g * (1.0 + bend(*g)) * u);
+    });
+    y
+}
+
+/// Returns the gradients of `gate` and `up`; that of `up` takes the place of `grad`.
+pub fn geglu_backward(gate: &[f32], up: &[f32], mut grad: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    let mut d_gate = vec![0.0; gate.len()];
+    let inputs = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
+    let outputs = d_gate.par_chunks_mut(VALUES).zip(grad.par_chunks_mut(VALUES));
+    outputs.zip(inputs).for_each(|((d_gate, grad), (gate, up))| {
+        for (((d_gate, grad), g), up) in d_gate.iter_mut().zip(grad).zip(gate).zip(up) {
+            let t = bend(*g);
+            let slope = SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * g * g);
+            *d_gate = *grad * up * (0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope);
+            *grad *= 0.5 * g * (1.0 + t);
+        }
+    });
+    (d_gate, grad)
+}
+
+/// The hyperbolic tangent of GELU's tanh form.
+#[inline(always)]
+fn bend(x: f32) -> f32 {
+    tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
 }
 
 /// Returns `silu(gate) * up`.
@@ -135,7 +170,7 @@ mod tests {
     fn rotation(rows: usize) -> Rotation {
         let angles: Vec<f32> = (0..rows * 2).map(|i| i as f32 * 0.37).collect();
         let cos = angles.iter().map(|a| a.cos()).collect();
-        Rotation { cos, sin: angles.iter().map(|a| a.sin()).collect(), head_dim: 4 }
+        Rotation { cos, sin: angles.iter().map(|a| a.sin()).collect(), head_dim: 4, dim: 4 }
     }
 
     fn rotated(x: &[f32]) -> Vec<f32> {
@@ -153,11 +188,33 @@ mod tests {
         let up = random(3, 40);
         let expected = (x.silu().unwrap() * tensor(&up, &[5, 8])).unwrap();
         assert_close(&swiglu(&values, &up), &expected);
+        let expected = (x.gelu().unwrap() * tensor(&up, &[5, 8])).unwrap();
+        assert_close(&geglu(&values, &up), &expected);
         let r = rotation(5);
         let (cos, sin) = (tensor(&r.cos, &[5, 2]), tensor(&r.sin, &[5, 2]));
         let heads = x.reshape((1, 5, 2, 4)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap();
         let expected = candle_nn::rotary_emb::rope(&heads, &cos, &sin).unwrap();
         assert_close(&rotated(&values), &expected.transpose(1, 2).unwrap().contiguous().unwrap());
+    }
+
+    #[test]
+    fn dimensions_past_the_rotated_ones_stay() {
+        let angles = [0.3f32, 1.1, 2.0];
+        let (cos, sin) = (angles.map(f32::cos).to_vec(), angles.map(f32::sin).to_vec());
+        // Heads of 4 of which 2 rotate: three rows of two heads.
+        let part = Rotation { cos, sin, head_dim: 4, dim: 2 };
+        let x = random(1, 24);
+        let mut turned = x.clone();
+        part.forward(&mut turned);
+        for (row, (x, turned)) in x.chunks(8).zip(turned.chunks(8)).enumerate() {
+            let (s, c) = angles[row].sin_cos();
+            for (x, turned) in x.chunks(4).zip(turned.chunks(4)) {
+                let expected = [x[0] * c - x[1] * s, x[1] * c + x[0] * s, x[2], x[3]];
+                assert!(turned.iter().zip(expected).all(|(t, e)| (t - e).abs() < 1e-6), "row {row}");
+            }
+        }
+        part.backward(&mut turned);
+        assert!(turned.iter().zip(&x).all(|(t, x)| (t - x).abs() < 1e-6));
     }
 
     #[test]
@@ -182,5 +239,10 @@ mod tests {
             vec![gate, up]
         };
         gradients(&[random(1, 40), random(3, 40)], |t| swiglu(&t[0], &t[1]), swiglu_backward);
+        let geglu_backward = |t: &[Vec<f32>], grad: &[f32]| {
+            let (gate, up) = geglu_backward(&t[0], &t[1], grad.to_vec());
+            vec![gate, up]
+        };
+        gradients(&[random(1, 40), random(3, 40)], |t| geglu(&t[0], &t[1]), geglu_backward);
     }
 }

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{LANES, Values, exp, largest};
+use super::{LANES, Values, exp, largest, tanh};
 
 /// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
 const ROWS: usize = 256;
@@ -32,8 +32,16 @@ pub struct TokenLogprobs {
     pub slopes: Vec<f32>,
 }
 
-/// Returns the log-prob of `targets[i]` after the i-th row of `hidden`, for `lm_head` `[vocab, width]`.
-pub fn token_logprobs(hidden: &[f32], lm_head: &Tensor, targets: &[u32], slopes: Slopes) -> Result<TokenLogprobs> {
+/// An output layer `[vocab, width]`, and into +- what its logits are bent (Gemma 2).
+#[derive(Debug, Clone, Copy)]
+pub struct Output<'a> {
+    pub weight: &'a Tensor,
+    pub cap: Option<f32>,
+}
+
+/// Returns the log-prob of `targets[i]` after the i-th row of `hidden`.
+pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: Slopes) -> Result<TokenLogprobs> {
+    let Output { weight: lm_head, cap } = output;
     let (vocab, width) = lm_head.dims2()?;
     let rows = targets.len();
     if rows * width != hidden.len() {
@@ -42,7 +50,7 @@ pub fn token_logprobs(hidden: &[f32], lm_head: &Tensor, targets: &[u32], slopes:
     if let Some(id) = targets.iter().find(|id| **id as usize >= vocab) {
         bail!("token id {id} is outside the vocabulary of {vocab}");
     }
-    let head = Head { weight: &Values::of(lm_head)?, vocab, width };
+    let head = Head { weight: &Values::of(lm_head)?, vocab, width, cap };
     let mut found = TokenLogprobs {
         logprobs: Vec::with_capacity(rows),
         entropies: Vec::with_capacity(rows),
@@ -67,15 +75,21 @@ struct Head<'a> {
     weight: &'a [f32],
     vocab: usize,
     width: usize,
+    cap: Option<f32>,
 }
 
 impl Head<'_> {
-    /// Fills `logits` with `onehot(target) - p` and returns the log-prob and the entropy of each row.
+    /// Fills `logits` with the slope of the target's log-prob with respect to the products of hidden row and weight,
+    /// which is `onehot(target) - p` where nothing bends them, and returns the log-prob and the entropy of each row.
     fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>> {
         let rows = targets.len();
         let (hidden, weight) = (Mat::new(hidden, rows, self.width)?, Mat::new(self.weight, self.vocab, self.width)?);
         multiply(MatMut::new(logits, rows, self.vocab)?, Into::Fresh, 1.0, hidden, weight.t(), Threads::All)?;
-        Ok(logits.par_chunks_mut(self.vocab).zip(targets).map(|(row, id)| log_softmax(row, *id as usize)).collect())
+        let rows = logits.par_chunks_mut(self.vocab).zip(targets);
+        Ok(match self.cap {
+            None => rows.map(|(row, id)| log_softmax(row, *id as usize)).collect(),
+            Some(cap) => rows.map(|(row, id)| bent_log_softmax(row, *id as usize, cap)).collect(),
+        })
     }
 
     fn slopes(&self, differences: &[f32], rows: usize, slopes: &mut [f32]) -> Result<()> {
@@ -112,6 +126,27 @@ fn log_softmax(logits: &mut [f32], target: usize) -> (f32, f32) {
     (chosen - log_sum, log_sum - weighted.iter().sum::<f32>() / sum)
 }
 
+/// Does the same for logits that are bent into +- `cap` first.
+fn bent_log_softmax(products: &mut [f32], target: usize, cap: f32) -> (f32, f32) {
+    products.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
+    let logits = products;
+    let max = largest(logits);
+    let chosen = logits[target] - max;
+    let (mut sum, mut weighted) = (0.0_f64, 0.0_f64);
+    for logit in logits.iter() {
+        let e = exp(logit - max);
+        sum += f64::from(e);
+        weighted += f64::from(e * (logit - max));
+    }
+    let inverse = (1.0 / sum) as f32;
+    for (i, logit) in logits.iter_mut().enumerate() {
+        let hit = f32::from(u8::from(i == target));
+        let t = *logit / cap;
+        *logit = (hit - exp(*logit - max) * inverse) * (1.0 - t * t);
+    }
+    (chosen - sum.ln() as f32, (sum.ln() - weighted / sum) as f32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::check::{gradients, random, random_tensor, tensor};
@@ -123,31 +158,39 @@ mod tests {
         let hidden: Vec<f32> = random(1, rows * 6).iter().map(|v| v * 4.0).collect();
         let head = random_tensor(2, &[vocab, 6]);
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
-        let found = token_logprobs(&hidden, &head, &targets, Slopes::Skip).unwrap();
-        let logits = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
-        let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
-        for (i, logprob) in found.logprobs.iter().enumerate() {
-            assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
-            let entropy: f32 = expected[i].iter().map(|l| -l * l.exp()).sum();
-            assert!((found.entropies[i] - entropy).abs() < 1e-4, "row {i}: {} {entropy}", found.entropies[i]);
+        let products = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
+        let bent = ((&products / 1.5).unwrap().tanh().unwrap() * 1.5).unwrap();
+        for (cap, logits) in [(None, products), (Some(1.5), bent)] {
+            let found = token_logprobs(&hidden, Output { weight: &head, cap }, &targets, Slopes::Skip).unwrap();
+            let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
+            for (i, logprob) in found.logprobs.iter().enumerate() {
+                assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
+                let entropy: f32 = expected[i].iter().map(|l| -l * l.exp()).sum();
+                assert!((found.entropies[i] - entropy).abs() < 1e-4, "row {i}: {} {entropy}", found.entropies[i]);
+            }
+            assert!(found.slopes.is_empty());
         }
-        assert!(found.slopes.is_empty());
     }
 
     #[test]
     fn slopes_agree_with_differences() {
         let head = random_tensor(2, &[9, 6]);
         let targets = [0, 8, 3, 3, 1];
-        let run = |t: &[Vec<f32>]| token_logprobs(&t[0], &head, &targets, Slopes::Make).unwrap();
-        let backward = |t: &[Vec<f32>], grad: &[f32]| {
-            vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
-        };
-        gradients(&[random(1, 30)], |t| run(t).logprobs, backward);
+        for cap in [None, Some(1.5)] {
+            let output = Output { weight: &head, cap };
+            let run = |t: &[Vec<f32>]| token_logprobs(&t[0], output, &targets, Slopes::Make).unwrap();
+            let backward = |t: &[Vec<f32>], grad: &[f32]| {
+                vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
+            };
+            gradients(&[random(1, 30)], |t| run(t).logprobs, backward);
+        }
     }
 
     #[test]
     fn a_token_outside_the_vocabulary_is_refused() {
-        let error = token_logprobs(&random(1, 6), &random_tensor(2, &[9, 6]), &[9], Slopes::Skip).unwrap_err();
+        let head = random_tensor(2, &[9, 6]);
+        let output = Output { weight: &head, cap: None };
+        let error = token_logprobs(&random(1, 6), output, &[9], Slopes::Skip).unwrap_err();
         assert!(error.to_string().contains("token id 9"), "{error}");
     }
 }

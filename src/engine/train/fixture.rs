@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::{Base, GroupTokens, LoraMatrices};
 use crate::engine::{
-    Architecture, Factor, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, RopeScaling, Weights,
+    Architecture, Factor, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, Module, Norms,
+    RopeConfig, RopeScaling, Scores, Weights,
 };
 
 /// Returns values in `offset` +- `scale`, a function of the tensor's number and the element's index alone.
@@ -34,21 +35,7 @@ pub(crate) struct Tiny {
 impl Tiny {
     /// Returns the tiny model of an architecture.
     pub(crate) fn new(architecture: Architecture) -> Self {
-        let config = ModelConfig {
-            architecture,
-            vocab: 48,
-            hidden_size: 16,
-            intermediate_size: 24,
-            layers: 2,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 4,
-            rms_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::None,
-            max_positions: 64,
-            tied: architecture != Architecture::Qwen2,
-        };
+        let config = config(architecture);
         let identity = ModelIdentity {
             name: "tiny".to_string(),
             architecture: architecture.as_str().to_string(),
@@ -60,6 +47,53 @@ impl Tiny {
     }
 }
 
+/// A sliding window that is shorter than a prompt and a completion together.
+const WINDOW: usize = 4;
+
+fn config(architecture: Architecture) -> ModelConfig {
+    use Architecture::{Gemma2, Gemma3, Mistral, Olmo2, Phi3, Qwen2, SmolLm3};
+    let rope = |theta, dim, scaling| RopeConfig { theta, dim, scaling };
+    let plain = rope(10_000.0, 4, RopeScaling::None);
+    let ropes = match architecture {
+        Phi3 => {
+            // Twice the 32 positions that it was trained on.
+            let attention = (1.0 + 2f32.ln() / 32f32.ln()).sqrt();
+            vec![rope(10_000.0, 2, RopeScaling::Divisors { divisors: vec![1.5], attention })]
+        }
+        Gemma3 => vec![rope(100.0, 4, RopeScaling::None), plain],
+        _ => vec![plain],
+    };
+    let all = LayerKind { rope: Some(0), window: None };
+    let slides = LayerKind { rope: Some(0), window: Some(WINDOW) };
+    let layers = match architecture {
+        Mistral | Phi3 => [slides, slides],
+        SmolLm3 => [all, LayerKind { rope: None, ..all }],
+        Gemma2 => [slides, all],
+        Gemma3 => [LayerKind { rope: Some(1), ..slides }, all],
+        _ => [all, all],
+    };
+    let gemma = matches!(architecture, Gemma2 | Gemma3);
+    let gemma2 = |cap: f32| (architecture == Gemma2).then_some(cap);
+    ModelConfig {
+        architecture,
+        block: architecture.block(),
+        vocab: 48,
+        hidden_size: 16,
+        intermediate_size: 24,
+        layers: layers.to_vec(),
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 4,
+        rms_eps: 1e-5,
+        ropes,
+        scores: Scores { scale: if gemma { 1.0 / 3.0 } else { 0.5 }, cap: gemma2(1.5) },
+        embedding_scale: gemma.then_some(4.0),
+        logit_cap: gemma2(4.0),
+        max_positions: if architecture == Phi3 { 32 } else { 64 },
+        tied: !matches!(architecture, Qwen2 | Olmo2 | Phi3),
+    }
+}
+
 fn weights(c: &ModelConfig) -> Weights {
     let mut number = 0;
     let mut next = |shape: &[usize], norm: bool| {
@@ -68,18 +102,21 @@ fn weights(c: &ModelConfig) -> Weights {
     };
     let (hidden, query, kv, wide) = (c.hidden_size, c.query_size(), c.kv_size(), c.intermediate_size);
     let embed = next(&[c.vocab, hidden], false);
-    let layers = (0..c.layers)
+    let (before, after) = (c.block.norms != Norms::Post, c.block.norms != Norms::Pre);
+    let layers = (0..c.layers.len())
         .map(|_| {
             let mut layer = LayerWeights {
-                attn_norm: next(&[hidden], true),
+                attn_norm: before.then(|| next(&[hidden], true)),
                 q: next(&[query, hidden], false),
                 k: next(&[kv, hidden], false),
                 v: next(&[kv, hidden], false),
                 o: next(&[hidden, query], false),
-                mlp_norm: next(&[hidden], true),
+                attn_post_norm: after.then(|| next(&[hidden], true)),
+                mlp_norm: before.then(|| next(&[hidden], true)),
                 gate: next(&[wide, hidden], false),
                 up: next(&[wide, hidden], false),
                 down: next(&[hidden, wide], false),
+                mlp_post_norm: after.then(|| next(&[hidden], true)),
                 q_bias: None,
                 k_bias: None,
                 v_bias: None,
@@ -91,9 +128,9 @@ fn weights(c: &ModelConfig) -> Weights {
                 layer.k_bias = Some(next(&[kv], false));
                 layer.v_bias = Some(next(&[kv], false));
             }
-            if c.architecture == Architecture::Qwen3 {
-                layer.q_norm = Some(next(&[c.head_dim], true));
-                layer.k_norm = Some(next(&[c.head_dim], true));
+            if let Some((query, key)) = c.qk_norm_sizes() {
+                layer.q_norm = Some(next(&[query], true));
+                layer.k_norm = Some(next(&[key], true));
             }
             layer
         })
@@ -107,13 +144,11 @@ fn weights(c: &ModelConfig) -> Weights {
 pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraMatrices {
     let mut tensors = BTreeMap::new();
     let mut number = 1000;
-    for layer in 0..config.layers {
-        for linear in Linear::ALL {
-            let (ins, outs) = linear.shape(config);
-            let a = hashed(number, &[spec.rank, ins], 1.0 / (ins as f64).sqrt(), 0.0);
-            let b = hashed(number + 1, &[outs, spec.rank], 0.02, 0.0);
-            tensors.insert(linear.peft_key(layer, Factor::A), a);
-            tensors.insert(linear.peft_key(layer, Factor::B), b);
+    for layer in 0..config.layers.len() {
+        for module in Module::all(config) {
+            let [a, b] = [Factor::A, Factor::B].map(|factor| module.shape(config, factor, spec.rank));
+            tensors.insert(module.peft_key(layer, Factor::A), hashed(number, &a, 1.0 / (a[1] as f64).sqrt(), 0.0));
+            tensors.insert(module.peft_key(layer, Factor::B), hashed(number + 1, &b, 0.02, 0.0));
             number += 2;
         }
     }
@@ -178,14 +213,17 @@ impl Golden {
         lengths.iter().flat_map(slope).collect()
     }
 
-    /// Checks the log-probs to 1e-3, the loss to 1e-3 and every gradient to 1e-3 of its size.
-    pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights) {
+    /// Checks the log-probs to 1e-3, the loss to 1e-3 and every gradient to 1e-3 of its size. Returns the largest
+    /// error of a log-prob, and of a gradient as a share of its tensor's norm.
+    pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights) -> (f32, f32) {
         let base = Base::new(config, weights).unwrap();
         let lora = lora(config, &self.spec());
         let groups = self.groups();
         let pass = base.forward(&lora, &groups).unwrap();
         assert_eq!(pass.logprobs().len(), self.logprobs.concat().len());
+        let mut off = (0.0f32, 0.0f32);
         for (a, b) in pass.logprobs().iter().zip(self.logprobs.concat()) {
+            off.0 = off.0.max((a - b).abs());
             assert!((a - b).abs() < 1e-3, "{:?}: {a}, PyTorch {b}", config.architecture);
         }
         let slopes = Self::slopes(&groups);
@@ -195,8 +233,9 @@ impl Golden {
         pass.backward(&slopes, &mut gradients).unwrap();
         assert_eq!(lora.matrices.len(), self.gradients.len());
         for (matrix, found) in lora.matrices.iter().zip(gradients) {
-            self.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3);
+            off.1 = off.1.max(self.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3));
         }
+        off
     }
 
     pub(crate) fn groups(&self) -> Vec<GroupTokens<'_>> {
@@ -211,16 +250,20 @@ impl GoldenGroup {
 }
 
 impl GoldenTensor {
-    /// Checks `found` to `bound` of the tensor's own size: its norm, and each value that is there.
-    pub(crate) fn expect(&self, name: &str, found: &[f32], bound: f32) {
+    /// Checks `found` to `bound` of the tensor's own size: its norm, and each value that is there. Returns the largest
+    /// error as a share of the norm.
+    pub(crate) fn expect(&self, name: &str, found: &[f32], bound: f32) -> f32 {
         let norm = found.iter().map(|v| v * v).sum::<f32>().sqrt();
         assert!((norm - self.norm).abs() <= bound * self.norm, "{name}: norm {norm}, PyTorch {}", self.norm);
         let stride = if self.values.len() == found.len() { 1 } else { found.len() / 4 };
         let mean = self.norm / (found.len() as f32).sqrt();
+        let mut worst = 0.0f32;
         for (i, expected) in self.values.iter().enumerate() {
             let value = found[i * stride];
             let error = (value - expected).abs();
             assert!(error <= bound * expected.abs().max(mean), "{name}[{}]: {value}, PyTorch {expected}", i * stride);
+            worst = worst.max(error / self.norm);
         }
+        worst
     }
 }

@@ -1,20 +1,23 @@
 //! One decoder layer forth and back.
 
+use std::borrow::Cow;
+
 use candle_core::{Result, Tensor};
 
 use super::LoraMatrices;
-use crate::engine::config::ModelConfig;
+use crate::engine::config::{Activation, LayerKind, ModelConfig};
 use crate::engine::lora::Linear;
-use crate::engine::ops::attention::Attention;
+use crate::engine::ops::attention::{Attention, Scoring};
 use crate::engine::ops::linear::{Frozen, PairGradient};
 use crate::engine::ops::mat::Into;
-use crate::engine::ops::pointwise::{RmsNorm, Rotation, swiglu, swiglu_backward};
+use crate::engine::ops::pointwise::{RmsNorm, Rotation, geglu, geglu_backward, swiglu, swiglu_backward};
 use crate::engine::weights::LayerWeights;
 
 /// What all layers of a pass share.
 pub(super) struct Batch {
     pub(super) attention: Attention,
-    pub(super) rotation: Rotation,
+    /// One per rotary embedding of the model.
+    pub(super) rotations: Vec<Rotation>,
 }
 
 /// One decoder layer with the adapter in training, if there is one.
@@ -36,10 +39,14 @@ pub(super) struct Saved {
     v: Vec<f32>,
     /// The attention's output.
     mixed: Vec<f32>,
+    /// What attention's half came to before its norm, where the model has one.
+    attended: Option<Vec<f32>>,
     /// The input of the MLP's half.
     middle: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// What the MLP's half came to before its norm, where the model has one.
+    transformed: Option<Vec<f32>>,
 }
 
 /// What a layer's forward pass returns.
@@ -51,7 +58,7 @@ pub(super) struct Forward {
 impl Layer<'_> {
     pub(super) fn forward(&self, x: Vec<f32>, batch: &Batch) -> Result<Forward> {
         let w = self.weights;
-        let normed = self.norm(&w.attn_norm)?.forward(&x);
+        let normed = self.normed(w.attn_norm.as_ref(), &x)?;
         let mut q = self.linear(Linear::Q, &normed)?;
         let mut k = self.linear(Linear::K, &normed)?;
         let v = self.linear(Linear::V, &normed)?;
@@ -61,17 +68,21 @@ impl Layer<'_> {
             (q, k) = (self.norm(q_norm)?.forward(&before.0), self.norm(k_norm)?.forward(&before.1));
             unnormed = Some(before);
         }
-        batch.rotation.forward(&mut q);
-        batch.rotation.forward(&mut k);
-        let mixed = batch.attention.forward(&q, &k, &v)?;
-        let mut middle = self.linear(Linear::O, &mixed)?;
+        if let Some(rotation) = self.rotation(batch) {
+            rotation.forward(&mut q);
+            rotation.forward(&mut k);
+        }
+        let mixed = batch.attention.forward(&q, &k, &v, self.scoring())?;
+        let (mut middle, attended) = self.post_normed(w.attn_post_norm.as_ref(), self.linear(Linear::O, &mixed)?)?;
         add(&mut middle, &x);
 
-        let normed = self.norm(&w.mlp_norm)?.forward(&middle);
+        let normed = self.normed(w.mlp_norm.as_ref(), &middle)?;
         let (gate, up) = (self.linear(Linear::Gate, &normed)?, self.linear(Linear::Up, &normed)?);
-        let mut output = self.linear(Linear::Down, &swiglu(&gate, &up))?;
+        let down = self.linear(Linear::Down, &self.product(&gate, &up))?;
+        let (mut output, transformed) = self.post_normed(w.mlp_post_norm.as_ref(), down)?;
         add(&mut output, &middle);
-        Ok(Forward { output, saved: Saved { x, unnormed, q, k, v, mixed, middle, gate, up } })
+        let saved = Saved { x, unnormed, q, k, v, mixed, attended, middle, gate, up, transformed };
+        Ok(Forward { output, saved })
     }
 
     /// Turns the gradient of the layer's output into that of its input, and adds up the gradients of its matrices. The
@@ -84,28 +95,33 @@ impl Layer<'_> {
         gradients: &mut [Vec<f32>],
     ) -> Result<Vec<f32>> {
         let w = self.weights;
-        let Saved { x, unnormed, q, k, v, mixed, middle, gate, up } = saved;
-        let product = swiglu(&gate, &up);
+        let Saved { x, unnormed, q, k, v, mixed, attended, middle, gate, up, transformed } = saved;
+        let product = self.product(&gate, &up);
         let mut d_product = vec![0.0; product.len()];
-        self.linear_backward(Linear::Down, &product, &grad, Some((&mut d_product, Into::Fresh)), gradients)?;
-        let (d_gate, d_up) = swiglu_backward(&gate, &up, d_product);
-        let norm = self.norm(&w.mlp_norm)?;
-        let normed = norm.forward(&middle);
+        let d_down = self.post_norm_backward(w.mlp_post_norm.as_ref(), transformed, &grad)?;
+        self.linear_backward(Linear::Down, &product, &d_down, Some((&mut d_product, Into::Fresh)), gradients)?;
+        let (d_gate, d_up) = match self.config.block.activation {
+            Activation::SwiGlu => swiglu_backward(&gate, &up, d_product),
+            Activation::GeGlu => geglu_backward(&gate, &up, d_product),
+        };
+        let normed = self.normed(w.mlp_norm.as_ref(), &middle)?;
         let mut d_normed = vec![0.0; normed.len()];
         self.linear_backward(Linear::Gate, &normed, &d_gate, Some((&mut d_normed, Into::Fresh)), gradients)?;
         self.linear_backward(Linear::Up, &normed, &d_up, Some((&mut d_normed, Into::Sum)), gradients)?;
-        norm.backward(&middle, &d_normed, &mut grad);
+        self.add_norm_backward(w.mlp_norm.as_ref(), &middle, &d_normed, &mut grad)?;
 
         let mut d_mixed = vec![0.0; mixed.len()];
-        self.linear_backward(Linear::O, &mixed, &grad, Some((&mut d_mixed, Into::Fresh)), gradients)?;
-        let [mut dq, mut dk, dv] = batch.attention.backward(&q, &k, &v, &d_mixed)?;
-        batch.rotation.backward(&mut dq);
-        batch.rotation.backward(&mut dk);
+        let d_out = self.post_norm_backward(w.attn_post_norm.as_ref(), attended, &grad)?;
+        self.linear_backward(Linear::O, &mixed, &d_out, Some((&mut d_mixed, Into::Fresh)), gradients)?;
+        let [mut dq, mut dk, dv] = batch.attention.backward(&q, &k, &v, &d_mixed, self.scoring())?;
+        if let Some(rotation) = self.rotation(batch) {
+            rotation.backward(&mut dq);
+            rotation.backward(&mut dk);
+        }
         if let (Some((q, k)), Some(q_norm), Some(k_norm)) = (unnormed, &w.q_norm, &w.k_norm) {
             (dq, dk) = (self.norm_backward(q_norm, &q, &dq)?, self.norm_backward(k_norm, &k, &dk)?);
         }
-        let norm = self.norm(&w.attn_norm)?;
-        let normed = norm.forward(&x);
+        let normed = self.normed(w.attn_norm.as_ref(), &x)?;
         let wanted = self.index > 0;
         for (linear, d, into) in [(Linear::Q, dq, Into::Fresh), (Linear::K, dk, Into::Sum), (Linear::V, dv, Into::Sum)]
         {
@@ -114,8 +130,67 @@ impl Layer<'_> {
         if !wanted {
             return Ok(Vec::new());
         }
-        norm.backward(&x, &d_normed, &mut grad);
+        self.add_norm_backward(w.attn_norm.as_ref(), &x, &d_normed, &mut grad)?;
         Ok(grad)
+    }
+
+    fn kind(&self) -> LayerKind {
+        self.config.layers[self.index]
+    }
+
+    fn rotation<'b>(&self, batch: &'b Batch) -> Option<&'b Rotation> {
+        self.kind().rope.and_then(|rope| batch.rotations.get(rope))
+    }
+
+    fn scoring(&self) -> Scoring {
+        let scores = self.config.scores;
+        Scoring { scale: scores.scale, cap: scores.cap, window: self.kind().window }
+    }
+
+    /// Returns the MLP's gate times its up.
+    fn product(&self, gate: &[f32], up: &[f32]) -> Vec<f32> {
+        match self.config.block.activation {
+            Activation::SwiGlu => swiglu(gate, up),
+            Activation::GeGlu => geglu(gate, up),
+        }
+    }
+
+    /// Returns what goes into a half of the layer: `x` normed, or itself where the model norms what comes out only.
+    fn normed<'x>(&self, weight: Option<&Tensor>, x: &'x [f32]) -> Result<Cow<'x, [f32]>> {
+        Ok(match weight {
+            Some(weight) => Cow::Owned(self.norm(weight)?.forward(x)),
+            None => Cow::Borrowed(x),
+        })
+    }
+
+    /// Adds the gradient of [`Layer::normed`]'s `x` to `dx`.
+    fn add_norm_backward(&self, weight: Option<&Tensor>, x: &[f32], grad: &[f32], dx: &mut [f32]) -> Result<()> {
+        match weight {
+            Some(weight) => self.norm(weight)?.backward(x, grad, dx),
+            None => add(dx, grad),
+        }
+        Ok(())
+    }
+
+    /// Returns what a half of the layer adds to the residual, and what it was before its norm where the model has one.
+    fn post_normed(&self, weight: Option<&Tensor>, y: Vec<f32>) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
+        Ok(match weight {
+            Some(weight) => (self.norm(weight)?.forward(&y), Some(y)),
+            None => (y, None),
+        })
+    }
+
+    /// Returns the gradient of [`Layer::post_normed`]'s `y`.
+    fn post_norm_backward<'g>(
+        &self,
+        weight: Option<&Tensor>,
+        y: Option<Vec<f32>>,
+        grad: &'g [f32],
+    ) -> Result<Cow<'g, [f32]>> {
+        Ok(match (weight, y) {
+            (Some(weight), Some(y)) => Cow::Owned(self.norm_backward(weight, &y, grad)?),
+            _ => Cow::Borrowed(grad),
+        })
     }
 
     fn norm<'n>(&self, weight: &'n Tensor) -> Result<RmsNorm<'n>> {
@@ -156,8 +231,9 @@ impl Layer<'_> {
     ) -> Result<()> {
         let mut pair = None;
         if let Some(lora) = self.lora
-            && let (Some(at), Some(values)) = (lora.position(self.index, linear), lora.pair(self.index, linear))
+            && let (Some((at, own)), Some(values)) = (lora.position(self.index, linear), lora.pair(self.index, linear))
             && let Some([a, b]) = gradients.get_mut(at..at + 2)
+            && let Some(b) = b.get_mut(own)
         {
             pair = Some((values, PairGradient { a, b }));
         }
