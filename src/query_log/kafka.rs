@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 pub use self::connect::{Connection, Extent, Topic};
 use self::refusal::Refusal;
 pub use self::settings::{Settings, Start};
-use self::topic_ids::Ids;
+use self::topic_ids::{Ids, Look};
 use super::{Event, Record, SourceError, TopicPartition};
 
 /// Bytes and records of one hand-over to the reader.
@@ -45,6 +45,9 @@ pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
 /// How often the ids of the topics are compared, and how long an answer is waited for: nothing is read meanwhile.
 const IDS_EVERY: Duration = Duration::from_secs(5);
 const IDS_PATIENCE: Duration = Duration::from_secs(1);
+/// After how long without an answer to that question a client is given up: where the brokers are there, the next one finds
+/// them, and where they are not, it says so.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// A member of the group, read through its events.
 pub struct Consumer {
@@ -326,13 +329,23 @@ impl ConsumerContext for Context {
 fn poll(client: &BaseConsumer<Context>, mut ids: Ids) {
     let context = Arc::clone(client.context());
     let (mut waiting, mut asked) = (false, Instant::now());
+    let mut silent_since = None;
     let mut names = Names::default();
     while !context.events.is_closed() {
         if asked.elapsed() >= IDS_EVERY {
-            if let Some(topic) = ids.changed(client.client(), IDS_PATIENCE) {
-                // What was gathered may be of the new topic: it is not handed over.
-                context.send(Event::Failed(SourceError::Recreated { topic }));
-                break;
+            match ids.look(client.client(), IDS_PATIENCE) {
+                Look::Same => silent_since = None,
+                Look::Other(topic) => {
+                    // What was gathered may be of the new topic: it is not handed over.
+                    context.send(Event::Failed(SourceError::Recreated { topic }));
+                    break;
+                }
+                Look::Silence(why) if silent_since.get_or_insert(asked).elapsed() >= SILENCE => {
+                    let (brokers, cause) = (context.settings.brokers.clone(), context.cause().unwrap_or(why));
+                    context.send(Event::Failed(SourceError::Unreachable { brokers, cause }));
+                    break;
+                }
+                Look::Silence(why) => tracing::debug!(why, "the ids of topics were not told"),
             }
             asked = Instant::now();
         }
@@ -430,5 +443,22 @@ mod tests {
         context.error(KafkaError::Global(RDKafkaErrorCode::AllBrokersDown), "1/1 brokers are down");
         context.error(KafkaError::Global(RDKafkaErrorCode::PartitionEOF), "reached end of partition");
         assert_eq!(context.cause().as_deref(), Some("Connection refused"));
+    }
+
+    /// A client that does not know when all brokers are down never goes back to its bootstrap servers: one that was built
+    /// without the compiler's atomics did not (tools/librdkafka.cmake).
+    #[test]
+    fn a_client_notices_that_all_brokers_are_down() {
+        let (events, _receiver) = mpsc::channel(1);
+        let settings = Settings { brokers: "127.0.0.1:1".into(), ..Settings::default() };
+        let client = settings.client().unwrap();
+        let context = Context { settings, events, shared: Mutex::default() };
+        let consumer: BaseConsumer<Context> = client.create_with_context(context).unwrap();
+        let end = Instant::now() + Duration::from_secs(30);
+        let is_down =
+            |polled| matches!(polled, Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::AllBrokersDown))));
+        while !is_down(consumer.poll(Duration::from_millis(100))) {
+            assert!(Instant::now() < end, "no word of it for 30 s");
+        }
     }
 }

@@ -142,3 +142,25 @@ async fn a_rebalance_that_is_answered_too_late_holds_nobody_up() {
         close(fourth, name, "in order").await;
     }
 }
+
+/// Some clients never find their brokers again by themselves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_whose_brokers_are_silent_is_given_up() {
+    let Some(kafka) = Kafka::start(&BROKER) else { return };
+    kafka.create_topic("silent", 1).await;
+    let mut member = member(&kafka, "silent", PROTOCOLS[0].1).await;
+    hold(&mut member, 1).await;
+    drop(kafka);
+    let given_up = async {
+        loop {
+            match member.recv().await.unwrap() {
+                Event::Failed(error) => return error,
+                Event::Revoked { reply, .. } => drop(reply.send(())),
+                _ => {}
+            }
+        }
+    };
+    let error = tokio::time::timeout(Duration::from_secs(120), given_up).await.unwrap();
+    assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
+    close(member, "range", "after its brokers are gone").await;
+}

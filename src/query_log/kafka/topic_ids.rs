@@ -17,11 +17,22 @@ pub(super) struct Ids {
     pub(super) brokers: Vec<i32>,
 }
 
+/// What a look at the ids found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// They are what they were, or nobody tells ids here.
+    Same,
+    /// This topic has another id.
+    Other(String),
+    /// The broker that was asked did not answer, for this reason.
+    Silence(String),
+}
+
 impl Ids {
-    /// Returns a topic that has another id by now. A broker that does not answer is no sign of that.
-    pub(super) fn changed<C: ClientContext>(&mut self, client: &Client<C>, patience: Duration) -> Option<String> {
+    /// Compares the ids with what a broker tells now.
+    pub(super) fn look<C: ClientContext>(&mut self, client: &Client<C>, patience: Duration) -> Look {
         if self.of.is_empty() || self.brokers.is_empty() {
-            return None;
+            return Look::Same;
         }
         // Another one each time: one that is gone does not keep the others from being asked.
         self.brokers.rotate_left(1);
@@ -29,12 +40,9 @@ impl Ids {
         match ask(client, self.brokers[0], &names, patience) {
             Ok(now) => {
                 let other = self.of.iter().find(|(name, id)| now.get(*name).is_some_and(|now| now != *id));
-                other.map(|(name, _)| name.clone())
+                other.map_or(Look::Same, |(name, _)| Look::Other(name.clone()))
             }
-            Err(why) => {
-                tracing::debug!(why, "the ids of topics were not told");
-                None
-            }
+            Err(why) => Look::Silence(why),
         }
     }
 }
