@@ -196,8 +196,7 @@ fn judge(
     report.advance(items.len() as u64, "");
     let tokens: usize = policy.iter().map(Vec::len).sum();
     let kl = policy.iter().zip(&base).map(|(policy, base)| drift(policy, base)).sum::<f64>() / tokens.max(1) as f64;
-    // The negation also catches what is not a number.
-    if !(kl <= settings.max_kl) {
+    if kl.is_nan() || kl > settings.max_kl {
         let (what, key) = ("the mean divergence from the base", "max_kl");
         return Err(TuneError::Collapsed { what, value: kl, step: 0, key, bound: settings.max_kl });
     }

@@ -82,8 +82,7 @@ pub(super) fn compare(
     }
     let gap = gap / tokens.max(1) as f64;
     let bound = settings.max_sampler_gap;
-    // The negation also catches what is not a number.
-    if !(gap <= bound) {
+    if gap.is_nan() || gap > bound {
         return Err(TuneError::OffPolicy { method: settings.method, gap, bound });
     }
     Ok(Some(Mismatch { gap: gap as f32, effective: (sum * sum / squares / samples.len() as f64) as f32 }))

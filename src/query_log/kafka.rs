@@ -45,6 +45,8 @@ pub const MOST_HANDED_OVER: usize = (CHUNKS_WAITING + 2) * CHUNK_BYTES;
 /// How often the ids of the topics are compared, and how long an answer is waited for: nothing is read meanwhile.
 const IDS_EVERY: Duration = Duration::from_secs(5);
 const IDS_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a client may take to close; it leaves its group within that time where it can.
+const CLOSING: Duration = Duration::from_secs(15);
 /// After how long without an answer to that question a client is given up: where the brokers are there, the next one finds
 /// them, and where they are not, it says so.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -87,16 +89,21 @@ impl Consumer {
         self.client.context().cause()
     }
 
-    /// Leaves the group and waits until the thread is gone.
+    /// Leaves the group and waits until the client is gone, but not for ever: one that met a fatal error, such as under KIP-848 when
+    /// a broker comes back without its group, waits for an answer that nobody can give.
     pub async fn close(self) {
         let Consumer { client, events, thread, .. } = self;
-        // Without a receiver the thread stops and no callback waits. It must hold the last reference by then: dropped here,
-        // the client would run its callbacks on an async thread, where they may not block.
-        drop(client);
+        // Without a receiver the thread stops and no callback waits.
         drop(events);
-        let joined = tokio::task::spawn_blocking(move || thread.join().is_ok()).await;
-        if !matches!(joined, Ok(true)) {
-            tracing::warn!("the kafka thread did not end cleanly");
+        // Whoever drops the last reference runs the client's callbacks, which may block.
+        let closing = tokio::task::spawn_blocking(move || {
+            drop(client);
+            thread.join().is_ok()
+        });
+        match tokio::time::timeout(CLOSING, closing).await {
+            Ok(Ok(true)) => {}
+            Ok(_) => tracing::warn!("the kafka thread did not end cleanly"),
+            Err(_) => tracing::warn!("kafka's client does not close and is left behind"),
         }
     }
 }

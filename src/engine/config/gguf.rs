@@ -68,7 +68,7 @@ impl Gguf<'_> {
             (false, _) => positions = window.map_or(positions, |w| w.min(positions)),
         }
         let layer = |index: usize| LayerKind {
-            rope: (architecture != Architecture::SmolLm3 || (index + 1) % SMOLLM3_STEP != 0).then_some(0),
+            rope: (architecture != Architecture::SmolLm3 || !(index + 1).is_multiple_of(SMOLLM3_STEP)).then_some(0),
             window: window.filter(|_| phi3),
         };
         let theta = self.number("rope.freq_base").unwrap_or(10_000.0);

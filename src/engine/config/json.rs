@@ -115,7 +115,7 @@ impl Fields<'_> {
     fn rotates(&self, index: usize) -> bool {
         match self.value["no_rope_layers"].as_array() {
             Some(listed) => listed.get(index).and_then(Value::as_u64) != Some(0),
-            None => (index + 1) % self.optional("no_rope_layer_interval").unwrap_or(4).max(1) != 0,
+            None => !(index + 1).is_multiple_of(self.optional("no_rope_layer_interval").unwrap_or(4).max(1)),
         }
     }
 
@@ -140,7 +140,7 @@ impl Fields<'_> {
             Qwen2 | Qwen3 => index >= self.optional("max_window_layers").unwrap_or(28),
             SmolLm3 => !rotates,
             Gemma2 => index.is_multiple_of(2),
-            Gemma3 => (index + 1) % self.optional("sliding_window_pattern").unwrap_or(6).max(1) != 0,
+            Gemma3 => !(index + 1).is_multiple_of(self.optional("sliding_window_pattern").unwrap_or(6).max(1)),
         })
     }
 
