@@ -70,6 +70,7 @@ pub(super) fn tune(
     run(&settings.command, &dataset, &attempt)?;
     let kl_sample = judge(model, &selection, settings, &attempt, progress)?;
     let place = out.join(ADAPTER);
+    sync(&attempt)?;
     fs::rename(&attempt, &place).map_err(|e| FileError::io("cannot move the adapter to", &place, e))?;
     let outcome = Outcome {
         steps: Vec::new(),
@@ -82,6 +83,7 @@ pub(super) fn tune(
         mismatch: None,
         adapter_dir: PathBuf::new(),
     };
+    durable::sync_folder(out)?;
     durable::write_json(&out.join(OUTCOME), &outcome)?;
     Ok(outcome.at(out))
 }
@@ -164,6 +166,15 @@ fn run(command: &[String], dataset: &Path, attempt: &Path) -> Result<(), TuneErr
         status if status.success() => Ok(()),
         status => Err(fail(format!("ended with {status}"))),
     }
+}
+
+/// Makes what the program wrote outlast a power loss; its own writes need not.
+fn sync(attempt: &Path) -> Result<(), TuneError> {
+    let fail = |e| FileError::io("cannot sync", attempt, e);
+    for entry in fs::read_dir(attempt).map_err(fail)? {
+        fs::File::open(entry.map_err(fail)?.path()).and_then(|file| file.sync_all()).map_err(fail)?;
+    }
+    Ok(durable::sync_folder(attempt)?)
 }
 
 /// Loads the adapter and measures how far it went; an adapter that cannot be used is refused.

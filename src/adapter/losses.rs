@@ -60,6 +60,24 @@ enum Family {
 }
 
 impl Method {
+    /// Every method.
+    pub const ALL: [Method; 14] = [
+        Method::Raft,
+        Method::Rest,
+        Method::Sft,
+        Method::Rloo,
+        Method::Grpo,
+        Method::DrGrpo,
+        Method::Dapo,
+        Method::Gspo,
+        Method::Oapl,
+        Method::AStarPo,
+        Method::Rebel,
+        Method::Dpo,
+        Method::RcDpo,
+        Method::Rpo,
+    ];
+
     fn family(self) -> Family {
         match self {
             Method::Raft | Method::Rest | Method::Sft => Family::Likelihood,

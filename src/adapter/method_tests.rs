@@ -6,23 +6,6 @@ use crate::adapter::losses::Method;
 use crate::engine::train::GroupTokens;
 use crate::engine::train::fixture::Tiny;
 
-const METHODS: [Method; 14] = [
-    Method::Raft,
-    Method::Rest,
-    Method::Sft,
-    Method::Rloo,
-    Method::Grpo,
-    Method::DrGrpo,
-    Method::Dapo,
-    Method::Gspo,
-    Method::Oapl,
-    Method::AStarPo,
-    Method::Rebel,
-    Method::Dpo,
-    Method::RcDpo,
-    Method::Rpo,
-];
-
 /// The samples with the log-probs of the base, from which they are taken to be drawn.
 fn told(tiny: &Tiny) -> Vec<Sample> {
     let base = Base::new(&tiny.config, &tiny.weights).unwrap();
@@ -63,7 +46,7 @@ fn every_method_makes_better_answers_likelier_than_worse_ones() {
     let (tiny, folder) = (tiny(), tempfile::tempdir().unwrap());
     let samples = told(&tiny);
     let before = preference(&tiny, &samples, None);
-    for method in METHODS {
+    for method in Method::ALL {
         let out = folder.path().join(method.to_string());
         let settings = Settings { method, epochs: 4, max_kl: 1e3, min_reward: 0.1, ..settings() };
         // Plain fine-tuning is given the answers to learn.
@@ -118,7 +101,7 @@ fn a_killed_run_with_old_log_probs_goes_on_to_the_same_bytes() {
 #[test]
 fn a_policy_gradient_asks_for_a_sampler_that_agrees() {
     let (tiny, folder) = (tiny(), tempfile::tempdir().unwrap());
-    for method in METHODS {
+    for method in Method::ALL {
         let settings = Settings { method, max_kl: 1e3, ..settings() };
         let refused = |samples: &[Sample], name: &str| {
             let outcome = tiny.tune(samples, None, &settings, &folder.path().join(format!("{method}-{name}")));

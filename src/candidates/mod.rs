@@ -289,6 +289,7 @@ pub fn sample(
         too_long: 0,
         sha256: Vec::new(),
     };
+    let mut untold = 0;
     // The server has the base alone.
     let remote = (settings.remote.is_on() && adapter.is_none()).then(|| Remote::open(&settings.remote)).transpose()?;
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
@@ -307,7 +308,11 @@ pub fn sample(
         manifest.candidates += written.len();
         manifest.tokens += written.iter().map(|c| c.token_ids.len() as u64).sum::<u64>();
         manifest.too_long += chunk.len() - answered.len();
+        untold += written.iter().filter(|c| c.logprobs.len() != c.token_ids.len()).count();
         manifest.sha256.push(durable::sha256_file(&path)?);
+    }
+    if untold > 0 {
+        tracing::warn!(untold, "answers came without token ids or log-probs; policy gradients will refuse them");
     }
     durable::write_json(&manifest_path, &manifest)?;
     Ok(manifest)

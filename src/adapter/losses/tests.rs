@@ -3,23 +3,6 @@ use std::path::Path;
 
 use super::*;
 
-const ALL: [Method; 14] = [
-    Method::Raft,
-    Method::Rest,
-    Method::Sft,
-    Method::Rloo,
-    Method::Grpo,
-    Method::DrGrpo,
-    Method::Dapo,
-    Method::Gspo,
-    Method::Oapl,
-    Method::AStarPo,
-    Method::Rebel,
-    Method::Dpo,
-    Method::RcDpo,
-    Method::Rpo,
-];
-
 fn loss(method: Method) -> Loss {
     Loss::new(&Settings { method, ..Settings::default() })
 }
@@ -59,7 +42,7 @@ fn every_loss_and_its_slopes_agree_with_pytorch() {
         longest: all.iter().map(|m| m.policy.len()).max().unwrap(),
     };
     let mut clipped = 0;
-    for method in ALL {
+    for method in Method::ALL {
         let expected = &golden.methods[&method.to_string()];
         let constant = |name: &str| expected.constants.get(name).copied();
         let mut loss = loss(method);
@@ -79,7 +62,7 @@ fn every_loss_and_its_slopes_agree_with_pytorch() {
         clipped += found.iter().map(|group| group.clipped).sum::<usize>();
     }
     assert!(clipped > 5, "the numbers reach the clip: {clipped}");
-    assert_eq!(golden.methods.len(), ALL.len());
+    assert_eq!(golden.methods.len(), Method::ALL.len());
 }
 
 fn member(golden: &GoldenMember) -> Member<'_> {
@@ -188,7 +171,7 @@ fn rewards_choose_what_trains_and_ties_go_to_the_earlier() {
     for method in [Method::Grpo, Method::Rloo, Method::Oapl, Method::AStarPo] {
         assert_eq!(choose(method, &[0.0, 0.1, 0.0], 0.5), train(&[0, 1, 2]));
     }
-    for method in ALL.into_iter().filter(|method| *method != Method::Sft) {
+    for method in Method::ALL.into_iter().filter(|method| *method != Method::Sft) {
         assert_eq!(choose(method, &[0.7, 0.7, 0.7], 0.0), Choice::AllEqual, "{method}");
     }
 }
@@ -204,9 +187,9 @@ fn drift_is_zero_on_equal_log_probs_and_positive_both_ways() {
 
 #[test]
 fn a_method_has_one_name_everywhere() {
-    let names: Vec<String> = ALL.iter().map(Method::to_string).collect();
+    let names: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
     assert_eq!(names[7..10], ["gspo", "oapl", "a_star_po"]);
-    for (method, name) in ALL.iter().zip(&names) {
+    for (method, name) in Method::ALL.iter().zip(&names) {
         assert_eq!(serde_json::to_value(method).unwrap(), *name);
     }
 }
