@@ -7,7 +7,9 @@
 //! Every candidate carries its token ids and log-probs: ids win over text from here to the trainer, because
 //! `encode(decode(ids))` is not `ids`.
 
+mod draw;
 pub mod remote;
+mod strategy;
 
 use std::path::{Path, PathBuf};
 
@@ -17,10 +19,12 @@ use serde::{Deserialize, Serialize};
 use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
-use crate::engine::{Adapter, BatchLimits, EngineError, Group, Model, SamplingSettings, generate};
-use crate::progress::{Progress, Step};
-use crate::record::{FinishReason, derive_seed};
+use crate::engine::{Adapter, EngineError, Model, Policy, SamplingSettings, WeightForm};
+use crate::progress::Progress;
+use crate::record::FinishReason;
 use remote::Remote;
+pub use draw::{Draw, draw};
+pub use strategy::{PLAIN, Strategy};
 
 /// How candidates for training are drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -38,8 +42,39 @@ pub struct Settings {
     pub chunk_prompts: usize,
     /// Most sequences decoded at the same time; bounds the memory of the KV cache.
     pub max_sequences: usize,
+    /// Precision of the weights that answers are drawn with.
+    pub weights: Weights,
+    /// More answers to each prompt, drawn in other ways.
+    pub strategies: Vec<Strategy>,
     /// A server that samples instead of this machine.
     pub remote: remote::Settings,
+}
+
+/// Precision of the weights that candidates are drawn with. Training computes in f32 whatever drew them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Weights {
+    /// `int16` where the processor has instructions for it (AVX-512 VNNI), else `f32`.
+    #[default]
+    Auto,
+    /// The weights as they are.
+    F32,
+    /// Weights and activations rounded to 16 bits in groups of 64, the adapter merged before.
+    Int16,
+    /// The same with 8 bits: faster still, and off by more than policy gradients allow.
+    Int8,
+}
+
+impl Weights {
+    /// Returns the form on this machine.
+    pub fn form(self) -> WeightForm {
+        match self {
+            Weights::Auto => WeightForm::fastest(),
+            Weights::F32 => WeightForm::F32,
+            Weights::Int16 => WeightForm::Int16,
+            Weights::Int8 => WeightForm::Int8,
+        }
+    }
 }
 
 impl Default for Settings {
@@ -51,6 +86,8 @@ impl Default for Settings {
             max_tokens: 512,
             chunk_prompts: 16,
             max_sequences: 64,
+            weights: Weights::default(),
+            strategies: Vec::new(),
             remote: remote::Settings::default(),
         }
     }
@@ -78,14 +115,37 @@ impl Settings {
                 return Err(format!("{key} = 0: set at least 1"));
             }
         }
+        let mut names = std::collections::BTreeSet::new();
+        for strategy in &self.strategies {
+            strategy.validate().map_err(|problem| format!("strategies: {problem}"))?;
+            if !names.insert(&strategy.name) {
+                return Err(format!("strategies: two are named {:?}; give each a name of its own", strategy.name));
+            }
+        }
+        if self.remote.is_on() && !self.strategies.is_empty() {
+            return Err("strategies: the server of remote.url draws plain answers alone; leave one of the two out".into());
+        }
         self.remote.validate().map_err(|problem| format!("remote.{problem}"))
+    }
+
+    /// Returns what of these settings draws other than from the policy as clients meet it, if anything does.
+    pub fn off_policy(&self) -> Option<String> {
+        if self.temperature != 1.0 || self.top_p != 1.0 {
+            return Some(format!("candidates.temperature is {} and candidates.top_p is {}", self.temperature, self.top_p));
+        }
+        self.strategies.first().map(|strategy| format!("candidates.strategies has {:?}", strategy.name))
     }
 
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
         let sampling = SamplingSettings { temperature, top_p, max_tokens, ..SamplingSettings::default() };
-        Draw { samples: self.samples_per_prompt, sampling, max_sequences: self.max_sequences }
+        Draw {
+            samples: self.samples_per_prompt,
+            sampling,
+            max_sequences: self.max_sequences,
+            strategies: self.strategies.clone(),
+        }
     }
 }
 
@@ -145,7 +205,7 @@ pub struct Candidate {
     pub seed: u64,
     /// What drew it: `base` or an adapter's served name.
     pub sampler: String,
-    /// How the prompt was put (`plain` is on-policy).
+    /// How the prompt was put: [`PLAIN`], or a [`Strategy`]'s name.
     pub strategy: String,
     pub text: String,
     /// The prompt as the sampler saw it; kept so that training sees the same.
@@ -157,9 +217,10 @@ pub struct Candidate {
     /// Log-prob under the distribution that was drawn from, one per token id; none where a server does not tell them.
     pub sampler_logprobs: Vec<f32>,
     pub finish_reason: FinishReason,
-    /// True where another engine drew it: its log-probs are near ours, not the same.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub remote: bool,
+    /// True where its log-probs are near those that training computes, not the same: another server drew it, or
+    /// rounded weights.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not", alias = "remote")]
+    pub approximate: bool,
 }
 
 /// Which draws these are: enters every seed, so that no two purposes ever share a sample stream.
@@ -194,72 +255,11 @@ pub struct Manifest {
     pub tokens: u64,
     /// Prompts that do not fit the model's context together with their answer.
     pub too_long: usize,
+    /// Answers that a strategy drew and threw away: nothing stood after its mark.
+    #[serde(default)]
+    pub without_answer: usize,
     /// SHA-256 of each chunk's file, in order.
     pub sha256: Vec<String>,
-}
-
-/// How much is drawn, and how.
-#[derive(Debug, Clone)]
-pub struct Draw {
-    /// Answers to each prompt.
-    pub samples: usize,
-    pub sampling: SamplingSettings,
-    /// Most sequences decoded at the same time.
-    pub max_sequences: usize,
-}
-
-/// Draws answers to each prompt and returns them prompt by prompt; prompts that do not fit the context give none.
-pub fn draw(
-    model: &Model,
-    adapter: Option<&Adapter>,
-    prompts: &[&Prompt],
-    how: &Draw,
-    stream: Stream<'_>,
-    step: &mut Step,
-) -> Result<Vec<Vec<Candidate>>, CandidateError> {
-    let mut groups = Vec::new();
-    let mut owners = Vec::new();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
-        if ids.len() + how.sampling.max_tokens > model.config().max_positions {
-            continue;
-        }
-        let seed =
-            |k: usize| derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()]);
-        let seeds = (0..how.samples).map(seed).collect();
-        groups.push(Group { id: index as u64, prompt: ids, seeds, sampling: how.sampling.clone() });
-        owners.push(index);
-    }
-    let inputs: Vec<(Vec<u32>, Vec<u64>)> = groups.iter().map(|g| (g.prompt.clone(), g.seeds.clone())).collect();
-    let limits = BatchLimits { max_sequences: how.max_sequences, ..BatchLimits::default() };
-    let completions =
-        generate(model, adapter, groups, &limits, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
-
-    let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
-    for ((owner, (prompt_ids, seeds)), group) in owners.into_iter().zip(inputs).zip(completions) {
-        let prompt = prompts[owner];
-        drawn[owner] = group
-            .into_iter()
-            .enumerate()
-            .map(|(sample, done)| Candidate {
-                prompt_hash: prompt.prompt_hash.clone(),
-                cluster: prompt.cluster.clone(),
-                workload: prompt.workload.clone(),
-                sample,
-                seed: seeds[sample],
-                sampler: stream.sampler.to_string(),
-                strategy: "plain".to_string(),
-                text: done.text,
-                prompt_ids: prompt_ids.clone(),
-                token_ids: done.token_ids,
-                logprobs: done.logprobs,
-                sampler_logprobs: done.sampler_logprobs,
-                finish_reason: done.finish_reason,
-                remote: false,
-            })
-            .collect();
-    }
-    Ok(drawn)
 }
 
 /// Samples all prompts into `out`, chunk by chunk, and returns the manifest; a folder that is already complete is
@@ -278,7 +278,8 @@ pub fn sample(
         return Ok(durable::read_json(&manifest_path)?);
     }
     durable::create_folder(out)?;
-    let total = (prompts.len() * settings.samples_per_prompt * settings.max_tokens) as u64;
+    let per_prompt = settings.samples_per_prompt + settings.strategies.iter().map(|s| s.samples).sum::<usize>();
+    let total = (prompts.len() * per_prompt * settings.max_tokens) as u64;
     let mut step = progress.step(format!("sample from {}", stream.sampler), total, "tokens");
     let mut manifest = Manifest {
         sampler: stream.sampler.to_string(),
@@ -287,17 +288,26 @@ pub fn sample(
         candidates: 0,
         tokens: 0,
         too_long: 0,
+        without_answer: 0,
         sha256: Vec::new(),
     };
     let mut untold = 0;
     // The server has the base alone.
     let remote = (settings.remote.is_on() && adapter.is_none()).then(|| Remote::open(&settings.remote)).transpose()?;
+    let mut local = None;
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
         let path = chunk_path(out, index);
         if !path.exists() {
             let drawn = match &remote {
                 Some(remote) => remote.draw(model, chunk, &settings.draw(), stream, &mut step)?,
-                None => draw(model, adapter, chunk, &settings.draw(), stream, &mut step)?,
+                None => {
+                    // Made at the first chunk that is missing.
+                    let policy = match local.take() {
+                        Some(policy) => policy,
+                        None => Policy::new(model, adapter, settings.weights.form())?,
+                    };
+                    draw(local.insert(policy), chunk, &settings.draw(), stream, &mut step)?
+                }
             };
             durable::write_json_lines(&path, &drawn.concat())?;
             crash::at("candidates-chunk");
@@ -308,7 +318,8 @@ pub fn sample(
         manifest.candidates += written.len();
         manifest.tokens += written.iter().map(|c| c.token_ids.len() as u64).sum::<u64>();
         manifest.too_long += chunk.len() - answered.len();
-        untold += written.iter().filter(|c| c.logprobs.len() != c.token_ids.len()).count();
+        manifest.without_answer += (answered.len() * per_prompt).saturating_sub(written.len());
+        untold += written.iter().filter(|c| c.strategy == PLAIN && c.logprobs.len() != c.token_ids.len()).count();
         manifest.sha256.push(durable::sha256_file(&path)?);
     }
     if untold > 0 {

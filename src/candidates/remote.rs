@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use super::{Candidate, CandidateError, Draw, Stream};
+use super::{Candidate, CandidateError, Draw, PLAIN, Stream};
 use crate::dataset::Prompt;
 use crate::engine::Model;
 use crate::progress::Step;
@@ -221,7 +221,7 @@ impl<'a> Remote<'a> {
                 sample,
                 seed: asked.seed,
                 sampler: stream.sampler.to_owned(),
-                strategy: "plain".to_owned(),
+                strategy: PLAIN.to_owned(),
                 text,
                 prompt_ids: asked.ids.clone(),
                 token_ids,
@@ -229,7 +229,7 @@ impl<'a> Remote<'a> {
                 sampler_logprobs: if is_plain { logprobs.clone() } else { Vec::new() },
                 logprobs,
                 finish_reason,
-                remote: true,
+                approximate: true,
             })
         };
         choices.iter().enumerate().map(candidate).collect()

@@ -1,12 +1,15 @@
 //! `taod adapters`: the registry, and an operator's own changes of what is served.
 
-use anyhow::Context;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 
 use super::lines::Output;
 use super::{Exit, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{load_model, promotion};
+use crate::engine::{Adapter, Model};
 use crate::registry::{Listed, Registry};
 use crate::round::Paths;
 
@@ -28,6 +31,17 @@ pub enum Command {
     Verify {
         /// The version; without it all of them.
         version: Option<String>,
+    },
+    /// Write a version in another engine's format; PEFT's is that of its folder.
+    Export {
+        /// The version, or a PEFT folder.
+        version: String,
+        /// The file to write: a GGUF for llama.cpp.
+        #[arg(long, value_name = "FILE.gguf")]
+        out: PathBuf,
+        /// The base model; without it that of the config.
+        #[arg(long, value_name = "MODEL")]
+        model: Option<String>,
     },
     /// Put a version into the endpoint without a verdict of the gate. It is recorded who did it and why.
     Promote {
@@ -94,6 +108,23 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
                 out.text(&format!("{version}: every file is as it was registered\n"))?;
             }
         }
+        Command::Export { version, out: file, model } => {
+            ensure!(
+                file.extension().is_some_and(|extension| extension == "gguf"),
+                "--out {}: its name must end in .gguf, the one format that is written",
+                file.display()
+            );
+            let folder = match Path::new(version).is_dir() {
+                true => PathBuf::from(version),
+                false => {
+                    registry.verify(version)?;
+                    registry.path(version)
+                }
+            };
+            let model = Model::load(model.as_deref().unwrap_or(&config.model.path))?;
+            Adapter::load(&folder, &model)?.save_gguf(file, model.config())?;
+            out.text(&format!("{}\n", file.display()))?;
+        }
         Command::Promote { version, why } => {
             let promoted = change(&config, async |model| {
                 promotion::override_promote(&config, version, &why.by, &why.reason, model).await
@@ -116,7 +147,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
 /// Changes what the endpoint serves; the proof needs the base model.
 fn change(
     config: &Config,
-    change: impl AsyncFnOnce(&crate::engine::Model) -> anyhow::Result<promotion::Promoted>,
+    change: impl AsyncFnOnce(&Model) -> anyhow::Result<promotion::Promoted>,
 ) -> anyhow::Result<promotion::Promoted> {
     block_on(async {
         let model = load_model(config).await?;

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use super::answers::{Answer, ModelArgs, Prompt};
 use super::lines::{Input, Output};
 use super::{Exit, Screen};
-use crate::engine::{BatchLimits, Completion, Group, SamplingSettings, ScoreItem, generate, logprobs};
+use crate::candidates::Weights;
+use crate::engine::{BatchLimits, Completion, Group, Policy, SamplingSettings, ScoreItem, generate, logprobs};
 use crate::record::{FinishReason, derive_seed};
 
 /// Inputs that are worked on together: enough to fill the batch, few enough that results come early.
@@ -46,6 +47,9 @@ pub struct Generate {
     /// Changes every draw.
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
+    /// Precision of the weights.
+    #[arg(long, value_enum, default_value_t = Weights::F32, value_name = "FORM")]
+    weights: Weights,
 }
 
 #[derive(Serialize)]
@@ -71,6 +75,7 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         max_tokens: args.max_tokens,
         ..SamplingSettings::default()
     };
+    let policy = Policy::new(&model, adapter.as_ref(), args.weights.form())?;
     let mut out = Output::stdout();
     let mut step = screen.progress().step("generating", prompts.len() as u64 * args.samples, "answers");
     for (chunk, prompts) in prompts.chunks(CHUNK).enumerate() {
@@ -83,7 +88,7 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         };
         let groups: Vec<Group> = prompts.iter().enumerate().map(group).collect::<anyhow::Result<_>>()?;
         let mut on_done = |_: u64, _: usize, _: &Completion| step.advance(1, "");
-        let answers = generate(&model, adapter.as_ref(), groups, &BatchLimits::default(), &mut on_done)?;
+        let answers = generate(&policy, groups, &BatchLimits::default(), &mut on_done)?;
         for (at, samples) in answers.iter().enumerate() {
             for (sample, completion) in samples.iter().enumerate() {
                 out.line(&line(first + at, sample, completion))?;

@@ -10,7 +10,7 @@ use super::answers::Prompt;
 use super::lines::{Input, Output};
 use super::{Exit, Global, Screen};
 use crate::config::Config;
-use crate::engine::{Adapter, BatchLimits, Completion, Group, Model, SamplingSettings, generate};
+use crate::engine::{Adapter, BatchLimits, Completion, Group, Model, Policy, SamplingSettings, WeightForm, generate};
 use crate::gate::Evidence;
 use crate::gate::confidence::bounds;
 use crate::progress::Step;
@@ -192,7 +192,8 @@ impl Side<'_> {
         };
         let groups: Vec<Group> = lines.iter().enumerate().map(group).collect::<anyhow::Result<_>>()?;
         let mut on_done = |_: u64, _: usize, _: &Completion| step.advance(1, "");
-        let answers = generate(model, adapter, groups, &BatchLimits::default(), &mut on_done)?;
+        let policy = Policy::new(model, adapter, WeightForm::F32)?;
+        let answers = generate(&policy, groups, &BatchLimits::default(), &mut on_done)?;
         let items = lines.iter().zip(answers).flat_map(|(line, answers)| answers.into_iter().map(|a| item(line, a)));
         let scored = rewards.gate(&items.collect::<Vec<Item>>())?;
         let mean =

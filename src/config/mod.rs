@@ -57,15 +57,12 @@ macro_rules! sections {
 impl Config {
     /// Returns what no section can see by itself.
     fn across(&self) -> Option<String> {
-        let (method, drawn) = (self.tuning.method, &self.candidates);
-        let is_plain = drawn.temperature == 1.0 && drawn.top_p == 1.0;
-        (method.needs_plain_samples() && !is_plain).then(|| {
-            format!(
-                "tuning.method is {method}, which needs samples of the policy as it is, but candidates.temperature is {} and \
-                 candidates.top_p is {}: set both to 1, or the method to raft, rest or dpo",
-                drawn.temperature, drawn.top_p
-            )
-        })
+        let method = self.tuning.method;
+        let other = self.candidates.off_policy().filter(|_| method.needs_plain_samples())?;
+        Some(format!(
+            "tuning.method is {method}, which needs samples of the policy as it is, but {other}: set temperature and top_p to 1 \
+             and leave strategies out, or set the method to raft, rest or dpo"
+        ))
     }
 }
 

@@ -254,7 +254,12 @@ fn a_method_that_needs_plain_samples_refuses_others() {
         let refused = read(&config).err().map(|error| error.to_string());
         assert_eq!(refused.is_some(), plain, "{method}");
         assert!(refused.is_none_or(|text| text.contains("tuning.method") && text.contains("temperature is 0.7")));
-        assert!(read(&config.replace("0.7", "1.0")).is_ok(), "{method}");
+        let config = config.replace("0.7", "1.0");
+        assert!(read(&config).is_ok(), "{method}");
+        let config = format!("{config}[[candidates.strategies]]\nname = \"hot\"\nsamples = 2\ntemperature = 1.3\n");
+        let refused = read(&config).err().map(|error| error.to_string());
+        assert_eq!(refused.is_some(), plain, "{method}");
+        assert!(refused.is_none_or(|text| text.contains("candidates.strategies has \"hot\"")));
     }
 }
 

@@ -3,26 +3,26 @@
 //! A forward pass takes *runs*: pieces of several sequences, one token long in decoding and a prompt long in prefill,
 //! and multiplies all their rows by each weight matrix at once. Only attention looks at which row belongs to which.
 
+use candle_core::{CpuStorage, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::attention::View;
 use super::cache::{Cache, Pool, Shape};
 use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
-use super::lora::{Adapter, Linear};
+use super::lora::{Adapter, Linear, LoraPair};
 use super::math;
-use super::matmul::{Packed, Product};
+use super::matmul::{Matrix, Packed, Product, WeightForm};
 use super::rope::Rope;
 use super::weights::{LayerWeights, Weights};
 
 /// A model laid out for inference.
 pub(crate) struct Decoder {
     config: ModelConfig,
-    /// `[vocab, hidden]`; none where the model ties it to `head`, which then is read instead.
-    embed: Option<Vec<f32>>,
+    embed: Embedding,
     layers: Vec<Layer>,
     norm: Vec<f32>,
-    head: Packed,
+    head: Matrix,
     ropes: Vec<Tables>,
 }
 
@@ -37,15 +37,15 @@ struct Tables {
 struct Layer {
     attn_norm: Option<Vec<f32>>,
     attn_post_norm: Option<Vec<f32>>,
-    qkv: Packed,
+    qkv: Matrix,
     qkv_bias: Option<Vec<f32>>,
     q_norm: Option<Vec<f32>>,
     k_norm: Option<Vec<f32>>,
-    o: Packed,
+    o: Matrix,
     mlp_norm: Option<Vec<f32>>,
     mlp_post_norm: Option<Vec<f32>>,
-    gate_up: Packed,
-    down: Packed,
+    gate_up: Matrix,
+    down: Matrix,
 }
 
 /// Tokens to read next in one sequence.
@@ -62,19 +62,50 @@ struct Row {
     offset: usize,
 }
 
+/// The `[vocab, hidden]` embedding as the model holds it: f32, on the CPU, row-major.
+struct Embedding(Tensor);
+
+impl Embedding {
+    fn new(weight: &Tensor) -> Result<Self, EngineError> {
+        let weight = weight.to_dtype(candle_core::DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+        Ok(Embedding(weight))
+    }
+
+    /// Copies the row of each token.
+    fn read<'a>(&self, tokens: impl Iterator<Item = &'a u32>, hidden: usize, x: &mut [f32]) {
+        let (storage, layout) = self.0.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { unreachable!("made so by Embedding::new") };
+        let values = &values[layout.start_offset()..];
+        for (x, token) in x.chunks_exact_mut(hidden).zip(tokens) {
+            x.copy_from_slice(&values[*token as usize * hidden..][..hidden]);
+        }
+    }
+}
+
 impl Decoder {
-    pub(crate) fn new(config: &ModelConfig, weights: &Weights, ropes: &[Rope]) -> Result<Self, EngineError> {
+    /// Lays a model out in a form. An adapter given here becomes part of the weights.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        weights: &Weights,
+        ropes: &[Rope],
+        form: WeightForm,
+        merge: Option<&Adapter>,
+    ) -> Result<Self, EngineError> {
         let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
         let tables = |rope: &Rope| -> Result<Tables, EngineError> {
             Ok(Tables { cos: flat(&rope.cos)?, sin: flat(&rope.sin)?, width: rope.cos.dims2()?.1 })
         };
-        let layers = weights.layers.par_iter().map(|l| Layer::new(config, l)).collect::<Result<_, EngineError>>()?;
+        let layer = |(i, w): (usize, &LayerWeights)| {
+            let pair = |linear| merge.and_then(|adapter| adapter.get(i, linear));
+            Layer::new(config, w, form, pair)
+        };
+        let layers = weights.layers.par_iter().enumerate().map(layer).collect::<Result<_, EngineError>>()?;
         Ok(Decoder {
             config: config.clone(),
-            embed: (!config.tied).then(|| flat(&weights.embed)).transpose()?,
+            embed: Embedding::new(&weights.embed)?,
             layers,
             norm: flat(&weights.norm)?,
-            head: Packed::new(&[&weights.lm_head])?,
+            head: Matrix::new(form, &[&weights.lm_head])?,
             ropes: ropes.iter().map(tables).collect::<Result<_, _>>()?,
         })
     }
@@ -100,12 +131,7 @@ impl Decoder {
             run.cache.reserve(run.tokens.len(), pool);
         }
         let mut x = vec![0.0; rows.len() * hidden];
-        for (x, token) in x.chunks_exact_mut(hidden).zip(runs.iter().flat_map(|r| r.tokens)) {
-            match &self.embed {
-                Some(embed) => x.copy_from_slice(&embed[*token as usize * hidden..][..hidden]),
-                None => self.head.copy_output(*token as usize, x),
-            }
-        }
+        self.embed.read(runs.iter().flat_map(|r| r.tokens), hidden, &mut x);
         if let Some(scale) = self.config.embedding_scale {
             x.iter_mut().for_each(|x| *x *= scale);
         }
@@ -279,7 +305,17 @@ fn add_rows(x: &mut [f32], product: &Product, hidden: usize) {
 }
 
 impl Layer {
-    fn new(config: &ModelConfig, w: &LayerWeights) -> Result<Self, EngineError> {
+    fn new<'a>(
+        config: &ModelConfig,
+        w: &LayerWeights,
+        form: WeightForm,
+        pair: impl Fn(Linear) -> Option<&'a LoraPair>,
+    ) -> Result<Self, EngineError> {
+        let matrix = |parts: &[(&Tensor, Linear)]| {
+            let merged = |(weight, linear): &(&Tensor, Linear)| merged(weight, pair(*linear));
+            let parts: Vec<Tensor> = parts.iter().map(merged).collect::<Result<_, _>>()?;
+            Matrix::new(form, &parts.iter().collect::<Vec<_>>())
+        };
         let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
         let optional = |t: &Option<candle_core::Tensor>| t.as_ref().map(flat).transpose();
         let biases = [(&w.q_bias, config.query_size()), (&w.k_bias, config.kv_size()), (&w.v_bias, config.kv_size())];
@@ -290,16 +326,24 @@ impl Layer {
         Ok(Layer {
             attn_norm: optional(&w.attn_norm)?,
             attn_post_norm: optional(&w.attn_post_norm)?,
-            qkv: Packed::new(&[&w.q, &w.k, &w.v])?,
+            qkv: matrix(&[(&w.q, Linear::Q), (&w.k, Linear::K), (&w.v, Linear::V)])?,
             qkv_bias: biases.iter().any(|(b, _)| b.is_some()).then_some(qkv_bias),
             q_norm: optional(&w.q_norm)?,
             k_norm: optional(&w.k_norm)?,
-            o: Packed::new(&[&w.o])?,
+            o: matrix(&[(&w.o, Linear::O)])?,
             mlp_norm: optional(&w.mlp_norm)?,
             mlp_post_norm: optional(&w.mlp_post_norm)?,
-            gate_up: Packed::new(&[&w.gate, &w.up])?,
-            down: Packed::new(&[&w.down])?,
+            gate_up: matrix(&[(&w.gate, Linear::Gate), (&w.up, Linear::Up)])?,
+            down: matrix(&[(&w.down, Linear::Down)])?,
         })
+    }
+}
+
+/// Returns `W + scale * B A`.
+fn merged(weight: &Tensor, pair: Option<&LoraPair>) -> Result<Tensor, EngineError> {
+    match pair {
+        None => Ok(weight.clone()),
+        Some(LoraPair { a, b, scale, .. }) => Ok((weight + (b.matmul(a)? * *scale)?)?),
     }
 }
 

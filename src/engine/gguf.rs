@@ -103,7 +103,7 @@ impl Gguf {
         self.content.metadata.get(key).and_then(|v| v.to_vec().ok())?.iter().map(item).collect()
     }
 
-    fn read(&self, own: &str) -> Result<Option<Tensor>, EngineError> {
+    pub(crate) fn read(&self, own: &str) -> Result<Option<Tensor>, EngineError> {
         let Some(info) = self.content.tensor_infos.get(own) else { return Ok(None) };
         let mut reader = open(&self.path)?;
         let quantised = info
@@ -119,7 +119,7 @@ fn open(path: &Path) -> Result<BufReader<File>, EngineError> {
 }
 
 /// Returns llama.cpp's name of a tensor of Hugging Face, in a model that norms here.
-fn own_name(name: &str, norms: Norms) -> String {
+pub(crate) fn own_name(name: &str, norms: Norms) -> String {
     const TOP: [(&str, &str); 3] =
         [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
     const IN_LAYER: [(&str, &str); 14] = [
@@ -149,6 +149,14 @@ fn own_name(name: &str, norms: Norms) -> String {
     }
     let own = TOP.iter().find(|(hf, _)| *hf == stem).map_or(stem, |(_, own)| own);
     format!("{own}.{kind}")
+}
+
+/// Does what llama.cpp's converter does to the rows of rotated queries and keys: each head's halves interleave.
+pub(crate) fn permute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
+    let dims = tensor.dims().to_vec();
+    let half = dims[0] / heads / 2;
+    let split = tensor.reshape((heads, 2, half, dims.get(1).copied().unwrap_or(1)))?;
+    Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?)
 }
 
 /// Undoes the converter's `reshape(heads, 2, dim/2, ..).swapaxes(1, 2)` on the rows.
@@ -184,6 +192,8 @@ mod tests {
         let stored = Tensor::new(&[[0f32], [2.], [1.], [3.], [4.], [6.], [5.], [7.]], &Device::Cpu).unwrap();
         let rows: Vec<f32> = unpermute(&stored, 2).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(rows, [0., 1., 2., 3., 4., 5., 6., 7.]);
+        let again = permute(&unpermute(&stored, 2).unwrap(), 2).unwrap();
+        assert_eq!(again.to_vec2::<f32>().unwrap(), stored.to_vec2::<f32>().unwrap());
     }
 
     /// Random blocks of every type, against the values that the `gguf` package reads (tools/reference/gguf_types_golden.py).

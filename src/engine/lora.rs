@@ -2,6 +2,7 @@
 //!
 //! An adapter here is detached: plain f32 tensors without a gradient, so that sampling and scoring keep no history.
 
+mod gguf;
 mod module;
 
 use std::collections::{BTreeMap, HashMap};

@@ -1,8 +1,8 @@
 //! The inference engine: one decoder for all families, on candle, f32 on the CPU.
 //!
-//! [`Model`] is what is loaded once; [`Batcher`] samples from it, [`logprobs`] and [`divergence`] score with it, and
-//! `train` differentiates through it with the ops of `ops`. All four compute with the same frozen [`Weights`] and an
-//! [`Adapter`] beside them; nothing ever merges an adapter into the weights.
+//! [`Model`] is what is loaded once; [`Batcher`] samples from a [`Policy`] on it, [`logprobs`] and [`divergence`] score
+//! with it, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
+//! an [`Adapter`] beside them. Only a policy of rounded weights is a copy, which tells its own log-probs.
 
 mod attention;
 mod cache;
@@ -17,6 +17,7 @@ mod math;
 mod matmul;
 mod model;
 pub mod ops;
+mod policy;
 mod rope;
 mod safetensors;
 mod sampler;
@@ -37,7 +38,9 @@ pub use config::{
 pub use draw::SamplingSettings;
 pub use error::EngineError;
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, save_peft};
+pub use matmul::WeightForm;
 pub use model::{Model, ModelIdentity};
+pub use policy::Policy;
 pub use rope::Rope;
 pub use sampler::{BatchLimits, Batcher, Completion, Event, Group, generate};
 pub use score::{ScoreItem, divergence, logprobs};

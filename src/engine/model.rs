@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::EngineError;
+use super::matmul::WeightForm;
 use super::rope::Rope;
 use super::source::ModelSource;
 use super::template::ChatTemplate;
@@ -39,7 +40,7 @@ struct Inner {
     weights: Weights,
     ropes: Vec<Rope>,
     /// The weights laid out for inference, made when first needed: training does without this second copy.
-    decoder: OnceLock<Decoder>,
+    decoder: OnceLock<Arc<Decoder>>,
 }
 
 impl std::fmt::Debug for Model {
@@ -93,13 +94,13 @@ impl Model {
         &self.0.ropes
     }
 
-    /// Returns the model laid out for inference.
-    pub(crate) fn decoder(&self) -> Result<&Decoder, EngineError> {
+    /// Returns the model laid out for inference in f32.
+    pub(crate) fn decoder(&self) -> Result<&Arc<Decoder>, EngineError> {
         if let Some(decoder) = self.0.decoder.get() {
             return Ok(decoder);
         }
-        let decoder = Decoder::new(self.config(), self.weights(), self.ropes())?;
-        Ok(self.0.decoder.get_or_init(|| decoder))
+        let decoder = Decoder::new(self.config(), self.weights(), self.ropes(), WeightForm::F32, None)?;
+        Ok(self.0.decoder.get_or_init(|| Arc::new(decoder)))
     }
 
     /// Returns the token ids of a conversation, ending where the assistant's answer begins.

@@ -11,8 +11,8 @@ use super::cache::{Cache, Pool, Segment};
 use super::decoder::{Decoder, LoraPack, Run};
 use super::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
 use super::error::EngineError;
-use super::lora::Adapter;
 use super::model::Model;
+use super::policy::Policy;
 use crate::record::FinishReason;
 
 /// The samples of one prompt.
@@ -62,10 +62,8 @@ impl Default for BatchLimits {
 }
 
 /// A running batch. Groups are pushed at any time; each step reads waiting prompts and adds a token to every sequence.
-pub struct Batcher<'a> {
-    model: &'a Model,
-    decoder: &'a Decoder,
-    adapter: Option<LoraPack>,
+pub struct Batcher {
+    policy: Policy,
     limits: BatchLimits,
     pool: Pool,
     /// Groups whose samples have not all started, in order of arrival.
@@ -98,26 +96,24 @@ struct Active {
     drawn: Vec<Drawn>,
 }
 
-impl<'a> Batcher<'a> {
-    /// Prepares a batch over a model, with an adapter or without.
-    pub fn new(model: &'a Model, adapter: Option<&Adapter>, limits: BatchLimits) -> Result<Self, EngineError> {
+impl Batcher {
+    /// Prepares a batch of one policy.
+    pub fn new(policy: Policy, limits: BatchLimits) -> Result<Self, EngineError> {
         if limits.max_sequences == 0 || limits.max_rows == 0 {
             return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
         }
-        let decoder = model.decoder()?;
-        let adapter = adapter.map(|a| LoraPack::new(model.config(), a)).transpose()?;
-        let pool = Pool::new(decoder.shape());
-        Ok(Batcher { model, decoder, adapter, limits, pool, waiting: VecDeque::new(), active: Vec::new() })
+        let pool = Pool::new(policy.decoder().shape());
+        Ok(Batcher { policy, limits, pool, waiting: VecDeque::new(), active: Vec::new() })
     }
 
     /// Adds a group to those waiting. A group that could not run is refused here, not later.
     pub fn push(&mut self, group: Group) -> Result<(), EngineError> {
         group.sampling.check()?;
-        check_tokens(self.model, &group.prompt)?;
+        check_tokens(self.policy.model(), &group.prompt)?;
         if group.prompt.is_empty() {
             return Err(EngineError::request("the prompt has no tokens; give at least one message"));
         }
-        let context = self.model.config().max_positions;
+        let context = self.policy.model().config().max_positions;
         if group.prompt.len() >= context {
             return Err(EngineError::PromptTooLong { tokens: group.prompt.len(), context });
         }
@@ -175,16 +171,17 @@ impl<'a> Batcher<'a> {
         if chosen.is_empty() {
             return;
         }
-        let mut caches: Vec<Cache> = chosen.iter().map(|_| Cache::new(self.decoder.shape())).collect();
+        let decoder = self.policy.decoder();
+        let mut caches: Vec<Cache> = chosen.iter().map(|_| Cache::new(decoder.shape())).collect();
         let tokens: Vec<&[u32]> = chosen.iter().map(|w| w.group.prompt.as_slice()).collect();
         let mut last: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
-        let adapter = self.adapter.as_ref();
-        read(self.decoder, adapter, &mut caches, &tokens, self.limits.max_rows, &mut self.pool, |i, place, row| {
+        let adapter = self.policy.adapter();
+        read(decoder, adapter, &mut caches, &tokens, self.limits.max_rows, &mut self.pool, |i, place, row| {
             if place + 1 == tokens[i].len() {
                 last[i] = row.to_vec();
             }
         });
-        let logits = self.decoder.logits(&last.concat());
+        let logits = decoder.logits(&last.concat());
         for (i, (waiting, cache)) in chosen.into_iter().zip(caches).enumerate() {
             let mut row = vec![0.0; logits.columns()];
             logits.copy_row(i, &mut row);
@@ -202,7 +199,7 @@ impl<'a> Batcher<'a> {
             let samples = waiting.started..waiting.group.seeds.len().min(waiting.started + room);
             let row = Arc::new(prompt.logits.clone());
             for sample in samples.clone() {
-                self.active.push(Active::new(&waiting.group, sample, &prompt.prefix, self.model));
+                self.active.push(Active::new(&waiting.group, sample, &prompt.prefix, self.policy.model()));
                 logits.push(row.clone());
             }
             waiting.started = samples.end;
@@ -223,8 +220,9 @@ impl<'a> Batcher<'a> {
         let last: Vec<[u32; 1]> = self.active.iter().map(|a| [a.drawn.last().map_or(0, |d| d.token)]).collect();
         let runs = self.active.iter_mut().zip(&last);
         let mut runs: Vec<Run> = runs.map(|(a, tokens)| Run { cache: &mut a.cache, tokens }).collect();
-        let hidden = self.decoder.forward(self.adapter.as_ref(), &mut runs, &mut self.pool);
-        let logits = self.decoder.logits(&hidden);
+        let decoder = self.policy.decoder();
+        let hidden = decoder.forward(self.policy.adapter(), &mut runs, &mut self.pool);
+        let logits = decoder.logits(&hidden);
         let work = self.active.par_iter_mut().enumerate();
         work.for_each_init(
             || (vec![0.0; logits.columns()], Scratch::default()),
@@ -243,10 +241,10 @@ impl<'a> Batcher<'a> {
             if let Some(Drawn { token, logprob, .. }) = active.drawn.last().copied() {
                 events.push(Event::Token { group, sample, token, logprob });
             }
-            match active.finish_reason(self.model) {
+            match active.finish_reason(self.policy.model()) {
                 None => self.active.push(active),
                 Some(reason) => {
-                    let completion = active.completion(reason, self.model);
+                    let completion = active.completion(reason, self.policy.model());
                     events.push(Event::Done { group, sample, completion });
                     self.pool.reclaim(active.cache);
                 }
@@ -346,15 +344,14 @@ pub(crate) fn read(
 
 /// Samples all groups and returns their completions, in the order of the groups and of their seeds.
 pub fn generate(
-    model: &Model,
-    adapter: Option<&Adapter>,
+    policy: &Policy,
     groups: Vec<Group>,
     limits: &BatchLimits,
     on_done: &mut dyn FnMut(u64, usize, &Completion),
 ) -> Result<Vec<Vec<Completion>>, EngineError> {
     let ids: Vec<u64> = groups.iter().map(|g| g.id).collect();
     let mut completions: Vec<Vec<Option<Completion>>> = groups.iter().map(|g| vec![None; g.seeds.len()]).collect();
-    let mut batcher = Batcher::new(model, adapter, limits.clone())?;
+    let mut batcher = Batcher::new(policy.clone(), limits.clone())?;
     // Inside the batch a group is known by its place, so that ids need not differ.
     for (place, group) in groups.into_iter().enumerate() {
         batcher.push(Group { id: place as u64, ..group })?;

@@ -1,8 +1,10 @@
-//! Where a model comes from: a folder in Hugging Face layout, a `.gguf` file, or a hub id.
+//! Where a model comes from: a folder in Hugging Face layout, a `.gguf` file, or a hub id, with or without a revision.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use hf_hub::api::tokio::ApiError;
+use hf_hub::{Cache, Repo, RepoType};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -21,6 +23,10 @@ const HUB_FILES: [(&str, bool); 5] = [
     ("chat_template.jinja", false),
 ];
 
+/// Weights in one file, and the list of the files of those that are in several.
+const ONE_FILE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
 /// What an operator names as `MODEL`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
@@ -28,8 +34,26 @@ pub enum ModelSource {
     Folder(PathBuf),
     /// A file that holds everything.
     Gguf(PathBuf),
-    /// `organisation/name` on the hub, fetched into the user's hub cache.
-    Hub(String),
+    /// A repository on the hub, fetched into the user's hub cache.
+    Hub(HubId),
+}
+
+/// `organisation/name` or `organisation/name@revision`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubId {
+    /// `organisation/name`.
+    pub repository: String,
+    /// A branch, a tag or a commit; a commit is the only one that never changes.
+    pub revision: Option<String>,
+}
+
+impl std::fmt::Display for HubId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.revision {
+            Some(revision) => write!(f, "{}@{revision}", self.repository),
+            None => f.write_str(&self.repository),
+        }
+    }
 }
 
 impl ModelSource {
@@ -44,8 +68,8 @@ impl ModelSource {
             Ok(ModelSource::Folder(path.to_path_buf()))
         } else if path.is_file() {
             Err(missing("the file does not end in .gguf"))
-        } else if !is_gguf && is_hub_id(model) {
-            Ok(ModelSource::Hub(model.to_string()))
+        } else if let (false, Some(id)) = (is_gguf, HubId::parse(model)) {
+            Ok(ModelSource::Hub(id))
         } else {
             Err(missing("no such file or folder"))
         }
@@ -63,7 +87,7 @@ impl ModelSource {
     /// Returns the name recorded for it: the hub id, or the last part of the path.
     pub(crate) fn name(&self) -> String {
         match self {
-            ModelSource::Hub(id) => id.clone(),
+            ModelSource::Hub(id) => id.to_string(),
             ModelSource::Folder(path) => last_part(&path.canonicalize().unwrap_or_else(|_| path.clone())),
             ModelSource::Gguf(path) => last_part(path),
         }
@@ -74,14 +98,22 @@ fn last_part(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
 }
 
-/// Returns true for `organisation/name` with the characters that hub ids have.
-fn is_hub_id(text: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with(['.', '-'])
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    text.split_once('/').is_some_and(|(organisation, name)| plain(organisation) && plain(name))
+impl HubId {
+    /// Reads an id with the characters that the hub's have.
+    fn parse(text: &str) -> Option<Self> {
+        let plain = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with(['.', '-'])
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        let (repository, revision) = match text.split_once('@') {
+            Some((repository, revision)) => (repository, Some(revision)),
+            None => (text, None),
+        };
+        let (organisation, name) = repository.split_once('/')?;
+        let whole = plain(organisation) && plain(name) && revision.is_none_or(|r| r.split('/').all(plain));
+        whole.then(|| HubId { repository: repository.into(), revision: revision.map(str::to_string) })
+    }
 }
 
 /// The files of one model, opened.
@@ -165,7 +197,7 @@ impl Files {
 }
 
 /// Fetches a hub repository into the user's hub cache and returns its folder there.
-fn fetch(id: &str) -> Result<PathBuf, EngineError> {
+fn fetch(id: &HubId) -> Result<PathBuf, EngineError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let fault = |problem: String| EngineError::ModelNotFound { model: id.to_string(), problem };
     let runtime = runtime.map_err(|e| fault(e.to_string()))?;
@@ -177,27 +209,47 @@ fn fetch(id: &str) -> Result<PathBuf, EngineError> {
     .map_err(fault)
 }
 
-async fn fetch_files(id: &str) -> Result<PathBuf, String> {
+async fn fetch_files(id: &HubId) -> Result<PathBuf, String> {
     let builder = hf_hub::api::tokio::ApiBuilder::from_env().with_progress(false);
-    let repository = builder.build().map_err(|e| e.to_string())?.model(id.to_string());
+    let name = id.repository.clone();
+    let repository = match &id.revision {
+        Some(revision) => Repo::with_revision(name, RepoType::Model, revision.clone()),
+        None => Repo::model(name),
+    };
+    let cached = Cache::from_env().repo(repository.clone());
+    // The weights come last: where they are, all that there is was fetched before.
+    let whole = [ONE_FILE, INDEX].iter().any(|name| cached.get(name).is_some());
+    let api = builder.build().map_err(|e| e.to_string())?.repo(repository);
+    let fetch = async |name: &str, required: bool| match api.get(name).await {
+        Ok(path) => Ok(Some(path)),
+        Err(e) if !required && (is_absent(&e) || whole && is_unreachable(&e)) => Ok(None),
+        Err(e) => Err(format!("the hub gave no {name}: {e}")),
+    };
     let mut folder = None;
     for (name, required) in HUB_FILES {
-        match repository.get(name).await {
-            Ok(path) => folder = path.parent().map(Path::to_path_buf).or(folder),
-            Err(e) if required => return Err(format!("the hub gave no {name}: {e}")),
-            Err(_) => {}
-        }
+        let path = fetch(name, required).await?;
+        folder = path.and_then(|path| path.parent().map(Path::to_path_buf)).or(folder);
     }
     let folder = folder.ok_or("the hub gave no files")?;
-    let index = repository.get("model.safetensors.index.json").await.is_ok();
-    if !index {
-        repository.get("model.safetensors").await.map_err(|e| format!("the hub gave no model.safetensors: {e}"))?;
+    if fetch(INDEX, false).await?.is_none() {
+        fetch(ONE_FILE, true).await?;
     }
     for file in Safetensors::files(&folder).map_err(|e| e.to_string())? {
-        let name = last_part(&file);
-        repository.get(&name).await.map_err(|e| format!("the hub gave no {name}: {e}"))?;
+        fetch(&last_part(&file), true).await?;
     }
+    // The folder is named after the commit.
+    tracing::info!(model = %id, commit = last_part(&folder), "the hub's files are here");
     Ok(folder)
+}
+
+/// Returns true if the hub says that there is no such file.
+fn is_absent(error: &ApiError) -> bool {
+    matches!(error, ApiError::RequestError(e) if e.status().is_some_and(|status| status.as_u16() == 404))
+}
+
+/// Returns true if the hub says nothing, as without a network.
+fn is_unreachable(error: &ApiError) -> bool {
+    matches!(error, ApiError::RequestError(e) if e.is_connect() || e.is_timeout())
 }
 
 #[cfg(test)]
@@ -212,7 +264,14 @@ mod tests {
         let parse = |p: &Path| ModelSource::parse(&p.display().to_string());
         assert_eq!(parse(folder.path()).unwrap(), ModelSource::Folder(folder.path().to_path_buf()));
         assert_eq!(parse(&file).unwrap(), ModelSource::Gguf(file));
-        assert_eq!(ModelSource::parse("org/name-1.5B").unwrap(), ModelSource::Hub("org/name-1.5B".into()));
+        let hub = |text: &str| match ModelSource::parse(text) {
+            Ok(ModelSource::Hub(id)) => (id.repository, id.revision),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(hub("org/name-1.5B"), ("org/name-1.5B".into(), None));
+        assert_eq!(hub("org/name@0a1b2c"), ("org/name".into(), Some("0a1b2c".into())));
+        assert_eq!(hub("org/name@refs/pr/1"), ("org/name".into(), Some("refs/pr/1".into())));
+        assert!(HubId::parse("org/name@").is_none() && HubId::parse("org/name@../x").is_none());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::record::{FinishReason, Message};
 
 mod families;
 mod gguf;
+mod rounded;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -73,9 +74,13 @@ fn group(id: u64, prompt: &[u32], samples: u64, max_tokens: usize) -> Group {
     Group { id, prompt: prompt.to_vec(), seeds: (0..samples).map(|s| id * 100 + s).collect(), sampling }
 }
 
+fn exact(model: &Model) -> Policy {
+    Policy::new(model, None, WeightForm::F32).unwrap()
+}
+
 fn sample(model: &Model, groups: Vec<Group>, max_sequences: usize) -> Vec<Vec<Completion>> {
     let limits = BatchLimits { max_sequences, ..BatchLimits::default() };
-    generate(model, None, groups, &limits, &mut |_, _, _| {}).unwrap()
+    generate(&exact(model), groups, &limits, &mut |_, _, _| {}).unwrap()
 }
 
 /// Compares one model with its golden numbers and returns the largest differences of logits and log-probs.
@@ -96,7 +101,7 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         logprobs_off = logprobs_off.max(worst(&scored[0], &case.logprobs));
         let group =
             Group { id: 1, prompt: case.prompt_ids.clone(), seeds: vec![1], sampling: greedy(case.greedy.len()) };
-        let sampled = generate(model, None, vec![group], &BatchLimits::default(), &mut |_, _, _| {}).unwrap();
+        let sampled = generate(&exact(model), vec![group], &BatchLimits::default(), &mut |_, _, _| {}).unwrap();
         assert_eq!(sampled[0][0].token_ids, case.greedy, "{name}");
     }
     println!("{name}: logits within {logits_off:.1e}, log-probs within {logprobs_off:.1e} of transformers");
@@ -165,7 +170,7 @@ fn the_context_limits_a_sample_and_refuses_a_prompt() {
     let prompt = vec![5; context - 3];
     let samples = sample(&model, vec![Group { sampling: greedy(50), ..group(0, &prompt, 1, 50) }], 4);
     assert!(samples[0][0].token_ids.len() <= 3);
-    let mut batcher = Batcher::new(&model, None, BatchLimits::default()).unwrap();
+    let mut batcher = Batcher::new(exact(&model), BatchLimits::default()).unwrap();
     let error = batcher.push(group(0, &vec![5; context], 1, 4)).unwrap_err().to_string();
     assert!(error.contains("512") && error.contains("shorten"), "{error}");
     let error = batcher.push(group(0, &[9_999], 1, 4)).unwrap_err().to_string();
@@ -176,7 +181,7 @@ fn the_context_limits_a_sample_and_refuses_a_prompt() {
 fn groups_may_come_and_go_while_the_batch_runs() {
     let model = load(&fixture("tiny-llama"));
     let limits = BatchLimits { max_sequences: 4, max_rows: 16 };
-    let mut batcher = Batcher::new(&model, None, limits).unwrap();
+    let mut batcher = Batcher::new(exact(&model), limits).unwrap();
     let alone = sample(&model, vec![group(2, &[9, 8, 7], 2, 10)], 4);
     batcher.push(group(1, &(3..50).collect::<Vec<_>>(), 4, 40)).unwrap();
     assert_eq!(batcher.free(), 0);
@@ -199,16 +204,6 @@ fn groups_may_come_and_go_while_the_batch_runs() {
 
 #[test]
 fn memory_stays_flat_over_ten_thousand_steps() {
-    const ALONE: &str = "TAOD_TEST_ALONE";
-    // The memory of a process is that of all its tests: this one measures itself in a process of its own.
-    if std::env::var_os(ALONE).is_none() {
-        let name = "engine::tests::memory_stays_flat_over_ten_thousand_steps";
-        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
-        let output = alone.args(["--exact", name]).env(ALONE, "1").output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && said.contains("1 passed"), "{said}");
-        return;
-    }
     const CHILD: &str = "TAOD_TEST_MEMORY_CHILD";
     if std::env::var_os(CHILD).is_none() {
         // Alone in a process: the other tests' models would be counted too.
@@ -221,7 +216,7 @@ fn memory_stays_flat_over_ten_thousand_steps() {
     }
     let model = load(&fixture("tiny-llama"));
     let limits = BatchLimits { max_sequences: 4, ..BatchLimits::default() };
-    let mut batcher = Batcher::new(&model, None, limits).unwrap();
+    let mut batcher = Batcher::new(exact(&model), limits).unwrap();
     let mut run = |steps: usize| {
         for step in 0..steps {
             if batcher.free() >= 4 {

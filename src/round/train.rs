@@ -223,7 +223,7 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
         reward: s.total,
         old_logprobs: (c.logprobs.len() == c.token_ids.len()).then(|| c.logprobs.clone()),
         // Another engine's are no base to measure drift from.
-        base_logprobs: (from_base && !c.remote).then(|| c.logprobs.clone()),
+        base_logprobs: (from_base && !c.approximate).then(|| c.logprobs.clone()),
     };
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }

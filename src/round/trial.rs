@@ -19,7 +19,7 @@ use crate::candidates::{self, Candidate, Draw, Stream};
 use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
-use crate::engine::{Adapter, SamplingSettings, ScoreItem, divergence};
+use crate::engine::{Adapter, Policy, SamplingSettings, ScoreItem, WeightForm, divergence};
 use crate::gate::trial::{Block, open_trial};
 use crate::gate::{
     self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow,
@@ -278,8 +278,9 @@ fn draw(
     let name = format!("gate/{}/{side}", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = night.config.decoding.sampling();
-    let how = Draw { samples: night.config.gate.samples as usize, sampling, max_sequences: batch(night) };
-    Ok(candidates::draw(night.model, adapter.as_ref(), prompts, &how, stream, &mut silent())?)
+    let how = Draw { samples: night.config.gate.samples as usize, sampling, max_sequences: batch(night), strategies: Vec::new() };
+    let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
+    Ok(candidates::draw(&policy, prompts, &how, stream, &mut silent())?)
 }
 
 /// Scores both sides together, so that the quality measure reads each question once for both.
@@ -321,8 +322,9 @@ fn divergences(
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let how = Draw { samples: 1, sampling, max_sequences: batch(night) };
-    let drawn = candidates::draw(night.model, adapter.as_ref(), &prompts[..wanted], &how, stream, &mut silent())?;
+    let how = Draw { samples: 1, sampling, max_sequences: batch(night), strategies: Vec::new() };
+    let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
+    let drawn = candidates::draw(&policy, &prompts[..wanted], &how, stream, &mut silent())?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();
     let items: Vec<ScoreItem<'_>> =
         answers.iter().map(|c| ScoreItem { prompt: &c.prompt_ids, completion: &c.token_ids }).collect();

@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 
-use crate::engine::{Adapter, BatchLimits, Batcher, Completion, Event as Step, Group, Model, SamplingSettings};
+use crate::engine::{
+    Adapter, BatchLimits, Batcher, Completion, Event as Step, Group, Model, Policy, SamplingSettings, WeightForm,
+};
 
 use super::Settings;
 use super::api::Sampled;
@@ -39,9 +41,9 @@ struct Running {
 }
 
 /// The batch that is being decoded, and the adapter it has.
-struct Batch<'m> {
+struct Batch {
     adapter: Option<Arc<Adapter>>,
-    batcher: Batcher<'m>,
+    batcher: Batcher,
     running: BTreeMap<u64, Running>,
 }
 
@@ -50,7 +52,7 @@ struct Engine<'m> {
     settings: &'m Settings,
     adapters: HashMap<String, Arc<Adapter>>,
     waiting: VecDeque<Accepted>,
-    batch: Option<Batch<'m>>,
+    batch: Option<Batch>,
     next_group: u64,
 }
 
@@ -166,10 +168,11 @@ impl<'m> Engine<'m> {
     }
 }
 
-impl<'m> Batch<'m> {
-    fn new(model: &'m Model, adapter: Option<Arc<Adapter>>, max_sequences: usize) -> Result<Self, Refusal> {
+impl Batch {
+    fn new(model: &Model, adapter: Option<Arc<Adapter>>, max_sequences: usize) -> Result<Self, Refusal> {
         let limits = BatchLimits { max_sequences, ..BatchLimits::default() };
-        let batcher = Batcher::new(model, adapter.as_deref(), limits);
+        let policy = Policy::new(model, adapter.as_deref(), WeightForm::F32);
+        let batcher = policy.and_then(|policy| Batcher::new(policy, limits));
         let batcher = batcher.map_err(|e| Refusal::Engine(e.to_string()))?;
         Ok(Batch { adapter, batcher, running: BTreeMap::new() })
     }

@@ -210,7 +210,8 @@ def disk_full(era):
     era.main
     filler = era.folder / "tables/filler"
     free = os.statvfs(era.folder / "tables")
-    with open(filler, "wb") as file:
+    # Not buffered: a buffer would be written, and fail, when the file is closed.
+    with open(filler, "wb", buffering=0) as file:
         left = free.f_bavail * free.f_frsize - era.rng.choice([0, 4096, 20_000])
         try:
             for _ in range(max(0, left) // 4096):

@@ -5,7 +5,7 @@ use super::*;
 use crate::engine::train::{Base, GroupTokens};
 
 /// Windows of Mistral, Gemma 2 and Gemma 3 are 9 positions, of Phi-3 40, all shorter than the longest prompt.
-const TINY: [&str; 9] = [
+pub(super) const TINY: [&str; 9] = [
     "tiny-llama",
     "tiny-qwen2",
     "tiny-qwen3",
@@ -90,7 +90,8 @@ fn sampled_logprobs_are_those_of_scoring_the_same_ids() {
         let limits = BatchLimits::default();
         let mut done = 0;
         let mut count = |id: u64, _: usize, _: &Completion| done += usize::from(id == 7);
-        let samples = generate(&model, Some(&adapter), vec![group(7, &prompt, 5, 40)], &limits, &mut count).unwrap();
+        let policy = Policy::new(&model, Some(&adapter), WeightForm::F32).unwrap();
+        let samples = generate(&policy, vec![group(7, &prompt, 5, 40)], &limits, &mut count).unwrap();
         assert_eq!(done, 5);
         let items: Vec<ScoreItem> =
             samples[0].iter().map(|s| ScoreItem { prompt: &prompt, completion: &s.token_ids }).collect();

@@ -1,0 +1,196 @@
+//! Drawing on this machine: every prompt in every way that is asked for, in one batch.
+
+use super::{Candidate, CandidateError, PLAIN, Strategy, Stream};
+use crate::dataset::Prompt;
+use crate::engine::{BatchLimits, Completion, Group, Model, Policy, SamplingSettings, WeightForm, generate};
+use crate::progress::Step;
+use crate::record::{FinishReason, derive_seed};
+
+/// How much is drawn, and how.
+#[derive(Debug, Clone)]
+pub struct Draw {
+    /// Answers to each prompt.
+    pub samples: usize,
+    pub sampling: SamplingSettings,
+    /// Most sequences decoded at the same time.
+    pub max_sequences: usize,
+    /// Further answers, drawn in other ways.
+    pub strategies: Vec<Strategy>,
+}
+
+/// What one prompt is asked in one way.
+struct Ask<'a> {
+    /// The prompt's place.
+    owner: usize,
+    strategy: Option<&'a Strategy>,
+    /// The number of its first sample among all of the prompt's.
+    first: usize,
+    /// The prompt as clients send it, which is what is trained.
+    prompt_ids: Vec<u32>,
+    group: Group,
+}
+
+/// Draws answers to each prompt and returns them prompt by prompt; prompts that do not fit the context give none.
+pub fn draw(
+    policy: &Policy,
+    prompts: &[&Prompt],
+    how: &Draw,
+    stream: Stream<'_>,
+    step: &mut Step,
+) -> Result<Vec<Vec<Candidate>>, CandidateError> {
+    let mut asks = Vec::new();
+    for (owner, prompt) in prompts.iter().enumerate() {
+        asks.extend(plan(policy.model(), owner, prompt, how, stream)?);
+    }
+    let groups: Vec<Group> = asks.iter().map(|ask| ask.group.clone()).collect();
+    let limits = BatchLimits { max_sequences: how.max_sequences, ..BatchLimits::default() };
+    let completions =
+        generate(policy, groups, &limits, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
+
+    let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
+    for (ask, group) in asks.iter().zip(completions) {
+        for (sample, done) in group.into_iter().enumerate() {
+            drawn[ask.owner].extend(candidate(policy, prompts[ask.owner], ask, sample, done, stream)?);
+        }
+    }
+    Ok(drawn)
+}
+
+/// Returns all ways in which a prompt is asked; those that do not fit the context with their answer are left out.
+fn plan<'a>(
+    model: &Model,
+    owner: usize,
+    prompt: &Prompt,
+    how: &'a Draw,
+    stream: Stream<'_>,
+) -> Result<Vec<Ask<'a>>, CandidateError> {
+    let prompt_ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
+    let fits = |ids: &[u32]| ids.len() + how.sampling.max_tokens <= model.config().max_positions;
+    let mut asks = Vec::new();
+    let mut first = 0;
+    for strategy in std::iter::once(None).chain(how.strategies.iter().map(Some)) {
+        let (asked, sampling, samples) = match strategy {
+            None => (prompt_ids.clone(), how.sampling.clone(), how.samples),
+            Some(s) => {
+                let asked = model.prompt_ids(&s.messages(&prompt.messages), prompt.tools.as_ref())?;
+                (asked, s.sampling(&how.sampling), s.samples)
+            }
+        };
+        if fits(&prompt_ids) && fits(&asked) {
+            let seed = |k: usize| {
+                let place = [stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()];
+                derive_seed(stream.seed, &place)
+            };
+            let group = Group {
+                id: owner as u64,
+                prompt: asked,
+                seeds: (first..first + samples).map(seed).collect(),
+                sampling,
+            };
+            asks.push(Ask { owner, strategy, first, prompt_ids: prompt_ids.clone(), group });
+        }
+        first += samples;
+    }
+    Ok(asks)
+}
+
+/// Returns the candidate that a completion is, or none where the strategy finds no answer in it.
+fn candidate(
+    policy: &Policy,
+    prompt: &Prompt,
+    ask: &Ask<'_>,
+    sample: usize,
+    done: Completion,
+    stream: Stream<'_>,
+) -> Result<Option<Candidate>, CandidateError> {
+    let mut candidate = Candidate {
+        prompt_hash: prompt.prompt_hash.clone(),
+        cluster: prompt.cluster.clone(),
+        workload: prompt.workload.clone(),
+        sample: ask.first + sample,
+        seed: ask.group.seeds[sample],
+        sampler: stream.sampler.to_string(),
+        strategy: ask.strategy.map_or(PLAIN, |strategy| &strategy.name).to_string(),
+        text: done.text,
+        prompt_ids: ask.prompt_ids.clone(),
+        token_ids: done.token_ids,
+        logprobs: done.logprobs,
+        sampler_logprobs: done.sampler_logprobs,
+        finish_reason: done.finish_reason,
+        approximate: policy.form() != WeightForm::F32,
+    };
+    let Some(strategy) = ask.strategy.filter(|strategy| !strategy.asks_plainly()) else { return Ok(Some(candidate)) };
+    let Some(answer) = strategy.answer(&candidate.text).map(str::to_string) else { return Ok(None) };
+    // Drawn after another prompt, or cut out of more: as an answer to this prompt it was never drawn.
+    let finished = candidate.finish_reason == FinishReason::Stop;
+    candidate.token_ids = policy.model().tokenizer().answer_ids(&answer, finished)?;
+    candidate.text = answer;
+    candidate.logprobs.clear();
+    candidate.sampler_logprobs.clear();
+    Ok(Some(candidate))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::progress::Progress;
+    use crate::record::Message;
+
+    fn prompt(text: &str) -> Prompt {
+        let message = Message::text("user", text);
+        serde_json::from_value(serde_json::json!({
+            "prompt_hash": text, "cluster": "c", "workload": null, "tenant": null, "messages": [message], "tools": null,
+            "first_seen": {"topic": "t", "partition": 0, "offset": 0, "record_index": 0}, "event_time_us": 0, "count": 1,
+        }))
+        .unwrap()
+    }
+
+    fn strategy(name: &str, temperature: Option<f64>, system: Option<&str>, mark: Option<&str>) -> Strategy {
+        let owned = |text: Option<&str>| text.map(str::to_string);
+        let (system, answer_after) = (owned(system), owned(mark));
+        Strategy { name: name.into(), samples: 2, temperature, system, answer_after }
+    }
+
+    fn drawn(strategies: Vec<Strategy>, max_tokens: usize) -> (Model, Vec<Candidate>) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny-llama");
+        let model = Model::load(&path.display().to_string()).unwrap();
+        let policy = Policy::new(&model, None, WeightForm::F32).unwrap();
+        let sampling = SamplingSettings { max_tokens, ..SamplingSettings::default() };
+        let how = Draw { samples: 3, sampling, max_sequences: 4, strategies };
+        let stream = Stream { seed: 5, name: "train/1", sampler: "base" };
+        let (prompt, mut step) = (prompt("why"), Progress::silent().step("draw", 0, "tokens"));
+        let candidates = draw(&policy, &[&prompt], &how, stream, &mut step).unwrap().remove(0);
+        (model, candidates)
+    }
+
+    #[test]
+    fn strategies_add_answers_and_leave_the_plain_ones_as_they_are() {
+        let plain = drawn(Vec::new(), 12).1;
+        let put = |name| strategy(name, None, Some("Answer {system} briefly."), None);
+        let (model, all) = drawn(vec![strategy("hot", Some(1.7), None, None), put("brief")], 12);
+        assert_eq!(all[..3], plain[..]);
+        let names: Vec<(&str, usize)> = all.iter().map(|c| (c.strategy.as_str(), c.sample)).collect();
+        let expected =
+            [(PLAIN, 0), (PLAIN, 1), (PLAIN, 2), ("hot", 3), ("hot", 4), ("brief", 5), ("brief", 6)];
+        assert_eq!(names, expected);
+        let seeds: std::collections::BTreeSet<u64> = all.iter().map(|c| c.seed).collect();
+        assert_eq!(seeds.len(), all.len());
+        // A hot answer is still one to this prompt; one after another system prompt was never drawn as such.
+        assert!(all[3..5].iter().all(|c| c.logprobs.len() == c.token_ids.len() && c.sampler_logprobs != c.logprobs));
+        for brief in &all[5..] {
+            assert_eq!(brief.prompt_ids, all[0].prompt_ids);
+            assert!(brief.logprobs.is_empty() && brief.sampler_logprobs.is_empty());
+            let finished = brief.finish_reason == FinishReason::Stop;
+            assert_eq!(brief.token_ids, model.tokenizer().answer_ids(&brief.text, finished).unwrap());
+        }
+    }
+
+    #[test]
+    fn an_answer_without_the_mark_is_thrown_away() {
+        let (_, all) = drawn(vec![strategy("think", None, None, Some("no model says this"))], 12);
+        assert_eq!(all.len(), 3);
+        assert!(all.iter().all(|c| c.strategy == PLAIN));
+    }
+}
