@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
+.PHONY: help demo test test-full check build bench bench-engine bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make chaos      CYCLES=1000 SEED=1: ingestion between real parts that fail; goes on where it was cut short'
 	@echo 'make bench-scale  several instances on one table, each under a CPU quota'
 	@echo 'make bench-soak    memory of an ingestion over an hour, after a backlog'
+	@echo 'make bench-engine  sampling, scoring and training against transformers, PEFT and llama.cpp'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make test-full  also the tests that take long or need large packages'
@@ -59,6 +60,13 @@ bench-scale: build
 bench-soak: build models
 	tools/setup.sh bench
 	$(CACHE)/bench-python/bin/python tools/bench/soak.py --taod $(BIN) --models $(CACHE)/models $(ARGS)
+
+# Both sides of every row live at once: 8 GiB of memory.
+bench-engine: models
+	tools/setup.sh engine
+	$(CARGO) build $(FLAGS) --example engine
+	$(CACHE)/reference/bin/python tools/bench/engine.py --engine $(dir $(BIN))examples/engine \
+		--gguf $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(dir $(BIN))bench-engine.md $(ARGS)
 
 bench-ingest: models
 	tools/setup.sh bench

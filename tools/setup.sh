@@ -9,6 +9,7 @@
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), Apache Spark with Delta (0.5 GB), and
 #                           (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
+#   tools/setup.sh engine   what `test` has, and PyTorch with transformers and PEFT and llama.cpp (6 GB) for `make bench-engine`
 #   tools/setup.sh bench    what `test` has, and what the ingestion bench and its peers need
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -89,6 +90,9 @@ delta_jars() {
     cp tests/spark/pom.xml "$folder/pom.xml"
   fi
 }
+if [ "$purpose" = engine ]; then
+  environment reference tools/reference.txt
+fi
 if [ "$purpose" = bench ]; then
   environment bench-python tools/bench/requirements.txt
 fi
