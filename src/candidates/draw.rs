@@ -172,8 +172,7 @@ mod tests {
         let (model, all) = drawn(vec![strategy("hot", Some(1.7), None, None), put("brief")], 12);
         assert_eq!(all[..3], plain[..]);
         let names: Vec<(&str, usize)> = all.iter().map(|c| (c.strategy.as_str(), c.sample)).collect();
-        let expected =
-            [(PLAIN, 0), (PLAIN, 1), (PLAIN, 2), ("hot", 3), ("hot", 4), ("brief", 5), ("brief", 6)];
+        let expected = [(PLAIN, 0), (PLAIN, 1), (PLAIN, 2), ("hot", 3), ("hot", 4), ("brief", 5), ("brief", 6)];
         assert_eq!(names, expected);
         let seeds: std::collections::BTreeSet<u64> = all.iter().map(|c| c.seed).collect();
         assert_eq!(seeds.len(), all.len());

@@ -22,8 +22,8 @@ use crate::durable::{self, FileError};
 use crate::engine::{Adapter, EngineError, Model, Policy, SamplingSettings, WeightForm};
 use crate::progress::Progress;
 use crate::record::FinishReason;
-use remote::Remote;
 pub use draw::{Draw, draw};
+use remote::Remote;
 pub use strategy::{PLAIN, Strategy};
 
 /// How candidates for training are drawn.
@@ -123,7 +123,9 @@ impl Settings {
             }
         }
         if self.remote.is_on() && !self.strategies.is_empty() {
-            return Err("strategies: the server of remote.url draws plain answers alone; leave one of the two out".into());
+            return Err(
+                "strategies: the server of remote.url draws plain answers alone; leave one of the two out".into()
+            );
         }
         self.remote.validate().map_err(|problem| format!("remote.{problem}"))
     }
@@ -131,7 +133,10 @@ impl Settings {
     /// Returns what of these settings draws other than from the policy as clients meet it, if anything does.
     pub fn off_policy(&self) -> Option<String> {
         if self.temperature != 1.0 || self.top_p != 1.0 {
-            return Some(format!("candidates.temperature is {} and candidates.top_p is {}", self.temperature, self.top_p));
+            return Some(format!(
+                "candidates.temperature is {} and candidates.top_p is {}",
+                self.temperature, self.top_p
+            ));
         }
         self.strategies.first().map(|strategy| format!("candidates.strategies has {:?}", strategy.name))
     }

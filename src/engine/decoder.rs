@@ -146,9 +146,9 @@ impl Decoder {
         self.normed(&x, &self.norm)
     }
 
-    /// Returns the logits of rows that [`Decoder::forward`] returned.
-    pub(crate) fn logits(&self, hidden: &[f32]) -> Product {
-        self.logits_of(hidden, 0..self.head.panels())
+    /// Returns the logits of rows that [`Decoder::forward`] returned, in the room of earlier ones.
+    pub(crate) fn logits(&self, hidden: &[f32], room: Vec<f32>) -> Product {
+        self.logits_of(hidden, 0..self.head.panels(), room)
     }
 
     /// Returns the number of panels of the output layer.
@@ -157,8 +157,8 @@ impl Decoder {
     }
 
     /// Returns the logits of a part of the vocabulary.
-    pub(crate) fn logits_of(&self, hidden: &[f32], panels: std::ops::Range<usize>) -> Product {
-        let mut logits = self.head.apply_panels(hidden, hidden.len() / self.config.hidden_size, panels);
+    pub(crate) fn logits_of(&self, hidden: &[f32], panels: std::ops::Range<usize>, room: Vec<f32>) -> Product {
+        let mut logits = self.head.apply_panels(hidden, hidden.len() / self.config.hidden_size, panels, room);
         if let Some(cap) = self.config.logit_cap {
             logits.change(|values| math::wide_cap(values, cap));
         }

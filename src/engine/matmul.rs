@@ -70,15 +70,22 @@ impl Matrix {
 
     /// Returns `x * W^T` for row-major rows.
     pub(crate) fn apply(&self, x: &[f32], rows: usize) -> Product {
-        self.apply_panels(x, rows, 0..self.panels())
+        self.apply_panels(x, rows, 0..self.panels(), Vec::new())
     }
 
-    /// Returns the columns of some panels of `x * W^T`.
-    pub(crate) fn apply_panels(&self, x: &[f32], rows: usize, panels: std::ops::Range<usize>) -> Product {
+    /// Returns the columns of some panels of `x * W^T`. They take the `room` of an earlier product, if it is given one:
+    /// logits are so large that new memory costs more than a layer.
+    pub(crate) fn apply_panels(
+        &self,
+        x: &[f32],
+        rows: usize,
+        panels: std::ops::Range<usize>,
+        room: Vec<f32>,
+    ) -> Product {
         match self {
-            Matrix::F32(matrix) => matrix.apply_panels(x, rows, panels),
-            Matrix::Int16(matrix) => matrix.apply_panels(x, rows, panels),
-            Matrix::Int8(matrix) => matrix.apply_panels(x, rows, panels),
+            Matrix::F32(matrix) => matrix.apply_panels(x, rows, panels, room),
+            Matrix::Int16(matrix) => matrix.apply_panels(x, rows, panels, room),
+            Matrix::Int8(matrix) => matrix.apply_panels(x, rows, panels, room),
         }
     }
 }
@@ -136,13 +143,18 @@ impl Packed {
 
     /// Returns `x * W^T` for row-major rows.
     pub(crate) fn apply(&self, x: &[f32], rows: usize) -> Product {
-        self.apply_panels(x, rows, 0..self.panels())
+        self.apply_panels(x, rows, 0..self.panels(), Vec::new())
     }
 
     /// Returns the columns of some panels of `x * W^T`.
-    pub(crate) fn apply_panels(&self, x: &[f32], rows: usize, panels: std::ops::Range<usize>) -> Product {
-        let columns = self.outputs.min(panels.end * WIDTH).saturating_sub(panels.start * WIDTH);
-        let mut product = Product { data: vec![0.0; panels.len() * rows * WIDTH], rows, columns };
+    pub(crate) fn apply_panels(
+        &self,
+        x: &[f32],
+        rows: usize,
+        panels: std::ops::Range<usize>,
+        room: Vec<f32>,
+    ) -> Product {
+        let mut product = Product::zeros(self.outputs, rows, &panels, room);
         self.accumulate(x, panels.start, &mut product);
         product
     }
@@ -183,6 +195,19 @@ pub(crate) struct Product {
 }
 
 impl Product {
+    /// Returns some panels of a product with so many outputs, all 0.
+    fn zeros(outputs: usize, rows: usize, panels: &std::ops::Range<usize>, mut room: Vec<f32>) -> Self {
+        room.clear();
+        room.resize(panels.len() * rows * WIDTH, 0.0);
+        let columns = outputs.min(panels.end * WIDTH).saturating_sub(panels.start * WIDTH);
+        Product { data: room, rows, columns }
+    }
+
+    /// Gives its memory back for another product.
+    pub(crate) fn into_room(self) -> Vec<f32> {
+        self.data
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }

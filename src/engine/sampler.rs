@@ -66,6 +66,8 @@ pub struct Batcher {
     policy: Policy,
     limits: BatchLimits,
     pool: Pool,
+    /// Memory of the last logits.
+    room: Vec<f32>,
     /// Groups whose samples have not all started, in order of arrival.
     waiting: VecDeque<Waiting>,
     active: Vec<Active>,
@@ -103,7 +105,7 @@ impl Batcher {
             return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
         }
         let pool = Pool::new(policy.decoder().shape());
-        Ok(Batcher { policy, limits, pool, waiting: VecDeque::new(), active: Vec::new() })
+        Ok(Batcher { policy, limits, pool, room: Vec::new(), waiting: VecDeque::new(), active: Vec::new() })
     }
 
     /// Adds a group to those waiting. A group that could not run is refused here, not later.
@@ -181,12 +183,13 @@ impl Batcher {
                 last[i] = row.to_vec();
             }
         });
-        let logits = decoder.logits(&last.concat());
+        let logits = decoder.logits(&last.concat(), std::mem::take(&mut self.room));
         for (i, (waiting, cache)) in chosen.into_iter().zip(caches).enumerate() {
             let mut row = vec![0.0; logits.columns()];
             logits.copy_row(i, &mut row);
             waiting.prompt = Some(Prompt { prefix: cache.into_prefix(), logits: row });
         }
+        self.room = logits.into_room();
     }
 
     /// Starts samples of groups whose prompt is read, in order, and draws their first token.
@@ -222,7 +225,7 @@ impl Batcher {
         let mut runs: Vec<Run> = runs.map(|(a, tokens)| Run { cache: &mut a.cache, tokens }).collect();
         let decoder = self.policy.decoder();
         let hidden = decoder.forward(self.policy.adapter(), &mut runs, &mut self.pool);
-        let logits = decoder.logits(&hidden);
+        let logits = decoder.logits(&hidden, std::mem::take(&mut self.room));
         let work = self.active.par_iter_mut().enumerate();
         work.for_each_init(
             || (vec![0.0; logits.columns()], Scratch::default()),
@@ -231,6 +234,7 @@ impl Batcher {
                 active.draw(row, scratch);
             },
         );
+        self.room = logits.into_room();
         self.settle(0, events);
     }
 

@@ -4,6 +4,7 @@
 //! tokens, a piece of the vocabulary at a time, so that no full row of logits is ever held.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -13,7 +14,7 @@ use super::decoder::{Decoder, LoraPack};
 use super::error::EngineError;
 use super::lora::Adapter;
 use super::math;
-use super::matmul::{Product, WIDTH};
+use super::matmul::WIDTH;
 use super::model::Model;
 use super::sampler::{check_tokens, read};
 
@@ -152,7 +153,10 @@ impl<'a> Scorer<'a> {
     fn target_logprobs(&self, hidden: &[f32], targets: &[u32]) -> Vec<f32> {
         let mut totals = vec![LogSum::default(); targets.len()];
         let mut chosen = vec![0.0f32; targets.len()];
-        for (first, logits) in self.pieces(hidden) {
+        let mut room = Vec::new();
+        for panels in self.pieces() {
+            let first = panels.start * WIDTH;
+            let logits = self.decoder.logits_of(hidden, panels, room);
             let rows = totals.par_iter_mut().zip(&mut chosen).zip(targets).enumerate();
             rows.for_each_init(Vec::new, |scratch, (i, ((total, chosen), target))| {
                 logits.read_row(i, scratch);
@@ -161,6 +165,7 @@ impl<'a> Scorer<'a> {
                 }
                 total.add(scratch);
             });
+            room = logits.into_room();
         }
         chosen.iter().zip(totals).map(|(logit, total)| (f64::from(*logit) - total.ln()) as f32).collect()
     }
@@ -168,7 +173,10 @@ impl<'a> Scorer<'a> {
     fn divergences(&self, p_hidden: &[f32], q_hidden: &[f32]) -> Vec<f32> {
         let rows = p_hidden.len() / self.decoder.hidden_size();
         let mut sums = vec![Divergence::default(); rows];
-        for ((_, p), (_, q)) in self.pieces(p_hidden).zip(self.pieces(q_hidden)) {
+        let mut rooms = (Vec::new(), Vec::new());
+        for panels in self.pieces() {
+            let p = self.decoder.logits_of(p_hidden, panels.clone(), rooms.0);
+            let q = self.decoder.logits_of(q_hidden, panels, rooms.1);
             sums.par_iter_mut().enumerate().for_each_init(
                 || (Vec::new(), Vec::new()),
                 |(p_row, q_row), (i, sum)| {
@@ -177,15 +185,15 @@ impl<'a> Scorer<'a> {
                     sum.add(p_row, q_row);
                 },
             );
+            rooms = (p.into_room(), q.into_room());
         }
         sums.into_iter().map(Divergence::value).collect()
     }
 
-    /// Returns the logits of all rows, a piece of the vocabulary at a time, with the first token of each.
-    fn pieces(&self, hidden: &[f32]) -> impl Iterator<Item = (usize, Product)> {
+    /// Returns the pieces of the vocabulary, as panels of the output layer.
+    fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
         let panels = self.decoder.panels();
-        let starts = (0..panels).step_by(PANELS);
-        starts.map(move |start| (start * WIDTH, self.decoder.logits_of(hidden, start..panels.min(start + PANELS))))
+        (0..panels).step_by(PANELS).map(move |start| start..panels.min(start + PANELS))
     }
 }
 

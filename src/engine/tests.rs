@@ -95,7 +95,7 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         let mut runs = [Run { cache: &mut cache, tokens: &case.prompt_ids }];
         let hidden = decoder.forward(None, &mut runs, &mut pool);
         let last = &hidden[hidden.len() - model.config().hidden_size..];
-        let logits = decoder.logits(last).to_rows();
+        let logits = decoder.logits(last, Vec::new()).to_rows();
         logits_off = logits_off.max(worst(&logits[..case.logits.len()], &case.logits));
         let scored = logprobs(model, None, &[case.item()]).unwrap();
         logprobs_off = logprobs_off.max(worst(&scored[0], &case.logprobs));

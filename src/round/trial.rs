@@ -278,7 +278,12 @@ fn draw(
     let name = format!("gate/{}/{side}", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = night.config.decoding.sampling();
-    let how = Draw { samples: night.config.gate.samples as usize, sampling, max_sequences: batch(night), strategies: Vec::new() };
+    let how = Draw {
+        samples: night.config.gate.samples as usize,
+        sampling,
+        max_sequences: batch(night),
+        strategies: Vec::new(),
+    };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
     Ok(candidates::draw(&policy, prompts, &how, stream, &mut silent())?)
 }

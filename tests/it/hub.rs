@@ -34,7 +34,8 @@ impl Hub {
             })
             .collect();
         let files = Arc::new(files);
-        let handler = async move |Path((_, _, revision, name)): Path<(String, String, String, String)>, asked: HeaderMap| {
+        let handler = async move |Path((_, _, revision, name)): Path<(String, String, String, String)>,
+                                  asked: HeaderMap| {
             if name == ill {
                 return (StatusCode::INTERNAL_SERVER_ERROR, HeaderMap::new(), Vec::new());
             }
@@ -55,7 +56,8 @@ impl Hub {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let routes = Router::new().route("/{organisation}/{name}/resolve/{revision}/{file}", axum::routing::get(handler));
+        let routes =
+            Router::new().route("/{organisation}/{name}/resolve/{revision}/{file}", axum::routing::get(handler));
         runtime.spawn(async move { axum::serve(listener, routes).await.unwrap() });
         Hub { url, _runtime: runtime }
     }

@@ -15,6 +15,8 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -36,15 +38,18 @@ class Side:
 
     def __init__(self, name, command):
         self.name, self.figures = name, []
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=sys.stderr)
+        # Libraries talk much; what they said last is shown when a side ends early.
+        self.said = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
+        self.child = subprocess.Popen(command, text=True, **pipes)
         self.wait("ready")
 
     def wait(self, what):
-        # Libraries talk on standard output, too.
         for line in self.child.stdout:
             if line.startswith(what):
                 return line
-        sys.exit(f"{self.name} ended early")
+        self.said.seek(0)
+        sys.exit(f"{self.name} ended early: {self.said.read()[-2000:]}")
 
     def work(self):
         print("run", file=self.child.stdin, flush=True)
@@ -96,8 +101,6 @@ def about(arguments):
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     a, b = torch.rand(576, 576), torch.rand(576, 1536)
-    import time
-
     began = time.monotonic()
     for _ in range(500):
         a @ b

@@ -8,6 +8,8 @@
 //! VNNI multiplies unsigned by signed bytes: weights of 8 bits are stored 128 higher than they are, and -128 times the
 //! sum of the group's activations is where each sum starts from.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -40,7 +42,8 @@ impl<const BYTES: usize> Packing<BYTES> {
         let mut whole = [0.0; GROUP];
         whole[..values.len()].copy_from_slice(values);
         let (step, inverse) = Self::steps(&whole);
-        let integers = whole.map(|value| ((value * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32));
+        let integers =
+            whole.map(|value| ((value * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32));
         let mask = u32::MAX >> (32 - 8 * BYTES);
         for (word, parts) in words.iter_mut().zip(integers.chunks_exact(Self::PARTS)) {
             let part = |(i, value): (usize, &i32)| (value.wrapping_add(raised) as u32 & mask) << (8 * BYTES * i);
@@ -123,13 +126,12 @@ impl<const BYTES: usize> Rounded<BYTES> {
     }
 
     /// Returns the columns of some panels of `x * W^T`.
-    pub(crate) fn apply_panels(&self, x: &[f32], rows: usize, panels: std::ops::Range<usize>) -> Product {
-        self.product(x, rows, panels, Loop::best())
+    pub(crate) fn apply_panels(&self, x: &[f32], rows: usize, panels: Range<usize>, room: Vec<f32>) -> Product {
+        self.product(x, rows, panels, room, Loop::best())
     }
 
-    fn product(&self, x: &[f32], rows: usize, panels: std::ops::Range<usize>, inner: Loop) -> Product {
-        let columns = self.outputs.min(panels.end * WIDTH).saturating_sub(panels.start * WIDTH);
-        let mut product = Product { data: vec![0.0; panels.len() * rows * WIDTH], rows, columns };
+    fn product(&self, x: &[f32], rows: usize, panels: Range<usize>, room: Vec<f32>, inner: Loop) -> Product {
+        let mut product = Product::zeros(self.outputs, rows, &panels, room);
         if rows == 0 {
             return product;
         }
@@ -143,16 +145,24 @@ impl<const BYTES: usize> Rounded<BYTES> {
     }
 }
 
-/// Rows of activations, rounded.
+/// Rows of activations, rounded, in tiles whose rows lie side by side: `[tile][group][word][row of the tile]`.
 struct Rows<const BYTES: usize> {
     count: usize,
     groups: usize,
-    /// `[row][group][word]`.
     words: Vec<i32>,
-    /// `[row][group]`.
+    /// `[tile][group][row of the tile]`.
     scales: Vec<f32>,
-    /// Where a group's sum starts. `[row][group]`.
+    /// Where a group's sum starts, likewise.
     starts: Vec<i32>,
+}
+
+/// Rows of one tile: twelve sums of integers and twelve of floats fit the 32 registers beside what they are made of.
+const TILE: usize = 6;
+
+/// Returns the height of the next tile where so many rows are left. Tiles are of nearly equal height: a last one of one
+/// row would wait for the memory alone.
+fn height(left: usize) -> usize {
+    left.div_ceil(left.div_ceil(TILE).max(1))
 }
 
 impl<const BYTES: usize> Rows<BYTES> {
@@ -161,18 +171,46 @@ impl<const BYTES: usize> Rows<BYTES> {
         let (words, scales, starts) = (vec![0; count * width], vec![0.0; count * groups], vec![0; count * groups]);
         let mut rows = Rows { count, groups, words, scales, starts };
         let (arch, inputs) = (Arch::new(), x.len() / count);
-        let work = rows.words.par_chunks_exact_mut(width).zip(rows.scales.par_chunks_exact_mut(groups));
-        let work = work.zip(rows.starts.par_chunks_exact_mut(groups)).zip(x.par_chunks_exact(inputs));
-        work.with_min_len(8).for_each(|(((words, scales), starts), row)| {
-            arch.dispatch(Round::<BYTES> { row, words, scales, starts });
-        });
+        let mut tiles = Vec::new();
+        let (mut words, mut scales, mut starts, mut x) =
+            (&mut rows.words[..], &mut rows.scales[..], &mut rows.starts[..], x);
+        while !x.is_empty() {
+            let height = height(x.len() / inputs);
+            let tile = Round::<BYTES> {
+                rows: x.split_off(..height * inputs).unwrap_or_default(),
+                inputs,
+                words: words.split_off_mut(..height * width).unwrap_or_default(),
+                scales: scales.split_off_mut(..height * groups).unwrap_or_default(),
+                starts: starts.split_off_mut(..height * groups).unwrap_or_default(),
+            };
+            tiles.push(tile);
+        }
+        tiles.into_par_iter().for_each(|tile| arch.dispatch(tile));
         rows
+    }
+
+    /// Returns the height of each tile with its words, scales and starts.
+    fn tiles(&self) -> impl Iterator<Item = (usize, &[i32], &[f32], &[i32])> {
+        let (mut words, mut scales, mut starts) = (&self.words[..], &self.scales[..], &self.starts[..]);
+        let mut left = self.count;
+        std::iter::from_fn(move || {
+            let height = (left > 0).then(|| height(left))?;
+            left -= height;
+            let groups = height * self.groups;
+            Some((
+                height,
+                words.split_off(..groups * Packing::<BYTES>::WORDS)?,
+                scales.split_off(..groups)?,
+                starts.split_off(..groups)?,
+            ))
+        })
     }
 }
 
-/// One row to be rounded.
+/// The rows of one tile, to be rounded.
 struct Round<'a, const BYTES: usize> {
-    row: &'a [f32],
+    rows: &'a [f32],
+    inputs: usize,
     words: &'a mut [i32],
     scales: &'a mut [f32],
     starts: &'a mut [i32],
@@ -183,11 +221,17 @@ impl<const BYTES: usize> WithSimd for Round<'_, BYTES> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let places = self.scales.iter_mut().zip(self.starts).zip(self.words.chunks_exact_mut(Packing::<BYTES>::WORDS));
-        for (values, ((scale, start), words)) in self.row.chunks(GROUP).zip(places) {
-            let (step, sum) = Packing::<BYTES>::round(values, 0, words);
-            *scale = step;
-            *start = sum.wrapping_mul(-Packing::<BYTES>::RAISED);
+        let height = self.rows.len() / self.inputs;
+        let width = Packing::<BYTES>::WORDS;
+        let mut words = [0; GROUP];
+        for (row, values) in self.rows.chunks_exact(self.inputs).enumerate() {
+            for (group, values) in values.chunks(GROUP).enumerate() {
+                let (step, sum) = Packing::<BYTES>::round(values, 0, &mut words[..width]);
+                self.scales[group * height + row] = step;
+                self.starts[group * height + row] = sum.wrapping_mul(-Packing::<BYTES>::RAISED);
+                let places = self.words[group * width * height + row..].iter_mut().step_by(height);
+                places.zip(&words[..width]).for_each(|(place, word)| *place = *word);
+            }
         }
     }
 }
@@ -238,20 +282,24 @@ impl<const BYTES: usize> WithSimd for Panel<'_, BYTES> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Rows { groups, words, scales, starts, .. } = self.rows;
         let width = Packing::<BYTES>::WORDS;
-        let rows = words.chunks_exact(groups * width).zip(scales.chunks_exact(*groups).zip(starts.chunks_exact(*groups)));
-        for (out, (words, (steps, starts))) in self.out.iter_mut().zip(rows) {
-            let work = self.lines.chunks_exact(width).zip(words.chunks_exact(width)).zip(self.scales);
-            for (((lines, words), scales), (step, start)) in work.zip(steps.iter().zip(starts)) {
-                let mut sums = [*start; WIDTH];
-                for (line, word) in lines.iter().zip(words) {
-                    for (sum, weights) in sums.iter_mut().zip(line.0) {
-                        *sum += Packing::<BYTES>::multiply(weights, *word);
+        let mut rest = self.out;
+        for (height, words, steps, starts) in self.rows.tiles() {
+            let (tile, tail) = rest.split_at_mut(height);
+            rest = tail;
+            for (row, out) in tile.iter_mut().enumerate() {
+                let steps = steps.iter().skip(row).step_by(height).zip(starts.iter().skip(row).step_by(height));
+                let groups = self.lines.chunks_exact(width).zip(words.chunks_exact(width * height)).zip(self.scales);
+                for (((lines, words), scales), (step, start)) in groups.zip(steps) {
+                    let mut sums = [*start; WIDTH];
+                    for (line, word) in lines.iter().zip(words.iter().skip(row).step_by(height)) {
+                        for (sum, weights) in sums.iter_mut().zip(line.0) {
+                            *sum += Packing::<BYTES>::multiply(weights, *word);
+                        }
                     }
-                }
-                for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
-                    *out = (sum as f32).mul_add(scale * step, *out);
+                    for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+                        *out = (sum as f32).mul_add(scale * step, *out);
+                    }
                 }
             }
         }
@@ -265,10 +313,7 @@ mod vnni {
 
     use pulp::bytemuck;
 
-    use super::{Line, Packing, Panel, Rows, WIDTH};
-
-    /// Rows of one tile: twelve sums of integers and twelve of floats fit the 32 registers beside what they are made of.
-    const ROWS: usize = 6;
+    use super::{Line, Packing, Panel, TILE, WIDTH};
 
     const _: () = assert!(WIDTH == 32);
 
@@ -293,61 +338,57 @@ mod vnni {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn tiles<const BYTES: usize>(panel: Panel<BYTES>) {
         let Panel { lines, scales, rows, out } = panel;
-        let (mut first, mut rest) = (0, out);
-        while !rest.is_empty() {
-            // Tiles of nearly equal height: a last one of one row would wait for the memory alone.
-            let height = rest.len().div_ceil(rest.len().div_ceil(ROWS));
+        let mut rest = out;
+        for (height, words, steps, starts) in rows.tiles() {
             let (out, tail) = rest.split_at_mut(height);
-            match height {
-                1 => tile::<BYTES, 1>(lines, scales, rows, first, out),
-                2 => tile::<BYTES, 2>(lines, scales, rows, first, out),
-                3 => tile::<BYTES, 3>(lines, scales, rows, first, out),
-                4 => tile::<BYTES, 4>(lines, scales, rows, first, out),
-                5 => tile::<BYTES, 5>(lines, scales, rows, first, out),
-                _ => tile::<BYTES, ROWS>(lines, scales, rows, first, out),
-            }
-            first += height;
             rest = tail;
+            match height {
+                1 => tile::<BYTES, 1>(lines, scales, words, steps, starts, out),
+                2 => tile::<BYTES, 2>(lines, scales, words, steps, starts, out),
+                3 => tile::<BYTES, 3>(lines, scales, words, steps, starts, out),
+                4 => tile::<BYTES, 4>(lines, scales, words, steps, starts, out),
+                5 => tile::<BYTES, 5>(lines, scales, words, steps, starts, out),
+                _ => tile::<BYTES, TILE>(lines, scales, words, steps, starts, out),
+            }
         }
     }
 
-    /// Writes the rows from `first` on; their sums stay in registers.
+    /// Writes the rows of one tile; their sums stay in registers.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn tile<const BYTES: usize, const N: usize>(
         lines: &[Line],
         scales: &[[f32; WIDTH]],
-        rows: &Rows<BYTES>,
-        first: usize,
+        words: &[i32],
+        steps: &[f32],
+        starts: &[i32],
         out: &mut [[f32; WIDTH]],
     ) {
-        let (groups, width) = (rows.groups, Packing::<BYTES>::WORDS);
-        let words: [&[i32]; N] = std::array::from_fn(|n| &rows.words[(first + n) * groups * width..][..groups * width]);
-        let steps: [&[f32]; N] = std::array::from_fn(|n| &rows.scales[(first + n) * groups..][..groups]);
-        let starts: [&[i32]; N] = std::array::from_fn(|n| &rows.starts[(first + n) * groups..][..groups]);
+        let width = Packing::<BYTES>::WORDS;
+        let (words, steps, starts) = (words.as_chunks::<N>().0, steps.as_chunks::<N>().0, starts.as_chunks::<N>().0);
+        let groups = lines.chunks_exact(width).zip(words.chunks_exact(width));
         let mut totals = [[_mm512_setzero_ps(); 2]; N];
-        for (group, (lines, scales)) in lines.chunks_exact(width).zip(scales).enumerate() {
+        for ((lines, words), ((scales, steps), starts)) in groups.zip(scales.iter().zip(steps).zip(starts)) {
             let mut sums = [[_mm512_setzero_si512(); 2]; N];
-            for n in 0..N {
-                sums[n] = [_mm512_set1_epi32(starts[n][group]); 2];
+            for (sums, start) in sums.iter_mut().zip(starts) {
+                *sums = [_mm512_set1_epi32(*start); 2];
             }
-            for (word, line) in lines.iter().enumerate() {
+            for (line, words) in lines.iter().zip(words) {
                 let weights: [__m512i; 2] = bytemuck::cast(line.0);
-                for n in 0..N {
-                    let values = _mm512_set1_epi32(words[n][group * width + word]);
-                    for half in 0..2 {
-                        sums[n][half] = match BYTES {
-                            1 => _mm512_dpbusd_epi32(sums[n][half], weights[half], values),
-                            _ => _mm512_dpwssd_epi32(sums[n][half], weights[half], values),
+                for (sums, word) in sums.iter_mut().zip(words) {
+                    let values = _mm512_set1_epi32(*word);
+                    for (sum, weights) in sums.iter_mut().zip(weights) {
+                        *sum = match BYTES {
+                            1 => _mm512_dpbusd_epi32(*sum, weights, values),
+                            _ => _mm512_dpwssd_epi32(*sum, weights, values),
                         };
                     }
                 }
             }
             let scales: [__m512; 2] = bytemuck::cast(*scales);
-            for n in 0..N {
-                let step = _mm512_set1_ps(steps[n][group]);
-                for half in 0..2 {
-                    let sum = _mm512_cvtepi32_ps(sums[n][half]);
-                    totals[n][half] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales[half], step), totals[n][half]);
+            for ((totals, sums), step) in totals.iter_mut().zip(sums).zip(steps) {
+                let step = _mm512_set1_ps(*step);
+                for ((total, sum), scale) in totals.iter_mut().zip(sums).zip(scales) {
+                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, step), *total);
                 }
             }
         }
@@ -377,13 +418,18 @@ mod tests {
             let rounded = Rounded::<BYTES>::new(&[&first, &second]).unwrap();
             for rows in 1..15 {
                 let x = numbers(rows * inputs, 3);
-                let (exact, rounded) =
-                    (exact.apply(&x, rows).to_rows(), rounded.apply_panels(&x, rows, 0..rounded.panels()).to_rows());
+                let (exact, rounded) = (
+                    exact.apply(&x, rows).to_rows(),
+                    rounded.apply_panels(&x, rows, 0..rounded.panels(), Vec::new()).to_rows(),
+                );
                 assert_eq!(exact.len(), rounded.len());
                 // Both factors lie below 1 and are off by half a step; the errors of many products go both ways.
                 let bound = 3.0 * (inputs as f32).sqrt() / (2.0 * Packing::<BYTES>::MOST);
                 let worst = exact.iter().zip(&rounded).map(|(e, r)| (e - r).abs()).fold(0.0, f32::max);
-                assert!(worst < bound && worst > bound / 100.0, "{inputs} x {outputs}, {rows} rows: {worst} of {bound}");
+                assert!(
+                    worst < bound && worst > bound / 100.0,
+                    "{inputs} x {outputs}, {rows} rows: {worst} of {bound}"
+                );
             }
         }
     }
@@ -405,7 +451,7 @@ mod tests {
         let (w, x) = (integers(outputs * inputs, 4), integers(rows * inputs, 5));
         let weight = Tensor::from_slice(&w, (outputs, inputs), &Device::Cpu).unwrap();
         let rounded = Rounded::<BYTES>::new(&[&weight]).unwrap();
-        let got = rounded.apply_panels(&x, rows, 0..rounded.panels()).to_rows();
+        let got = rounded.apply_panels(&x, rows, 0..rounded.panels(), Vec::new()).to_rows();
         for (at, got) in got.iter().enumerate() {
             let (x, w) = (&x[at / outputs * inputs..][..inputs], &w[at % outputs * inputs..][..inputs]);
             let exact: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
@@ -424,13 +470,13 @@ mod tests {
     fn loops_agree<const BYTES: usize>() {
         let rounded = Rounded::<BYTES>::new(&[&weight(75, 200, 6)]).unwrap();
         let x = numbers(17 * 200, 7);
-        let all = rounded.product(&x, 17, 0..3, Loop::best()).to_rows();
-        assert_eq!(rounded.product(&x, 17, 0..3, Loop::Portable).to_rows(), all);
+        let all = rounded.product(&x, 17, 0..3, Vec::new(), Loop::best()).to_rows();
+        assert_eq!(rounded.product(&x, 17, 0..3, Vec::new(), Loop::Portable).to_rows(), all);
         for row in 0..17 {
-            let alone = rounded.product(&x[row * 200..][..200], 1, 0..3, Loop::best()).to_rows();
+            let alone = rounded.product(&x[row * 200..][..200], 1, 0..3, Vec::new(), Loop::best()).to_rows();
             assert_eq!(alone, all[row * 75..][..75]);
         }
-        let part = rounded.product(&x, 17, 1..2, Loop::best()).to_rows();
+        let part = rounded.product(&x, 17, 1..2, Vec::new(), Loop::best()).to_rows();
         assert_eq!(part[32..64], all[75 + 32..75 + 64]);
     }
 
@@ -445,10 +491,10 @@ mod tests {
         for fault in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = numbers(70, 9);
             x[66] = fault;
-            let out = rounded.apply_panels(&x, 1, 0..1).to_rows();
+            let out = rounded.apply_panels(&x, 1, 0..1, Vec::new()).to_rows();
             assert!(out.iter().all(|v| !v.is_finite()), "{fault}: {out:?}");
         }
-        assert_eq!(rounded.apply_panels(&[0.0; 70], 1, 0..1).to_rows(), [0.0; 3]);
+        assert_eq!(rounded.apply_panels(&[0.0; 70], 1, 0..1, Vec::new()).to_rows(), [0.0; 3]);
     }
 
     #[test]

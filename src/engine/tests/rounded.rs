@@ -17,8 +17,7 @@ fn draw(policy: &Policy, max_sequences: usize) -> Vec<Completion> {
 fn gap(model: &Model, adapter: Option<&Adapter>, drawn: &[Completion]) -> f32 {
     let prompt: Vec<u32> = (10..55).collect();
     let drawn = &drawn[..6];
-    let items: Vec<ScoreItem> =
-        drawn.iter().map(|s| ScoreItem { prompt: &prompt, completion: &s.token_ids }).collect();
+    let items: Vec<ScoreItem> = drawn.iter().map(|s| ScoreItem { prompt: &prompt, completion: &s.token_ids }).collect();
     let exact = logprobs(model, adapter, &items).unwrap().concat();
     let told: Vec<f32> = drawn.iter().flat_map(|s| s.logprobs.clone()).collect();
     assert!(told.len() > 40);
@@ -44,7 +43,10 @@ fn an_adapter_is_part_of_what_is_rounded() {
         for (form, bound) in FORMS {
             let drawn = draw(&Policy::new(&model, Some(&adapter), form).unwrap(), 64);
             let (own, other) = (gap(&model, Some(&adapter), &drawn), gap(&model, None, &drawn));
-            assert!(own < bound && other > 2.0 * own, "{name}, {form:?}: {own} from the adapter's, {other} from the base's");
+            assert!(
+                own < bound && other > 2.0 * own,
+                "{name}, {form:?}: {own} from the adapter's, {other} from the base's"
+            );
         }
     }
 }
