@@ -16,7 +16,7 @@ use super::optimizer::AdamW;
 use super::{Sample, Settings, StepLog, TuneError};
 use crate::durable::{self, FileError};
 use crate::engine::train::{LoraMatrices, Matrix};
-use crate::engine::{LoraSpec, ModelIdentity};
+use crate::engine::{LoraSpec, ModelIdentity, WeightForm};
 
 const MANIFEST: &str = "manifest.json";
 const FRESH: &str = "give another output folder, or delete this one";
@@ -36,6 +36,9 @@ pub struct Origin {
     pub start: Option<String>,
     /// Sums are split over threads, so their last bits depend on the count.
     pub threads: usize,
+    /// The form of the frozen weights, which `auto` chooses by the processor.
+    #[serde(default)]
+    pub form: WeightForm,
 }
 
 impl Origin {
@@ -55,6 +58,7 @@ impl Origin {
             samples: hash(samples)?,
             start: start.map(|start| start.sha256.clone()),
             threads: rayon::current_num_threads(),
+            form: settings.precision.form(),
         };
         if let Some(start) = start {
             let remedy = "start from a checkpoint of the same base and LoRA settings, or from none";
@@ -74,7 +78,8 @@ impl Origin {
         differs(&path, "the seed", &self.seed, &other.seed, FRESH)?;
         differs(&path, "the hash of the samples", &self.samples, &other.samples, FRESH)?;
         differs(&path, "the start", &self.start, &other.start, FRESH)?;
-        differs(&path, "the thread count", &self.threads, &other.threads, "set the same limit of threads")
+        differs(&path, "the thread count", &self.threads, &other.threads, "set the same limit of threads")?;
+        differs(&path, "the precision", &self.form, &other.form, "set tuning.precision as it was")
     }
 }
 

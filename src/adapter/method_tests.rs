@@ -3,12 +3,13 @@
 use super::tests::{Killer, bytes, samples, settings, tiny};
 use super::*;
 use crate::adapter::losses::Method;
+use crate::engine::WeightForm;
 use crate::engine::train::GroupTokens;
 use crate::engine::train::fixture::Tiny;
 
 /// The samples with the log-probs of the base, from which they are taken to be drawn.
 fn told(tiny: &Tiny) -> Vec<Sample> {
-    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
     let mut samples = samples();
     for sample in &mut samples {
         let group = GroupTokens { prompt: &sample.prompt, completions: vec![&sample.completion] };
@@ -19,7 +20,7 @@ fn told(tiny: &Tiny) -> Vec<Sample> {
 
 /// Returns how many nats likelier the best answer of a prompt is than its worst, in the mean over prompts.
 fn preference(tiny: &Tiny, samples: &[Sample], out: Option<&Path>) -> f64 {
-    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
     let spec = settings().lora();
     let lora = match out {
         None => crate::engine::train::LoraMatrices::fresh(&tiny.config, &spec, 0),

@@ -230,7 +230,7 @@ pub fn tune_frozen(
         }
     }
     durable::create_folder(&folder)?;
-    let base = Base::new(frozen.config, frozen.weights)?;
+    let base = Base::new(frozen.config, frozen.weights, settings.precision.form())?;
     let mut run = Run::new(base, settings, &selection, origin, &folder, seed, resumed, start)?;
     run.train(progress)?;
     durable::write_json_lines(&out.join(STEPS), run.logs())?;

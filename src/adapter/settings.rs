@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::losses::Method;
-use crate::engine::{Linear, LoraSpec};
+use crate::engine::{Linear, LoraSpec, Precision};
 
 /// How an adapter is trained from scored samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -32,6 +32,8 @@ pub struct Settings {
     /// Policy gradients are refused where the sampler's log-probs differ from the trainer's by more, in nats a token: such
     /// ratios are noise. Above 0.
     pub max_sampler_gap: f64,
+    /// Precision of the products with the frozen weights; `int8` is too coarse. The adapter itself is f32.
+    pub precision: Precision,
     /// Rank of the LoRA matrices. At least 1, at most the narrowest layer.
     pub rank: usize,
     /// LoRA's alpha: the change is scaled by alpha / rank. Above 0.
@@ -79,6 +81,7 @@ impl Default for Settings {
             clip_low: 0.0,
             clip_high: 0.0,
             max_sampler_gap: 0.05,
+            precision: Precision::default(),
             rank: 16,
             alpha: 32.0,
             use_rslora: false,
@@ -119,6 +122,9 @@ impl Settings {
         ];
         if let Some((key, _)) = counts.into_iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} is 0; set it to 1 or more"));
+        }
+        if self.precision == Precision::Int8 {
+            return Err("precision is int8, which is too coarse for gradients; set auto, int16 or f32".into());
         }
         let positive = [
             ("alpha", self.alpha),

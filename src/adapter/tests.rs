@@ -8,7 +8,7 @@ use crate::adapter::checkpoint::{Known, save};
 use crate::adapter::optimizer::AdamW;
 use crate::engine::train::LoraMatrices;
 use crate::engine::train::fixture::{Golden, Tiny, lora};
-use crate::engine::{Architecture, Linear};
+use crate::engine::{Architecture, Linear, Precision, WeightForm};
 use crate::progress::Observer;
 
 pub(super) fn tiny() -> Tiny {
@@ -52,6 +52,8 @@ pub(super) fn samples() -> Vec<Sample> {
 
 pub(super) fn settings() -> Settings {
     let rates = Settings { learning_rate: 1e-2, warmup_steps: 2, ..Settings::default() };
+    // Most tests compare numbers to more digits than 16 bits keep.
+    let rates = Settings { precision: Precision::F32, ..rates };
     Settings { rank: 4, alpha: 8.0, batch_samples: 4, batch_tokens: 24, checkpoint_steps: 2, ..rates }
 }
 
@@ -92,6 +94,7 @@ fn expect_golden(name: &str, frozen: Frozen) {
         batch_samples: golden.logprobs.len(),
         best_per_prompt: 3,
         max_kl: 100.0,
+        precision: Precision::F32,
         ..Settings::default()
     };
     // The golden run starts from matrices of its own: hand them over as the checkpoint of an iteration before.
@@ -125,7 +128,15 @@ fn ten_steps_agree_with_pytorch() {
 fn gradients_and_ten_steps_on_smollm2_agree_with_pytorch() {
     let Some(model) = smollm2() else { return };
     let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
-    Golden::read("smollm2").expect_pass(frozen.config, frozen.weights);
+    let golden = Golden::read("smollm2");
+    let off = golden.expect_pass(frozen.config, frozen.weights, WeightForm::F32);
+    println!("SmolLM2: log-probs within {:.1e}, gradients within {:.1e} of PEFT", off.0, off.1);
+    let (logprobs, gradients) = golden.rounding(frozen.config, frozen.weights);
+    println!(
+        "SmolLM2, 16 bits: log-probs {logprobs:.1e} from f32's in the mean, gradients {gradients:?} of their norm"
+    );
+    // In bf16, which is what is trained in elsewhere, torch's own are 0.11 off in the median.
+    assert!(logprobs < 1e-2 && gradients[0] < 0.03 && gradients[1] < 0.1, "{logprobs} {gradients:?}");
     expect_golden("smollm2", frozen);
 }
 
@@ -187,23 +198,29 @@ impl Observer for Killer {
 
 #[test]
 fn a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one() {
+    for precision in [Precision::F32, Precision::Int16] {
+        expect_the_same_bytes(&Settings { precision, ..settings() });
+    }
+}
+
+fn expect_the_same_bytes(settings: &Settings) {
     let folder = tempfile::tempdir().unwrap();
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
-    let (tiny, samples, settings) = (tiny(), samples(), settings());
-    let outcome = tiny.tune(&samples, None, &settings, &whole).unwrap();
+    let (tiny, samples) = (tiny(), samples());
+    let outcome = tiny.tune(&samples, None, settings, &whole).unwrap();
     assert!(outcome.steps.len() >= 10);
     for after in [1, 3, 4] {
         Killer::stop_after(after, |progress| {
-            tune_frozen(tiny.frozen(), &samples, None, &settings, 7, &killed, progress).map(drop)
+            tune_frozen(tiny.frozen(), &samples, None, settings, 7, &killed, progress).map(drop)
         });
         assert!(!killed.join(ADAPTER).exists(), "nothing to register yet");
     }
     let done = Checkpoint::load(&killed.join(CHECKPOINT)).unwrap().steps.len();
     assert!(done > 2 && done < outcome.steps.len(), "went on from step {done}");
-    tiny.tune(&samples, None, &settings, &killed).unwrap();
+    tiny.tune(&samples, None, settings, &killed).unwrap();
     assert_eq!(bytes(&whole), bytes(&killed));
     // A finished run is not done again.
-    assert_eq!(tiny.tune(&samples, None, &settings, &whole).unwrap(), outcome);
+    assert_eq!(tiny.tune(&samples, None, settings, &whole).unwrap(), outcome);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
-use crate::engine::{Adapter, EngineError, Model, Policy, SamplingSettings, WeightForm};
+use crate::engine::{Adapter, EngineError, Model, Policy, Precision, SamplingSettings};
 use crate::progress::Progress;
 use crate::record::FinishReason;
 pub use draw::{Draw, draw};
@@ -42,39 +42,12 @@ pub struct Settings {
     pub chunk_prompts: usize,
     /// Most sequences decoded at the same time; bounds the memory of the KV cache.
     pub max_sequences: usize,
-    /// Precision of the weights that answers are drawn with.
-    pub weights: Weights,
+    /// Precision of the weights that answers are drawn with; an adapter is merged into them before they are rounded.
+    pub precision: Precision,
     /// More answers to each prompt, drawn in other ways.
     pub strategies: Vec<Strategy>,
     /// A server that samples instead of this machine.
     pub remote: remote::Settings,
-}
-
-/// Precision of the weights that candidates are drawn with. Training computes in f32 whatever drew them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Weights {
-    /// `int16` where the processor has instructions for it (AVX-512 VNNI), else `f32`.
-    #[default]
-    Auto,
-    /// The weights as they are.
-    F32,
-    /// Weights and activations rounded to 16 bits in groups of 64, the adapter merged before.
-    Int16,
-    /// The same with 8 bits: faster still, and off by more than policy gradients allow.
-    Int8,
-}
-
-impl Weights {
-    /// Returns the form on this machine.
-    pub fn form(self) -> WeightForm {
-        match self {
-            Weights::Auto => WeightForm::fastest(),
-            Weights::F32 => WeightForm::F32,
-            Weights::Int16 => WeightForm::Int16,
-            Weights::Int8 => WeightForm::Int8,
-        }
-    }
 }
 
 impl Default for Settings {
@@ -86,7 +59,7 @@ impl Default for Settings {
             max_tokens: 512,
             chunk_prompts: 16,
             max_sequences: 64,
-            weights: Weights::default(),
+            precision: Precision::default(),
             strategies: Vec::new(),
             remote: remote::Settings::default(),
         }
@@ -309,7 +282,7 @@ pub fn sample(
                     // Made at the first chunk that is missing.
                     let policy = match local.take() {
                         Some(policy) => policy,
-                        None => Policy::new(model, adapter, settings.weights.form())?,
+                        None => Policy::new(model, adapter, settings.precision.form())?,
                     };
                     draw(local.insert(policy), chunk, &settings.draw(), stream, &mut step)?
                 }

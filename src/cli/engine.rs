@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use super::answers::{Answer, ModelArgs, Prompt};
 use super::lines::{Input, Output};
 use super::{Exit, Screen};
-use crate::candidates::Weights;
-use crate::engine::{BatchLimits, Completion, Group, Policy, SamplingSettings, ScoreItem, generate, logprobs};
+use crate::engine::{
+    BatchLimits, Completion, Group, Policy, Precision, SamplingSettings, ScoreItem, generate, logprobs,
+};
 use crate::record::{FinishReason, derive_seed};
 
 /// Inputs that are worked on together: enough to fill the batch, few enough that results come early.
@@ -48,8 +49,8 @@ pub struct Generate {
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
     /// Precision of the weights.
-    #[arg(long, value_enum, default_value_t = Weights::F32, value_name = "FORM")]
-    weights: Weights,
+    #[arg(long, value_enum, default_value_t = Precision::F32, value_name = "FORM")]
+    precision: Precision,
 }
 
 #[derive(Serialize)]
@@ -75,7 +76,7 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         max_tokens: args.max_tokens,
         ..SamplingSettings::default()
     };
-    let policy = Policy::new(&model, adapter.as_ref(), args.weights.form())?;
+    let policy = Policy::new(&model, adapter.as_ref(), args.precision.form())?;
     let mut out = Output::stdout();
     let mut step = screen.progress().step("generating", prompts.len() as u64 * args.samples, "answers");
     for (chunk, prompts) in prompts.chunks(CHUNK).enumerate() {

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-mod rounded;
+pub(crate) mod rounded;
 
 use self::rounded::Rounded;
 use super::error::EngineError;
@@ -25,10 +25,11 @@ pub(crate) const WIDTH: usize = 32;
 const LINE: usize = 16;
 
 /// The form in which the decoder's weights are multiplied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum WeightForm {
-    /// As training computes.
+    /// As they are.
+    #[default]
     F32,
     /// Rounded to 16 bits in groups of 64, activations too: within 0.01 nats a token of f32.
     Int16,
@@ -37,9 +38,36 @@ pub enum WeightForm {
 }
 
 impl WeightForm {
-    /// Returns the fastest form on this processor that tells log-probs as training does.
+    /// Returns the fastest form on this processor that is as good as f32.
     pub fn fastest() -> Self {
         if rounded::is_fast() { WeightForm::Int16 } else { WeightForm::F32 }
+    }
+}
+
+/// The precision that an operator asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// `int16` where the processor has instructions for it (AVX-512 VNNI), else `f32`.
+    #[default]
+    Auto,
+    /// The weights as they are.
+    F32,
+    /// Weights and activations rounded to 16 bits in groups of 64.
+    Int16,
+    /// The same with 8 bits: faster still, and off by more than policy gradients allow.
+    Int8,
+}
+
+impl Precision {
+    /// Returns the form of the weights on this machine.
+    pub fn form(self) -> WeightForm {
+        match self {
+            Precision::Auto => WeightForm::fastest(),
+            Precision::F32 => WeightForm::F32,
+            Precision::Int16 => WeightForm::Int16,
+            Precision::Int8 => WeightForm::Int8,
+        }
     }
 }
 

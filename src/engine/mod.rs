@@ -38,7 +38,7 @@ pub use config::{
 pub use draw::SamplingSettings;
 pub use error::EngineError;
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, save_peft};
-pub use matmul::WeightForm;
+pub use matmul::{Precision, WeightForm};
 pub use model::{Model, ModelIdentity};
 pub use policy::Policy;
 pub use rope::Rope;

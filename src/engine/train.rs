@@ -13,18 +13,20 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha20Rng;
+use rayon::prelude::*;
 
 use self::layer::{Batch, Layer, Saved};
 use super::config::ModelConfig;
 use super::error::EngineError;
 use super::lora::{Factor, Linear, LoraSpec, Module};
+use super::matmul::WeightForm;
 use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
-use super::ops::linear::Pair;
+use super::ops::linear::{BothWays, Pair};
 use super::ops::pointwise::{RmsNorm, Rotation};
 use super::ops::token_logprobs::{Output, Slopes, TokenLogprobs, token_logprobs};
 use super::rope::Rope;
-use super::weights::Weights;
+use super::weights::{LayerWeights, Weights};
 
 /// A prompt and the completions whose tokens are wanted.
 #[derive(Debug, Clone)]
@@ -143,13 +145,38 @@ impl LoraMatrices {
 pub struct Base<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
+    rounded: Option<Rounded>,
     ropes: Vec<Rope>,
 }
 
+/// The weights of all products, rounded: those of each layer in the order of [`Linear::ALL`], and the output layer.
+struct Rounded {
+    layers: Vec<[BothWays; 7]>,
+    head: BothWays,
+}
+
+impl Rounded {
+    fn new(weights: &Weights) -> Result<Self, EngineError> {
+        let layer = |w: &LayerWeights| -> Result<[BothWays; 7], EngineError> {
+            let [q, k, v, o] = [&w.q, &w.k, &w.v, &w.o].map(BothWays::new);
+            let [gate, up, down] = [&w.gate, &w.up, &w.down].map(BothWays::new);
+            Ok([q?, k?, v?, o?, gate?, up?, down?])
+        };
+        let layers = weights.layers.par_iter().map(layer).collect::<Result<_, _>>()?;
+        Ok(Rounded { layers, head: BothWays::new(&weights.lm_head)? })
+    }
+}
+
 impl<'a> Base<'a> {
-    /// Prepares the frozen model for training.
-    pub fn new(config: &'a ModelConfig, weights: &'a Weights) -> Result<Self, EngineError> {
-        Ok(Base { config, weights, ropes: Rope::all(config)? })
+    /// Prepares the frozen model for training. In 16 bits that holds two more copies of the weights, half as large each;
+    /// gradients then are off by some 1e-4 of the largest of their matrix.
+    pub fn new(config: &'a ModelConfig, weights: &'a Weights, form: WeightForm) -> Result<Self, EngineError> {
+        let rounded = match form {
+            WeightForm::F32 => None,
+            WeightForm::Int16 => Some(Rounded::new(weights)?),
+            WeightForm::Int8 => return Err(EngineError::request("8 bits are too coarse for gradients; use 16 or f32")),
+        };
+        Ok(Base { config, weights, rounded, ropes: Rope::all(config)? })
     }
 
     /// Returns the log-probs and the entropies of all completion tokens under the base: group by group, completion by
@@ -180,7 +207,8 @@ impl<'a> Base<'a> {
     }
 
     fn layer<'l>(&'l self, index: usize, lora: Option<&'l LoraMatrices>) -> Layer<'l> {
-        Layer { config: self.config, weights: &self.weights.layers[index], index, lora }
+        let rounded = self.rounded.as_ref().map(|rounded| &rounded.layers[index]);
+        Layer { config: self.config, weights: &self.weights.layers[index], rounded, index, lora }
     }
 
     fn embed(&self, packed: &Packed) -> Result<Vec<f32>, EngineError> {
@@ -200,7 +228,8 @@ impl<'a> Base<'a> {
     fn logprobs(&self, packed: &Packed, x: &[f32], slopes: Slopes) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
         let predicting = gather(x, packed.predicting.iter().copied(), self.config.hidden_size);
         let hidden = RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.forward(&predicting);
-        let output = Output { weight: &self.weights.lm_head, cap: self.config.logit_cap };
+        let rounded = self.rounded.as_ref().map(|rounded| &rounded.head);
+        let output = Output { weight: &self.weights.lm_head, rounded, cap: self.config.logit_cap };
         let tokens = token_logprobs(&hidden, output, &packed.targets, slopes)?;
         Ok((tokens, predicting))
     }

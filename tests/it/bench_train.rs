@@ -9,7 +9,8 @@ use candle_core::{Device, Tensor};
 use taod::engine::ops::mat::{Into, Mat, MatMut, Threads, multiply};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
 use taod::engine::{
-    Architecture, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, RopeConfig, RopeScaling, Scores, Weights,
+    Architecture, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, RopeConfig, RopeScaling, Scores, WeightForm,
+    Weights,
 };
 
 const PROMPT: usize = 64;
@@ -21,7 +22,7 @@ const SAMPLES: usize = 8;
 fn bench_train() -> Result<(), Box<dyn std::error::Error>> {
     let config = config();
     let weights = weights(&config)?;
-    let base = Base::new(&config, &weights)?;
+    let base = Base::new(&config, &weights, WeightForm::F32)?;
     let spec = LoraSpec { rank: 16, alpha: 32.0, targets: Linear::ALL.to_vec(), use_rslora: false };
     let lora = LoraMatrices::fresh(&config, &spec, 1);
     let prompt: Vec<u32> = (0..PROMPT as u32).collect();

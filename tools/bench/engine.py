@@ -27,10 +27,10 @@ ROWS = [
     ("long", "1 prompt of 1,024 x 8 x 64 new", [1, 8, 1024, 64], ["generate", "generate-int16", "generate-int8"], ["hf", "llama.cpp"], 5.0, None),
     ("one", "1 prompt of 64 x 1 x 64 new", [1, 1, 64, 64], ["generate", "generate-int16", "generate-int8"], ["hf", "llama.cpp"], 1.0, None),
     ("logprobs", "log-probs of 8 groups x 8 x (64 shared + 64)", [8, 8, 64, 64], ["logprobs"], ["hf"], 1.7, None),
-    ("step-64", "LoRA step, 8 x (64 shared + 64)", [8, 64, 64], ["step"], ["hf"], 1.5, 1 / 3),
-    ("step-512", "LoRA step, 8 x (512 shared + 64)", [8, 512, 64], ["step"], ["hf"], 5.0, 1 / 5),
+    ("step-64", "LoRA step, 8 x (64 shared + 64)", [8, 64, 64], ["step", "step-int16"], ["hf"], 1.5, 1 / 3),
+    ("step-512", "LoRA step, 8 x (512 shared + 64)", [8, 512, 64], ["step", "step-int16"], ["hf"], 5.0, 1 / 5),
 ]
-LABELS = {"generate": "taod, f32", "generate-int16": "taod, 16 bits", "generate-int8": "taod, 8 bits", "logprobs": "taod", "step": "taod", "hf": "transformers", "llama.cpp": "llama.cpp, Q4_1"}
+LABELS = {"generate": "taod, f32", "generate-int16": "taod, 16 bits", "generate-int8": "taod, 8 bits", "logprobs": "taod", "step": "taod, f32", "step-int16": "taod, 16 bits", "hf": "transformers", "llama.cpp": "llama.cpp, Q4_1"}
 
 
 class Side:
@@ -40,7 +40,9 @@ class Side:
         self.name, self.figures = name, []
         # Libraries talk much; what they said last is shown when a side ends early.
         self.said = tempfile.TemporaryFile("w+")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
+        # A round's process has this, too.
+        environment = os.environ | {"MIMALLOC_PURGE_DELAY": "-1"}
+        pipes = {"env": environment, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.child = subprocess.Popen(command, text=True, **pipes)
         self.wait("ready")
 

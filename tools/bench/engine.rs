@@ -1,7 +1,7 @@
 //! One side of the engine bench: does a piece of work once for each line of its input, and tells its seconds.
 //!
 //! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs GROUPS SAMPLES PROMPT NEW` or
-//! `step SAMPLES PROMPT NEW`. It prints `ready`, then a line of JSON for each line it reads.
+//! `step[-int16] SAMPLES PROMPT NEW`. It prints `ready`, then a line of JSON for each line it reads.
 
 use std::io::BufRead;
 use std::time::Instant;
@@ -34,7 +34,8 @@ fn main() -> Result<()> {
             sample(&model, WeightForm::Int8, *prompts, *samples, *prompt, *new)
         }
         ("logprobs", [groups, samples, prompt, new]) => score(&model, *groups, *samples, *prompt, *new),
-        ("step", [samples, prompt, new]) => step(&model, *samples, *prompt, *new),
+        ("step", [samples, prompt, new]) => step(&model, WeightForm::F32, *samples, *prompt, *new),
+        ("step-int16", [samples, prompt, new]) => step(&model, WeightForm::Int16, *samples, *prompt, *new),
         _ => Err(format!("no work is called {work} {sizes:?}").into()),
     }
 }
@@ -86,8 +87,8 @@ fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize
 }
 
 /// A step on one group: forward, backward, AdamW, with the mean negative log-likelihood as loss.
-fn step(model: &Model, samples: usize, prompt: usize, new: usize) -> Result<()> {
-    let base = Base::new(model.config(), model.weights())?;
+fn step(model: &Model, form: WeightForm, samples: usize, prompt: usize, new: usize) -> Result<()> {
+    let base = Base::new(model.config(), model.weights(), form)?;
     let spec = LoraSpec { rank: 16, alpha: 32.0, targets: Linear::ALL.to_vec(), use_rslora: false };
     let mut lora = LoraMatrices::fresh(model.config(), &spec, 1);
     let mut optimizer = AdamW::new(&lora.values);

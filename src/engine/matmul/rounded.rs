@@ -8,71 +8,23 @@
 //! VNNI multiplies unsigned by signed bytes: weights of 8 bits are stored 128 higher than they are, and -128 times the
 //! sum of the group's activations is where each sum starts from.
 
+mod packing;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
 use std::ops::Range;
 
 use candle_core::Tensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use self::packing::{GROUP, Packing};
 use super::{Product, WIDTH, read_values};
 use crate::engine::error::EngineError;
+use crate::engine::ops::mat::Into;
 
-/// Inputs that share a scale.
-const GROUP: usize = 64;
-
-/// Added to a small float it leaves the nearest integer, of two as near the even one, in the lowest bits.
-const MAGIC: f32 = 12_582_912.0;
-
-/// How integers of so many bytes stand in words of 32 bits.
-struct Packing<const BYTES: usize>;
-
-impl<const BYTES: usize> Packing<BYTES> {
-    /// Integers of a word.
-    const PARTS: usize = 4 / BYTES;
-    /// Words of a group.
-    const WORDS: usize = GROUP / Self::PARTS;
-    /// What the largest value of a group becomes. For 16 bits the most of which 64 products fit 31 bits.
-    const MOST: f32 = if BYTES == 1 { 127.0 } else { 5792.0 };
-    /// How much higher weights are stored than they are.
-    const RAISED: i32 = if BYTES == 1 { 128 } else { 0 };
-
-    /// Rounds a group of values; returns the step, the integers, each `raised`, as words, and their sum before that.
-    #[inline(always)]
-    fn round(values: &[f32], raised: i32, words: &mut [i32]) -> (f32, i32) {
-        let mut whole = [0.0; GROUP];
-        whole[..values.len()].copy_from_slice(values);
-        let (step, inverse) = Self::steps(&whole);
-        let integers =
-            whole.map(|value| ((value * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32));
-        let mask = u32::MAX >> (32 - 8 * BYTES);
-        for (word, parts) in words.iter_mut().zip(integers.chunks_exact(Self::PARTS)) {
-            let part = |(i, value): (usize, &i32)| (value.wrapping_add(raised) as u32 & mask) << (8 * BYTES * i);
-            *word = parts.iter().enumerate().map(part).fold(0, |word, part| word | part) as i32;
-        }
-        (step, integers.iter().fold(0, |sum: i32, value| sum.wrapping_add(*value)))
-    }
-
-    /// Returns the step that takes the largest value to [`Self::MOST`], and its inverse. What is no number makes the step
-    /// none, so that it is seen in the product.
-    #[inline(always)]
-    fn steps(values: &[f32; GROUP]) -> (f32, f32) {
-        let (mut largest, mut faults) = (0.0f32, 0.0f32);
-        for value in values {
-            largest = if value.abs() > largest { value.abs() } else { largest };
-            faults += value * 0.0;
-        }
-        let step = largest / Self::MOST + faults;
-        (step, if step > 0.0 { Self::MOST / largest } else { 0.0 })
-    }
-
-    /// Returns the sum of the products of the parts of a word of weights and one of activations.
-    #[inline(always)]
-    fn multiply(weights: i32, values: i32) -> i32 {
-        let signed = |word: i32, i: usize| (word << (32 - 8 * BYTES * (i + 1))) >> (32 - 8 * BYTES);
-        let weight = |i: usize| if BYTES == 1 { weights >> (8 * i) & 0xff } else { signed(weights, i) };
-        (0..Self::PARTS).map(|i| weight(i) * signed(values, i)).sum()
-    }
-}
+/// Rows that go through all weights together, at most: their words stay in the second cache.
+const BLOCK: usize = 48;
 
 /// A word of every output of a panel: two AVX-512 registers.
 #[derive(Clone, Copy)]
@@ -85,6 +37,7 @@ pub(crate) struct Rounded<const BYTES: usize> {
     /// `[panel][group]`.
     scales: Vec<[f32; WIDTH]>,
     groups: usize,
+    inputs: usize,
     outputs: usize,
 }
 
@@ -106,7 +59,7 @@ impl<const BYTES: usize> Rounded<BYTES> {
                 }
             });
         })?;
-        Ok(Rounded { lines, scales, groups, outputs })
+        Ok(Rounded { lines, scales, groups, inputs, outputs })
     }
 
     /// Writes one output's weights into a lane of its panel.
@@ -137,11 +90,40 @@ impl<const BYTES: usize> Rounded<BYTES> {
         }
         let rows = Rows::<BYTES>::new(x, rows, self.groups);
         product.data.par_chunks_exact_mut(rows.count * WIDTH).zip(panels).for_each(|(out, at)| {
-            let words = self.groups * Packing::<BYTES>::WORDS;
-            let (lines, scales) = (&self.lines[at * words..][..words], &self.scales[at * self.groups..][..self.groups]);
-            inner.run(Panel { lines, scales, rows: &rows, out: out.as_chunks_mut().0 });
+            inner.run(self.panel(at, &rows, out.as_chunks_mut().0));
         });
         product
+    }
+
+    fn panel<'a>(&'a self, at: usize, rows: &'a Rows<BYTES>, out: &'a mut [[f32; WIDTH]]) -> Panel<'a, BYTES> {
+        let words = self.groups * Packing::<BYTES>::WORDS;
+        let (lines, scales) = (&self.lines[at * words..][..words], &self.scales[at * self.groups..][..self.groups]);
+        Panel { lines, scales, rows, out }
+    }
+
+    /// Writes `x * W^T` to row-major rows, or adds it: for many rows, each block of which goes through all weights.
+    pub(crate) fn multiply(&self, x: &[f32], y: &mut [f32], into: Into) {
+        if x.is_empty() || self.outputs == 0 {
+            return;
+        }
+        let rows = x.len() / self.inputs;
+        let block = rows.div_ceil(rayon::current_num_threads()).clamp(1, BLOCK);
+        let work = y.par_chunks_mut(block * self.outputs).zip(x.par_chunks(block * self.inputs));
+        work.for_each_init(Vec::new, |room: &mut Vec<[f32; WIDTH]>, (y, x)| {
+            let rows = Rows::<BYTES>::new(x, x.len() / self.inputs, self.groups);
+            for at in 0..self.panels() {
+                room.clear();
+                room.resize(rows.count, [0.0; WIDTH]);
+                Loop::best().run(self.panel(at, &rows, room));
+                for (y, out) in y.chunks_exact_mut(self.outputs).zip(&*room) {
+                    let y = y[at * WIDTH..].iter_mut().zip(out);
+                    match into {
+                        Into::Fresh => y.for_each(|(y, out)| *y = *out),
+                        Into::Sum => y.for_each(|(y, out)| *y += out),
+                    }
+                }
+            }
+        });
     }
 }
 
@@ -306,98 +288,6 @@ impl<const BYTES: usize> WithSimd for Panel<'_, BYTES> {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod vnni {
-    use std::arch::x86_64::*;
-    use std::sync::LazyLock;
-
-    use pulp::bytemuck;
-
-    use super::{Line, Packing, Panel, TILE, WIDTH};
-
-    const _: () = assert!(WIDTH == 32);
-
-    /// Returns true if the processor has the instructions of [`run`].
-    pub(super) fn is_there() -> bool {
-        static THERE: LazyLock<bool> = LazyLock::new(|| {
-            is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vnni")
-        });
-        *THERE
-    }
-
-    /// Writes one panel of the product of all rows. The processor must have the instructions.
-    #[expect(unsafe_code, reason = "only so a function for newer processors is called")]
-    pub(super) fn run<const BYTES: usize>(panel: Panel<BYTES>) {
-        assert!(is_there(), "this processor has no AVX-512 VNNI");
-        // SAFETY: the instructions that `tiles` is compiled for are there, which is all that it asks for.
-        unsafe { tiles(panel) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn tiles<const BYTES: usize>(panel: Panel<BYTES>) {
-        let Panel { lines, scales, rows, out } = panel;
-        let mut rest = out;
-        for (height, words, steps, starts) in rows.tiles() {
-            let (out, tail) = rest.split_at_mut(height);
-            rest = tail;
-            match height {
-                1 => tile::<BYTES, 1>(lines, scales, words, steps, starts, out),
-                2 => tile::<BYTES, 2>(lines, scales, words, steps, starts, out),
-                3 => tile::<BYTES, 3>(lines, scales, words, steps, starts, out),
-                4 => tile::<BYTES, 4>(lines, scales, words, steps, starts, out),
-                5 => tile::<BYTES, 5>(lines, scales, words, steps, starts, out),
-                _ => tile::<BYTES, TILE>(lines, scales, words, steps, starts, out),
-            }
-        }
-    }
-
-    /// Writes the rows of one tile; their sums stay in registers.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn tile<const BYTES: usize, const N: usize>(
-        lines: &[Line],
-        scales: &[[f32; WIDTH]],
-        words: &[i32],
-        steps: &[f32],
-        starts: &[i32],
-        out: &mut [[f32; WIDTH]],
-    ) {
-        let width = Packing::<BYTES>::WORDS;
-        let (words, steps, starts) = (words.as_chunks::<N>().0, steps.as_chunks::<N>().0, starts.as_chunks::<N>().0);
-        let groups = lines.chunks_exact(width).zip(words.chunks_exact(width));
-        let mut totals = [[_mm512_setzero_ps(); 2]; N];
-        for ((lines, words), ((scales, steps), starts)) in groups.zip(scales.iter().zip(steps).zip(starts)) {
-            let mut sums = [[_mm512_setzero_si512(); 2]; N];
-            for (sums, start) in sums.iter_mut().zip(starts) {
-                *sums = [_mm512_set1_epi32(*start); 2];
-            }
-            for (line, words) in lines.iter().zip(words) {
-                let weights: [__m512i; 2] = bytemuck::cast(line.0);
-                for (sums, word) in sums.iter_mut().zip(words) {
-                    let values = _mm512_set1_epi32(*word);
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = match BYTES {
-                            1 => _mm512_dpbusd_epi32(*sum, weights, values),
-                            _ => _mm512_dpwssd_epi32(*sum, weights, values),
-                        };
-                    }
-                }
-            }
-            let scales: [__m512; 2] = bytemuck::cast(*scales);
-            for ((totals, sums), step) in totals.iter_mut().zip(sums).zip(steps) {
-                let step = _mm512_set1_ps(*step);
-                for ((total, sum), scale) in totals.iter_mut().zip(sums).zip(scales) {
-                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, step), *total);
-                }
-            }
-        }
-        for (out, totals) in out.iter_mut().zip(totals) {
-            *out = bytemuck::cast(totals);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -484,6 +374,26 @@ mod tests {
     fn both_loops_give_the_same_bits_in_any_batch() {
         loops_agree::<1>();
         loops_agree::<2>();
+    }
+
+    fn many_rows_are_written_or_added<const BYTES: usize>() {
+        let (inputs, outputs) = (200, 75);
+        let rounded = Rounded::<BYTES>::new(&[&weight(outputs, inputs, 6)]).unwrap();
+        for rows in [1, 5, 2 * BLOCK + 7] {
+            let x = numbers(rows * inputs, 7);
+            let expected = rounded.apply_panels(&x, rows, 0..3, Vec::new()).to_rows();
+            let mut y = vec![9.0; rows * outputs];
+            rounded.multiply(&x, &mut y, Into::Fresh);
+            assert_eq!(y, expected);
+            rounded.multiply(&x, &mut y, Into::Sum);
+            assert!(y.iter().zip(&expected).all(|(y, e)| *y == 2.0 * e));
+        }
+    }
+
+    #[test]
+    fn many_rows_give_what_few_give() {
+        many_rows_are_written_or_added::<1>();
+        many_rows_are_written_or_added::<2>();
     }
 
     fn faults_are_seen<const BYTES: usize>() {

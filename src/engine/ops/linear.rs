@@ -4,13 +4,64 @@ use candle_core::{Result, Tensor, bail};
 
 use super::Values;
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
+use crate::engine::error::EngineError;
+use crate::engine::matmul::rounded::Rounded;
 
 /// A frozen weight `[out, in]` and its bias `[out]`.
 pub struct Frozen<'a> {
     weight: Values<'a>,
+    rounded: Option<&'a BothWays>,
     bias: Option<Values<'a>>,
     outs: usize,
     ins: usize,
+}
+
+/// A frozen weight rounded to 16 bits, for the product of each pass.
+pub(crate) struct BothWays {
+    /// For `x W^T`.
+    forth: Rounded<2>,
+    /// For `grad W`.
+    back: Rounded<2>,
+}
+
+impl BothWays {
+    pub(crate) fn new(weight: &Tensor) -> std::result::Result<Self, EngineError> {
+        Ok(BothWays { forth: Rounded::new(&[weight])?, back: Rounded::new(&[&weight.t()?.contiguous()?])? })
+    }
+}
+
+/// The product of rows with a weight's transpose, in f32 or rounded.
+pub(crate) fn forth(
+    (x, rows, ins): (&[f32], usize, usize),
+    (weight, outs): (&[f32], usize),
+    rounded: Option<&BothWays>,
+    (y, into): (&mut [f32], Into),
+) -> Result<()> {
+    match rounded {
+        Some(rounded) => rounded.forth.multiply(x, y, into),
+        None => {
+            let weight = Mat::new(weight, outs, ins)?;
+            multiply(MatMut::new(y, rows, outs)?, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), Threads::All)?;
+        }
+    }
+    Ok(())
+}
+
+/// The product of rows of gradients with a weight, in f32 or rounded.
+pub(crate) fn back(
+    (grad, rows, outs): (&[f32], usize, usize),
+    (weight, ins): (&[f32], usize),
+    rounded: Option<&BothWays>,
+    (dx, into): (&mut [f32], Into),
+) -> Result<()> {
+    match rounded {
+        Some(rounded) => rounded.back.multiply(grad, dx, into),
+        None => {
+            let weight = Mat::new(weight, outs, ins)?;
+            multiply(MatMut::new(dx, rows, ins)?, into, 1.0, Mat::new(grad, rows, outs)?, weight, Threads::All)?;
+        }
+    }
+    Ok(())
 }
 
 /// A LoRA pair: `a` is `[rank, in]`, `b` `[out, rank]`.
@@ -36,7 +87,13 @@ impl<'a> Frozen<'a> {
         if ins == 0 || bias.as_ref().is_some_and(|bias| bias.len() != outs) {
             bail!("a linear layer of {ins} inputs and {outs} outputs has a bias of another width");
         }
-        Ok(Frozen { weight: Values::of(weight)?, bias, outs, ins })
+        Ok(Frozen { weight: Values::of(weight)?, rounded: None, bias, outs, ins })
+    }
+
+    /// Multiplies by the weight as it was rounded.
+    pub(crate) fn rounded(mut self, rounded: Option<&'a BothWays>) -> Self {
+        self.rounded = rounded;
+        self
     }
 
     /// Applies the layer to rows of inputs.
@@ -48,8 +105,8 @@ impl<'a> Frozen<'a> {
             y.chunks_exact_mut(self.outs).for_each(|row| row.copy_from_slice(bias));
             into = Into::Sum;
         }
+        forth((x, rows, self.ins), (&self.weight, self.outs), self.rounded, (&mut y, into))?;
         let x = Mat::new(x, rows, self.ins)?;
-        multiply(MatMut::new(&mut y, rows, self.outs)?, into, 1.0, x, self.weight()?.t(), Threads::All)?;
         if let Some(pair) = pair {
             let (down, b) = (self.down(x, rows, pair)?, Mat::new(pair.b, self.outs, pair.rank)?);
             let down = Mat::new(&down, rows, pair.rank)?;
@@ -68,7 +125,7 @@ impl<'a> Frozen<'a> {
         dx: Option<(&mut [f32], Into)>,
     ) -> Result<()> {
         let rows = x.len() / self.ins;
-        let (x, grad) = (Mat::new(x, rows, self.ins)?, Mat::new(grad, rows, self.outs)?);
+        let (x, values, grad) = (Mat::new(x, rows, self.ins)?, grad, Mat::new(grad, rows, self.outs)?);
         let mut through = None;
         if let Some((pair, sums)) = pair {
             let (down, b) = (self.down(x, rows, pair)?, Mat::new(pair.b, self.outs, pair.rank)?);
@@ -82,16 +139,12 @@ impl<'a> Frozen<'a> {
             through = Some((pair, t));
         }
         let Some((dx, into)) = dx else { return Ok(()) };
-        multiply(MatMut::new(dx, rows, self.ins)?, into, 1.0, grad, self.weight()?, Threads::All)?;
+        back((values, rows, self.outs), (&self.weight, self.ins), self.rounded, (&mut *dx, into))?;
         if let Some((pair, t)) = through {
             let (t, a) = (Mat::new(&t, rows, pair.rank)?, Mat::new(pair.a, pair.rank, self.ins)?);
             multiply(MatMut::new(dx, rows, self.ins)?, Into::Sum, 1.0, t, a, Threads::All)?;
         }
         Ok(())
-    }
-
-    fn weight(&self) -> Result<Mat<'_>> {
-        Mat::new(&self.weight, self.outs, self.ins)
     }
 
     /// Returns `x A^T`, `[rows, rank]`: cheaper to make again in the backward pass than to keep.

@@ -8,7 +8,8 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::mat::{Into, Mat, MatMut, Threads, multiply};
+use super::linear::{BothWays, back, forth};
+use super::mat::Into;
 use super::{LANES, Values, exp, largest, tanh};
 
 /// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
@@ -33,15 +34,16 @@ pub struct TokenLogprobs {
 }
 
 /// An output layer `[vocab, width]`, and into +- what its logits are bent (Gemma 2).
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Output<'a> {
     pub weight: &'a Tensor,
+    pub(crate) rounded: Option<&'a BothWays>,
     pub cap: Option<f32>,
 }
 
 /// Returns the log-prob of `targets[i]` after the i-th row of `hidden`.
 pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: Slopes) -> Result<TokenLogprobs> {
-    let Output { weight: lm_head, cap } = output;
+    let Output { weight: lm_head, rounded, cap } = output;
     let (vocab, width) = lm_head.dims2()?;
     let rows = targets.len();
     if rows * width != hidden.len() {
@@ -50,7 +52,7 @@ pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: S
     if let Some(id) = targets.iter().find(|id| **id as usize >= vocab) {
         bail!("token id {id} is outside the vocabulary of {vocab}");
     }
-    let head = Head { weight: &Values::of(lm_head)?, vocab, width, cap };
+    let head = Head { weight: &Values::of(lm_head)?, rounded, vocab, width, cap };
     let mut found = TokenLogprobs {
         logprobs: Vec::with_capacity(rows),
         entropies: Vec::with_capacity(rows),
@@ -73,6 +75,7 @@ pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: S
 
 struct Head<'a> {
     weight: &'a [f32],
+    rounded: Option<&'a BothWays>,
     vocab: usize,
     width: usize,
     cap: Option<f32>,
@@ -82,9 +85,8 @@ impl Head<'_> {
     /// Fills `logits` with the slope of the target's log-prob with respect to the products of hidden row and weight,
     /// which is `onehot(target) - p` where nothing bends them, and returns the log-prob and the entropy of each row.
     fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>> {
-        let rows = targets.len();
-        let (hidden, weight) = (Mat::new(hidden, rows, self.width)?, Mat::new(self.weight, self.vocab, self.width)?);
-        multiply(MatMut::new(logits, rows, self.vocab)?, Into::Fresh, 1.0, hidden, weight.t(), Threads::All)?;
+        let hidden = (hidden, targets.len(), self.width);
+        forth(hidden, (self.weight, self.vocab), self.rounded, (&mut *logits, Into::Fresh))?;
         let rows = logits.par_chunks_mut(self.vocab).zip(targets);
         Ok(match self.cap {
             None => rows.map(|(row, id)| log_softmax(row, *id as usize)).collect(),
@@ -93,8 +95,7 @@ impl Head<'_> {
     }
 
     fn slopes(&self, differences: &[f32], rows: usize, slopes: &mut [f32]) -> Result<()> {
-        let (d, weight) = (Mat::new(differences, rows, self.vocab)?, Mat::new(self.weight, self.vocab, self.width)?);
-        multiply(MatMut::new(slopes, rows, self.width)?, Into::Fresh, 1.0, d, weight, Threads::All)
+        back((differences, rows, self.vocab), (self.weight, self.width), self.rounded, (slopes, Into::Fresh))
     }
 }
 
@@ -161,7 +162,8 @@ mod tests {
         let products = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
         let bent = ((&products / 1.5).unwrap().tanh().unwrap() * 1.5).unwrap();
         for (cap, logits) in [(None, products), (Some(1.5), bent)] {
-            let found = token_logprobs(&hidden, Output { weight: &head, cap }, &targets, Slopes::Skip).unwrap();
+            let found =
+                token_logprobs(&hidden, Output { weight: &head, rounded: None, cap }, &targets, Slopes::Skip).unwrap();
             let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
             for (i, logprob) in found.logprobs.iter().enumerate() {
                 assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
@@ -177,7 +179,7 @@ mod tests {
         let head = random_tensor(2, &[9, 6]);
         let targets = [0, 8, 3, 3, 1];
         for cap in [None, Some(1.5)] {
-            let output = Output { weight: &head, cap };
+            let output = Output { weight: &head, rounded: None, cap };
             let run = |t: &[Vec<f32>]| token_logprobs(&t[0], output, &targets, Slopes::Make).unwrap();
             let backward = |t: &[Vec<f32>], grad: &[f32]| {
                 vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
@@ -189,7 +191,7 @@ mod tests {
     #[test]
     fn a_token_outside_the_vocabulary_is_refused() {
         let head = random_tensor(2, &[9, 6]);
-        let output = Output { weight: &head, cap: None };
+        let output = Output { weight: &head, rounded: None, cap: None };
         let error = token_logprobs(&random(1, 6), output, &[9], Slopes::Skip).unwrap_err();
         assert!(error.to_string().contains("token id 9"), "{error}");
     }

@@ -74,7 +74,7 @@ fn sampling_and_training_compute_the_same_logprobs() {
         let scored = logprobs(&model, None, &items).unwrap().concat();
         let groups: Vec<GroupTokens> =
             items.iter().map(|i| GroupTokens { prompt: i.prompt, completions: vec![i.completion] }).collect();
-        let trained = Base::new(model.config(), model.weights()).unwrap().score(&groups).unwrap();
+        let trained = Base::new(model.config(), model.weights(), WeightForm::F32).unwrap().score(&groups).unwrap();
         let off = worst(&trained.logprobs, &scored);
         assert!(off < 1e-4, "{name}: {off}");
     }

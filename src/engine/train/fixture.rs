@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::{Base, GroupTokens, LoraMatrices};
 use crate::engine::{
     Architecture, Factor, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, Module, Norms,
-    RopeConfig, RopeScaling, Scores, Weights,
+    RopeConfig, RopeScaling, Scores, WeightForm, Weights,
 };
 
 /// Returns values in `offset` +- `scale`, a function of the tensor's number and the element's index alone.
@@ -213,10 +213,11 @@ impl Golden {
         lengths.iter().flat_map(slope).collect()
     }
 
-    /// Checks the log-probs to 1e-3, the loss to 1e-3 and every gradient to 1e-3 of its size. Returns the largest
+    /// Checks the log-probs, the loss and every gradient: f32 to 1e-3 of its size, 16 bits to 2e-2. Returns the largest
     /// error of a log-prob, and of a gradient as a share of its tensor's norm.
-    pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights) -> (f32, f32) {
-        let base = Base::new(config, weights).unwrap();
+    pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights, form: WeightForm) -> (f32, f32) {
+        let base = Base::new(config, weights, form).unwrap();
+        let bound = if form == WeightForm::F32 { 1e-3 } else { 2e-2 };
         let lora = lora(config, &self.spec());
         let groups = self.groups();
         let pass = base.forward(&lora, &groups).unwrap();
@@ -224,18 +225,41 @@ impl Golden {
         let mut off = (0.0f32, 0.0f32);
         for (a, b) in pass.logprobs().iter().zip(self.logprobs.concat()) {
             off.0 = off.0.max((a - b).abs());
-            assert!((a - b).abs() < 1e-3, "{:?}: {a}, PyTorch {b}", config.architecture);
+            assert!((a - b).abs() < bound, "{:?}: {a}, PyTorch {b}", config.architecture);
         }
         let slopes = Self::slopes(&groups);
         let loss: f32 = pass.logprobs().iter().zip(&slopes).map(|(l, s)| l * s).sum();
-        assert!((loss - self.loss).abs() < 1e-3, "{loss}, PyTorch {}", self.loss);
+        assert!((loss - self.loss).abs() < bound, "{loss}, PyTorch {}", self.loss);
         let mut gradients = lora.zero_gradients();
         pass.backward(&slopes, &mut gradients).unwrap();
         assert_eq!(lora.matrices.len(), self.gradients.len());
         for (matrix, found) in lora.matrices.iter().zip(gradients) {
-            off.1 = off.1.max(self.gradients[&matrix.key].expect(&matrix.key, &found, 1e-3));
+            off.1 = off.1.max(self.gradients[&matrix.key].expect(&matrix.key, &found, bound));
         }
         off
+    }
+
+    /// Returns how far 16 bits are from f32: the mean distance of a log-prob, and of each matrix's gradient the distance as
+    /// a share of its norm: median and largest.
+    pub(crate) fn rounding(&self, config: &ModelConfig, weights: &Weights) -> (f32, [f32; 2]) {
+        let lora = lora(config, &self.spec());
+        let groups = self.groups();
+        let run = |form: WeightForm| {
+            let base = Base::new(config, weights, form).unwrap();
+            let pass = base.forward(&lora, &groups).unwrap();
+            let (logprobs, mut gradients) = (pass.logprobs().to_vec(), lora.zero_gradients());
+            pass.backward(&Self::slopes(&groups), &mut gradients).unwrap();
+            (logprobs, gradients)
+        };
+        let (exact, rounded) = (run(WeightForm::F32), run(WeightForm::Int16));
+        let gaps = exact.0.iter().zip(&rounded.0).map(|(e, r)| (e - r).abs());
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+        let share = |(e, r): (&Vec<f32>, &Vec<f32>)| {
+            norm(&mut e.iter().zip(r).map(|(e, r)| e - r)) / norm(&mut e.iter().copied())
+        };
+        let mut shares: Vec<f32> = exact.1.iter().zip(&rounded.1).map(share).collect();
+        shares.sort_by(f32::total_cmp);
+        (gaps.sum::<f32>() / exact.0.len() as f32, [shares[shares.len() / 2], shares[shares.len() - 1]])
     }
 
     pub(crate) fn groups(&self) -> Vec<GroupTokens<'_>> {

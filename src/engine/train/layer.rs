@@ -8,7 +8,7 @@ use super::LoraMatrices;
 use crate::engine::config::{Activation, LayerKind, ModelConfig};
 use crate::engine::lora::Linear;
 use crate::engine::ops::attention::{Attention, Scoring};
-use crate::engine::ops::linear::{Frozen, PairGradient};
+use crate::engine::ops::linear::{BothWays, Frozen, PairGradient};
 use crate::engine::ops::mat::Into;
 use crate::engine::ops::pointwise::{RmsNorm, Rotation, geglu, geglu_backward, swiglu, swiglu_backward};
 use crate::engine::weights::LayerWeights;
@@ -24,6 +24,8 @@ pub(super) struct Batch {
 pub(super) struct Layer<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) weights: &'a LayerWeights,
+    /// Those of the linear layers, rounded, where products are.
+    pub(super) rounded: Option<&'a [BothWays; 7]>,
     pub(super) index: usize,
     pub(super) lora: Option<&'a LoraMatrices>,
 }
@@ -214,7 +216,7 @@ impl Layer<'_> {
             Linear::Up => (&w.up, None),
             Linear::Down => (&w.down, None),
         };
-        Frozen::new(weight, bias)
+        Ok(Frozen::new(weight, bias)?.rounded(self.rounded.map(|all| &all[linear as usize])))
     }
 
     fn linear(&self, linear: Linear, x: &[f32]) -> Result<Vec<f32>> {

@@ -1,6 +1,6 @@
 use super::fixture::{Golden, Tiny, lora};
 use super::*;
-use crate::engine::Architecture;
+use crate::engine::{Architecture, WeightForm};
 
 fn gradients(base: &Base, lora: &LoraMatrices, groups: &[GroupTokens]) -> Vec<Vec<f32>> {
     let mut gradients = lora.zero_gradients();
@@ -12,8 +12,10 @@ fn gradients(base: &Base, lora: &LoraMatrices, groups: &[GroupTokens]) -> Vec<Ve
 fn logprobs_and_all_gradients_agree_with_peft() {
     for kind in Architecture::ALL {
         let (golden, tiny) = (Golden::read(kind.as_str()), Tiny::new(kind));
-        let off = golden.expect_pass(&tiny.config, &tiny.weights);
-        println!("{kind:?}: log-probs within {:.1e}, gradients within {:.1e} of PEFT", off.0, off.1);
+        for form in [WeightForm::F32, WeightForm::Int16] {
+            let off = golden.expect_pass(&tiny.config, &tiny.weights, form);
+            println!("{kind:?} {form:?}: log-probs within {:.1e}, gradients within {:.1e} of PEFT", off.0, off.1);
+        }
     }
 }
 
@@ -31,7 +33,7 @@ fn spec() -> LoraSpec {
 fn gradients_agree_with_differences_through_the_whole_model() {
     for kind in Architecture::ALL {
         let tiny = Tiny::new(kind);
-        let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+        let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
         let mut lora = lora(&tiny.config, &spec());
         let groups = groups();
         let found = gradients(&base, &lora, &groups);
@@ -64,7 +66,7 @@ fn sharing_the_prompt_changes_no_gradient() {
 
 fn expect_sharing_changes_nothing(kind: Architecture) {
     let tiny = Tiny::new(kind);
-    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
     let lora = lora(&tiny.config, &spec());
     let alone: Vec<GroupTokens> = groups()
         .iter()
@@ -81,7 +83,7 @@ fn expect_sharing_changes_nothing(kind: Architecture) {
 #[test]
 fn a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_matrices() {
     let tiny = Tiny::new(Architecture::Llama);
-    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
     let fresh = |seed| LoraMatrices::fresh(&tiny.config, &spec(), seed);
     assert_eq!(base.forward(&fresh(1), &groups()).unwrap().logprobs(), base.score(&groups()).unwrap().logprobs);
     assert_eq!(fresh(1).values, fresh(1).values);
@@ -93,7 +95,7 @@ fn a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_matrices() {
 #[test]
 fn tokens_that_cannot_be_scored_are_refused() {
     let tiny = Tiny::new(Architecture::Llama);
-    let base = Base::new(&tiny.config, &tiny.weights).unwrap();
+    let base = Base::new(&tiny.config, &tiny.weights, WeightForm::F32).unwrap();
     let score = |prompt: &[u32], completion: &[u32]| {
         base.score(&[GroupTokens { prompt, completions: vec![completion] }]).map_err(|e| e.to_string())
     };

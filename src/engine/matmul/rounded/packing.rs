@@ -1,0 +1,58 @@
+//! How floats become integers of 8 or 16 bits, and how these stand in words.
+
+/// Inputs that share a scale.
+pub(super) const GROUP: usize = 64;
+
+/// Added to a small float it leaves the nearest integer, of two as near the even one, in the lowest bits.
+const MAGIC: f32 = 12_582_912.0;
+
+/// How integers of so many bytes stand in words of 32 bits.
+pub(super) struct Packing<const BYTES: usize>;
+
+impl<const BYTES: usize> Packing<BYTES> {
+    /// Integers of a word.
+    const PARTS: usize = 4 / BYTES;
+    /// Words of a group.
+    pub(super) const WORDS: usize = GROUP / Self::PARTS;
+    /// What the largest value of a group becomes. For 16 bits the most of which 64 products fit 31 bits.
+    pub(super) const MOST: f32 = if BYTES == 1 { 127.0 } else { 5792.0 };
+    /// How much higher weights are stored than they are.
+    pub(super) const RAISED: i32 = if BYTES == 1 { 128 } else { 0 };
+
+    /// Rounds a group of values; returns the step, the integers, each `raised`, as words, and their sum before that.
+    #[inline(always)]
+    pub(super) fn round(values: &[f32], raised: i32, words: &mut [i32]) -> (f32, i32) {
+        let mut whole = [0.0; GROUP];
+        whole[..values.len()].copy_from_slice(values);
+        let (step, inverse) = Self::steps(&whole);
+        let integers =
+            whole.map(|value| ((value * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32));
+        let mask = u32::MAX >> (32 - 8 * BYTES);
+        for (word, parts) in words.iter_mut().zip(integers.chunks_exact(Self::PARTS)) {
+            let part = |(i, value): (usize, &i32)| (value.wrapping_add(raised) as u32 & mask) << (8 * BYTES * i);
+            *word = parts.iter().enumerate().map(part).fold(0, |word, part| word | part) as i32;
+        }
+        (step, integers.iter().fold(0, |sum: i32, value| sum.wrapping_add(*value)))
+    }
+
+    /// Returns the step that takes the largest value to [`Self::MOST`], and its inverse. What is no number makes the step
+    /// none, so that it is seen in the product.
+    #[inline(always)]
+    fn steps(values: &[f32; GROUP]) -> (f32, f32) {
+        let (mut largest, mut faults) = (0.0f32, 0.0f32);
+        for value in values {
+            largest = if value.abs() > largest { value.abs() } else { largest };
+            faults += value * 0.0;
+        }
+        let step = largest / Self::MOST + faults;
+        (step, if step > 0.0 { Self::MOST / largest } else { 0.0 })
+    }
+
+    /// Returns the sum of the products of the parts of a word of weights and one of activations.
+    #[inline(always)]
+    pub(super) fn multiply(weights: i32, values: i32) -> i32 {
+        let signed = |word: i32, i: usize| (word << (32 - 8 * BYTES * (i + 1))) >> (32 - 8 * BYTES);
+        let weight = |i: usize| if BYTES == 1 { weights >> (8 * i) & 0xff } else { signed(weights, i) };
+        (0..Self::PARTS).map(|i| weight(i) * signed(values, i)).sum()
+    }
+}
