@@ -111,6 +111,9 @@ impl Settings {
                 self.temperature, self.top_p
             ));
         }
+        if self.precision == Precision::Int8 {
+            return Some("candidates.precision is int8".to_string());
+        }
         self.strategies.first().map(|strategy| format!("candidates.strategies has {:?}", strategy.name))
     }
 

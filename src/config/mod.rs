@@ -60,8 +60,8 @@ impl Config {
         let method = self.tuning.method;
         let other = self.candidates.off_policy().filter(|_| method.needs_plain_samples())?;
         Some(format!(
-            "tuning.method is {method}, which needs samples of the policy as it is, but {other}: set temperature and top_p to 1 \
-             and leave strategies out, or set the method to raft, rest or dpo"
+            "tuning.method is {method}, which needs samples of the policy as it is, but {other}: set temperature and top_p to 1, \
+             leave strategies out and int8 alone, or set the method to raft, rest or dpo"
         ))
     }
 }

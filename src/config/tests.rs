@@ -256,6 +256,8 @@ fn a_method_that_needs_plain_samples_refuses_others() {
         assert!(refused.is_none_or(|text| text.contains("tuning.method") && text.contains("temperature is 0.7")));
         let config = config.replace("0.7", "1.0");
         assert!(read(&config).is_ok(), "{method}");
+        let coarse = read(&format!("{config}precision = \"int8\"\n"));
+        assert_eq!(coarse.is_err(), plain, "{method}");
         let config = format!("{config}[[candidates.strategies]]\nname = \"hot\"\nsamples = 2\ntemperature = 1.3\n");
         let refused = read(&config).err().map(|error| error.to_string());
         assert_eq!(refused.is_some(), plain, "{method}");

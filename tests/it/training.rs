@@ -14,9 +14,6 @@ use taod::record::Message;
 use crate::harness;
 use crate::harness::night::model as tiny_model;
 
-/// How strong the adapter is that llama.cpp loads.
-const STRENGTH: f32 = 0.4;
-
 /// Two groups of token ids; what they say does not matter here.
 fn samples() -> Vec<Sample> {
     let sample = |group: &str, prompt: std::ops::Range<u32>, first: u32, reward: f64| Sample {
@@ -92,8 +89,37 @@ fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
     expect_peft_agrees(&python, &model, &base, &samples());
 }
 
-/// Its weights and activations are quantised, so that it differs from f32 by some hundredths of a nat. The adapter changes
-/// queries and keys alone, and strongly: one whose rows were not interleaved would be another adapter.
+/// An adapter that changes queries and keys alone, and strongly: one whose rows were in another order would be another one.
+fn strong_adapter(model: &Model, folder: &Path) -> PathBuf {
+    let spec = LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true };
+    let mut lora = LoraMatrices::fresh(model.config(), &spec, 3);
+    for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
+        *value = ((at * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.4;
+    }
+    let peft = folder.join("peft");
+    save_peft(&peft, model.identity(), &spec, &lora.tensors().unwrap()).unwrap();
+    peft
+}
+
+/// An answer of another engine: prompt, tokens, log-probs.
+type Told = (Vec<u32>, Vec<u32>, Vec<f64>);
+
+/// Returns the mean distance of another engine's log-probs from ours of the same tokens.
+fn gap(model: &Model, adapter: Option<&Adapter>, told: &[Told]) -> f64 {
+    let items: Vec<ScoreItem> = told.iter().map(|(prompt, completion, _)| ScoreItem { prompt, completion }).collect();
+    let ours = logprobs(model, adapter, &items).unwrap().concat();
+    let theirs: Vec<f64> = told.iter().flat_map(|(_, _, logprobs)| logprobs.clone()).collect();
+    assert!(ours.len() == theirs.len() && ours.len() >= 24, "{} and {}", ours.len(), theirs.len());
+    ours.iter().zip(&theirs).map(|(a, b)| (f64::from(*a) - b).abs()).sum::<f64>() / theirs.len() as f64
+}
+
+const QUESTIONS: [&str; 2] = ["Name three colours of the sky.", "Why do cats sleep so much?"];
+
+fn prompts(model: &Model) -> Vec<Vec<u32>> {
+    QUESTIONS.iter().map(|text| model.prompt_ids(&[Message::text("user", *text)], None).unwrap()).collect()
+}
+
+/// llama.cpp's weights and activations are quantised, so that it differs from f32 by some hundredths of a nat.
 #[test]
 fn an_exported_adapter_loads_in_llama_cpp_and_gives_near_log_probs() {
     let Some(models) = harness::models() else { return };
@@ -101,40 +127,55 @@ fn an_exported_adapter_loads_in_llama_cpp_and_gives_near_log_probs() {
     let folder = tempfile::tempdir().unwrap();
     let gguf = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     let model = Model::load(&gguf.display().to_string()).unwrap();
-    let spec = LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true };
-    let mut lora = LoraMatrices::fresh(model.config(), &spec, 3);
-    for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
-        *value = ((at * 7919 % 1013) as f32 / 1013.0 - 0.5) * STRENGTH;
-    }
-    let peft = folder.path().join("peft");
-    save_peft(&peft, model.identity(), &spec, &lora.tensors().unwrap()).unwrap();
-    let adapter = Adapter::load(&peft, &model).unwrap();
-    let file = folder.path().join("adapter.gguf");
+    let (peft, file) = (strong_adapter(&model, folder.path()), folder.path().join("adapter.gguf"));
     let arguments = format!("adapters export {} --out {} --model {}", peft.display(), file.display(), gguf.display());
     harness::taod_in(folder.path(), &arguments.split(' ').collect::<Vec<_>>(), &[]).code(0);
 
-    let ask = |text: &str| model.prompt_ids(&[Message::text("user", text)], None).unwrap();
-    let prompts = vec![ask("Name three colours of the sky."), ask("Why do cats sleep so much?")];
-    let input = serde_json::to_string(&prompts).unwrap();
-    let told = reference(&python, "llama_cpp_check.py", &[&gguf, &file], &input);
-    let answers: Vec<Value> = told.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    assert_eq!(answers.len(), prompts.len());
-    let ids = |answer: &Value| serde_json::from_value::<Vec<u32>>(answer["ids"].clone()).unwrap();
-    let completions: Vec<Vec<u32>> = answers.iter().map(ids).collect();
-    let items: Vec<ScoreItem> =
-        prompts.iter().zip(&completions).map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
-    let theirs: Vec<f64> =
-        answers.iter().flat_map(|a| serde_json::from_value::<Vec<f64>>(a["logprobs"].clone()).unwrap()).collect();
-    let gap = |adapter: Option<&Adapter>| {
-        let ours = logprobs(&model, adapter, &items).unwrap().concat();
-        assert_eq!(ours.len(), theirs.len());
-        ours.iter().zip(&theirs).map(|(a, b)| (f64::from(*a) - b).abs()).sum::<f64>() / theirs.len() as f64
-    };
-    let (with, without) = (gap(Some(&adapter)), gap(None));
-    println!(
-        "llama.cpp's log-probs lie {with:.3} nats a token from ours with the adapter, {without:.3} from the base's"
-    );
+    let input = serde_json::to_string(&prompts(&model)).unwrap();
+    let lines = reference(&python, "llama_cpp_check.py", &[&gguf, &file], &input);
+    let answers = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let told: Vec<Told> = prompts(&model)
+        .into_iter()
+        .zip(answers)
+        .map(|(prompt, mut answer)| {
+            let (ids, logprobs) = (answer["ids"].take(), answer["logprobs"].take());
+            (prompt, serde_json::from_value(ids).unwrap(), serde_json::from_value(logprobs).unwrap())
+        })
+        .collect();
+    let adapter = Adapter::load(&peft, &model).unwrap();
+    let (with, without) = (gap(&model, Some(&adapter), &told), gap(&model, None, &told));
+    println!("llama.cpp's log-probs: {with:.4} nats a token from ours with the adapter, {without:.3} from the base's");
     assert!(with < 0.2 && without > 4.0 * with, "{with} with the adapter, {without} without");
+}
+
+/// It computes in f32 too, in kernels of its own.
+#[test]
+fn an_adapter_loads_in_mistral_rs_as_it_is_and_gives_the_same_log_probs() {
+    let Some(models) = harness::models() else { return };
+    let Some(python) = peft_python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    reference(&python, "gguf_to_hf.py", &[&models.join("SmolLM2-135M-Instruct.Q4_1.gguf"), &base], "");
+    let model = Model::load(&base.display().to_string()).unwrap();
+    let peft = strong_adapter(&model, folder.path());
+    let lines = reference(&python, "mistralrs_check.py", &[&base, &peft], &serde_json::to_string(&QUESTIONS).unwrap());
+    let answers = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let told: Vec<Told> = prompts(&model)
+        .into_iter()
+        .cycle()
+        .zip(answers)
+        .map(|(prompt, mut answer)| {
+            let ids = model.tokenizer().answer_ids(answer["text"].as_str().unwrap(), false).unwrap();
+            (prompt, ids, serde_json::from_value(answer["logprobs"].take()).unwrap())
+        })
+        .collect();
+    let adapter = Adapter::load(&peft, &model).unwrap();
+    let (plain, with) = told.split_at(2);
+    let (plain, with, without) = (gap(&model, None, plain), gap(&model, Some(&adapter), with), gap(&model, None, with));
+    println!(
+        "mistral.rs's log-probs: base {plain:.4} nats a token from ours, adapter {with:.4}, and {without:.3} from the base's"
+    );
+    assert!(plain < 0.02 && with < 0.02 && without > 0.2, "{plain} {with} {without}");
 }
 
 /// Phi-3's projections are fused, OLMo 2 norms elsewhere, Gemma 3 does everything its own way.

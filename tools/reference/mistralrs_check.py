@@ -1,0 +1,31 @@
+"""Lets mistral.rs answer greedily with an adapter, for comparison with our log-probs of the same answers.
+
+    python tools/reference/mistralrs_check.py MODEL_DIR ADAPTER_DIR < questions.json
+
+MODEL_DIR is in Hugging Face layout; questions.json is ["...", ...]. Prints one line for each: {"text": "...", "logprobs": [...]},
+16 tokens without the adapter's name in it, then the same questions with it.
+"""
+
+import json
+import sys
+
+from mistralrs import Architecture, ChatCompletionRequest, ModelDType, Runner, Which
+
+model = Which.Lora(model_id=sys.argv[1], arch=Architecture.Llama, dtype=ModelDType.F32)
+runner = Runner(which=model, no_paged_attn=True, seed=1)
+runner.load_lora_adapter("taod", sys.argv[2])
+questions = json.load(sys.stdin)
+for adapter in (None, "taod"):
+    for question in questions:
+        request = ChatCompletionRequest(
+            messages=[{"role": "user", "content": question}],
+            model="default",
+            temperature=0.0,
+            max_tokens=16,
+            logprobs=True,
+            ignore_eos=True,
+            adapter=adapter,
+        )
+        choice = runner.send_chat_completion_request(request).choices[0]
+        found = {"text": choice.message.content, "logprobs": [p.logprob for p in choice.logprobs.content]}
+        print(json.dumps(found), flush=True)
