@@ -108,7 +108,7 @@ impl<'a> Remote<'a> {
         })
     }
 
-    /// Draws answers to each prompt, as [`super::draw`] does.
+    /// Draws answers to each prompt, as [`super::draw()`] does.
     pub(super) fn draw(
         &self,
         model: &Model,

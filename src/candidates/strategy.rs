@@ -31,7 +31,7 @@ pub struct Strategy {
     /// `{system}` in it is the prompt's own text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
-    /// What stands before the answer proper, such as "ANSWER:" or "</think>": the text after its last place is the answer, and one
+    /// What stands before the answer proper, such as `ANSWER:` or `</think>`: the text after its last place is the answer, and one
     /// without it is thrown away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer_after: Option<String>,

@@ -3,7 +3,7 @@
     python tools/reference/mistralrs_check.py MODEL_DIR ADAPTER_DIR < questions.json
 
 MODEL_DIR is in Hugging Face layout; questions.json is ["...", ...]. Prints one line for each: {"text": "...", "logprobs": [...]},
-16 tokens without the adapter's name in it, then the same questions with it.
+12 tokens without the adapter's name in it, then the same questions with it.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from mistralrs import Architecture, ChatCompletionRequest, ModelDType, Runner, Which
 
 model = Which.Lora(model_id=sys.argv[1], arch=Architecture.Llama, dtype=ModelDType.F32)
-runner = Runner(which=model, no_paged_attn=True, seed=1)
+runner = Runner(which=model, no_paged_attn=True)
 runner.load_lora_adapter("taod", sys.argv[2])
 questions = json.load(sys.stdin)
 for adapter in (None, "taod"):
@@ -21,11 +21,12 @@ for adapter in (None, "taod"):
             messages=[{"role": "user", "content": question}],
             model="default",
             temperature=0.0,
-            max_tokens=16,
+            max_tokens=12,
             logprobs=True,
-            ignore_eos=True,
             adapter=adapter,
         )
         choice = runner.send_chat_completion_request(request).choices[0]
-        found = {"text": choice.message.content, "logprobs": [p.logprob for p in choice.logprobs.content]}
+        # The message is trimmed, the tokens are not.
+        told = choice.logprobs.content
+        found = {"text": "".join(p.token for p in told), "logprobs": [p.logprob for p in told]}
         print(json.dumps(found), flush=True)
