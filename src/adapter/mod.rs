@@ -10,6 +10,7 @@ pub mod checkpoint;
 mod command;
 mod known;
 pub mod losses;
+mod memory;
 pub mod optimizer;
 pub mod settings;
 mod training;
@@ -134,6 +135,9 @@ pub enum TuneError {
     Checkpoint { path: String, problem: String },
     #[error("{tensor} got no gradient, so it would never train; this is a fault of the forward pass for this model")]
     NoGradient { tensor: String },
+    /// With the estimate and the remedy.
+    #[error("{0}")]
+    Memory(String),
     #[error("{what} is {value} at step {step}, so training was given up; lower tuning.learning_rate")]
     NotFinite { what: &'static str, value: f64, step: usize },
     #[error(
@@ -229,6 +233,8 @@ pub fn tune_frozen(
             return Ok(outcome);
         }
     }
+    let longest = selection.groups.iter().map(|group| group.prompt.len()).max().unwrap_or_default() + selection.longest;
+    memory::Estimate::new(frozen.config, settings, longest).expect_room(settings.memory_mib, memory::free())?;
     durable::create_folder(&folder)?;
     let base = Base::new(frozen.config, frozen.weights, settings.precision.form())?;
     let mut run = Run::new(base, settings, &selection, origin, &folder, seed, resumed, start)?;

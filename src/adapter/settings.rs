@@ -58,6 +58,9 @@ pub struct Settings {
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
     /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
+    /// Memory that training may take, in MiB, the model included; what would take more is refused before it starts. 0 = what
+    /// the machine and the control group have free then.
+    pub memory_mib: u64,
     /// How many of a prompt's samples train, best first (raft), or how many pairs it gives (dpo and its kin). At least 1.
     pub best_per_prompt: usize,
     /// Only samples with a reward above this train (raft, rest), or are the better one of a pair. In [0, 1).
@@ -93,6 +96,7 @@ impl Default for Settings {
             epochs: 2,
             batch_samples: 8,
             batch_tokens: 1024,
+            memory_mib: 0,
             best_per_prompt: 2,
             min_reward: 0.0,
             max_kl: 3.0,

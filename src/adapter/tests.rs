@@ -166,6 +166,16 @@ fn training_raises_the_likelihood_of_what_was_rewarded() {
 }
 
 #[test]
+fn what_will_not_fit_is_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let large = Settings { batch_tokens: 10_000_000, memory_mib: 100, ..settings() };
+    let error = tiny().tune(&samples(), None, &large, &out).unwrap_err().to_string();
+    assert!(error.contains("activations of 10000000 rows") && error.contains("100 (tuning.memory_mib)"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn groups_that_say_nothing_are_dropped_and_counted() {
     let folder = tempfile::tempdir().unwrap();
     let mut samples = samples();
