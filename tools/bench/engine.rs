@@ -65,7 +65,7 @@ fn sample(model: &Model, form: WeightForm, prompts: usize, samples: usize, promp
         round += 1;
         let group = |id: usize| Group {
             id: id as u64,
-            prompt: ids(id, prompt),
+            prompt: ids(round * prompts + id, prompt),
             seeds: (0..samples).map(|s| (round * 1_000_000 + id * 1000 + s) as u64).collect(),
             sampling: SamplingSettings { temperature: 1.0, max_tokens: new, ..SamplingSettings::default() },
         };

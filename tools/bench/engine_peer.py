@@ -107,7 +107,7 @@ def llama_cpp(gguf, work, sizes):
     params.cpuparams_batch.n_threads = THREADS
     server = xllamacpp.Server(params)
     url = server.listening_address + "/completion"
-    seed = iter(range(10**9))
+    seed, rounds = iter(range(10**9)), iter(range(10**9))
 
     def ask(p):
         body = {"prompt": ids(p, prompt), "n_predict": new, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -117,7 +117,12 @@ def llama_cpp(gguf, work, sizes):
             return json.load(answer)["tokens_predicted"]
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        serve(lambda: sum(pool.map(ask, [p for p in range(prompts) for _ in range(samples)])))
+        # New prompts each time: it remembers those it has read.
+        def generate():
+            first = next(rounds) * prompts
+            return sum(pool.map(ask, [p for p in range(first, first + prompts) for _ in range(samples)]))
+
+        serve(generate)
 
 
 if __name__ == "__main__":
