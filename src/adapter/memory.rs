@@ -61,19 +61,27 @@ impl Estimate {
         (self.weights + self.rounded + self.activations + self.logits + self.adapter) * 11 / 10
     }
 
-    /// Refuses a run that would not fit into the budget, or, without one, into what is free beside the loaded model.
+    /// Refuses a run that does not fit into the operator's budget. Without one, a run that may not fit into what is free is
+    /// only warned of: what this process keeps for itself counts as taken, so that it may fit after all.
     pub(super) fn expect_room(&self, budget_mib: u64, free: Option<u64>) -> Result<(), TuneError> {
-        let (needed, room, what) = match (budget_mib, free) {
-            (0, None) => return Ok(()),
-            (0, Some(free)) => (self.total() - self.weights, free, "free"),
-            (budget, _) => (self.total(), budget << 20, "tuning.memory_mib"),
-        };
+        if budget_mib > 0 {
+            let problem = self.problem(self.total(), budget_mib << 20, "tuning.memory_mib");
+            return problem.map_or(Ok(()), |problem| Err(TuneError::Memory(problem)));
+        }
+        if let Some(problem) = free.and_then(|free| self.problem(self.total() - self.weights, free, "free")) {
+            tracing::warn!("{problem}");
+        }
+        Ok(())
+    }
+
+    /// Says what is needed, part by part, and what can be done, where there is less room.
+    fn problem(&self, needed: u64, room: u64, what: &str) -> Option<String> {
         if needed <= room {
-            return Ok(());
+            return None;
         }
         let mib = |bytes: u64| bytes >> 20;
         let Estimate { weights, rounded, activations, logits, adapter, rows } = *self;
-        Err(TuneError::Memory(format!(
+        Some(format!(
             "training needs about {} MiB and there are {} ({what}): weights {}, rounded copies {}, activations of {rows} rows {}, \
              logits {}, adapter {}; lower tuning.batch_tokens or tuning.rank, set tuning.precision to f32, or give it more",
             mib(needed),
@@ -83,7 +91,7 @@ impl Estimate {
             mib(activations),
             mib(logits),
             mib(adapter)
-        )))
+        ))
     }
 }
 
@@ -101,7 +109,13 @@ pub(super) fn free() -> Option<u64> {
     let group = read(Path::new("/proc/self/cgroup")).and_then(|text| {
         let own = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_string();
         let number = |name: &str| read(&Path::new("/sys/fs/cgroup").join(&own).join(name))?.trim().parse::<u64>().ok();
-        Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+        // The page cache counts as taken there and is given up when memory is asked for.
+        let statistics = read(&Path::new("/sys/fs/cgroup").join(&own).join("memory.stat"))?;
+        let cache = statistics
+            .lines()
+            .filter_map(|line| line.split_once("_file ").filter(|(kind, _)| kind.ends_with("active")));
+        let cache: u64 = cache.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok()).sum();
+        Some(number("memory.max")?.saturating_sub(number("memory.current")?.saturating_sub(cache)))
     });
     [machine, group].into_iter().flatten().min()
 }
@@ -109,28 +123,19 @@ pub(super) fn free() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Architecture, LayerKind, Precision, RopeConfig, RopeScaling, Scores};
+    use crate::engine::Precision;
 
     /// The shape of SmolLM2-135M.
     fn smollm2() -> ModelConfig {
-        ModelConfig {
-            architecture: Architecture::Llama,
-            block: Architecture::Llama.block(),
-            vocab: 49_152,
-            hidden_size: 576,
-            intermediate_size: 1536,
-            layers: vec![LayerKind { rope: Some(0), window: None }; 30],
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            rms_eps: 1e-5,
-            ropes: vec![RopeConfig { theta: 100_000.0, dim: 64, scaling: RopeScaling::None }],
-            scores: Scores { scale: 0.125, cap: None },
-            embedding_scale: None,
-            logit_cap: None,
-            max_positions: 8192,
-            tied: true,
-        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+            "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": true, "hidden_act": "silu",
+        });
+        std::fs::write(&path, config.to_string()).unwrap();
+        ModelConfig::from_json(&path).unwrap()
     }
 
     fn estimate(rows: usize, precision: Precision) -> Estimate {
@@ -157,12 +162,15 @@ mod tests {
         let estimate = estimate(568, Precision::F32);
         let total = estimate.total();
         let refused = |budget: u64, free: Option<u64>| estimate.expect_room(budget, free).map_err(|e| e.to_string());
-        assert_eq!(refused(0, None), Ok(()));
-        assert_eq!(refused(0, Some(total - estimate.weights)), Ok(()));
+        assert_eq!((refused(0, None), refused(0, Some(0))), (Ok(()), Ok(())), "warned of");
         assert_eq!(refused((total >> 20) + 1, Some(0)), Ok(()), "the operator's word holds");
-        let error = refused(0, Some(total - estimate.weights - 1)).unwrap_err();
-        assert!(error.contains("activations of 568 rows 411") && error.contains("tuning.batch_tokens"), "{error}");
-        assert!(refused(1000, None).unwrap_err().contains("1000 (tuning.memory_mib)"));
+        let error = refused(1000, None).unwrap_err();
+        for words in ["1000 (tuning.memory_mib)", "activations of 568 rows 411", "lower tuning.batch_tokens"] {
+            assert!(error.contains(words), "{error}");
+        }
+        let needed = total - estimate.weights;
+        assert_eq!(estimate.problem(needed, needed, "free"), None);
+        assert!(estimate.problem(needed, needed - 1, "free").is_some_and(|problem| problem.contains("(free)")));
     }
 
     #[test]

@@ -236,7 +236,9 @@ pub fn tune_frozen(
     let longest = selection.groups.iter().map(|group| group.prompt.len()).max().unwrap_or_default() + selection.longest;
     memory::Estimate::new(frozen.config, settings, longest).expect_room(settings.memory_mib, memory::free())?;
     durable::create_folder(&folder)?;
-    let base = Base::new(frozen.config, frozen.weights, settings.precision.form())?;
+    let form = settings.precision.form();
+    tracing::info!(method = %settings.method, ?form, "training");
+    let base = Base::new(frozen.config, frozen.weights, form)?;
     let mut run = Run::new(base, settings, &selection, origin, &folder, seed, resumed, start)?;
     run.train(progress)?;
     durable::write_json_lines(&out.join(STEPS), run.logs())?;

@@ -58,8 +58,8 @@ pub struct Settings {
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
     /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
-    /// Memory that training may take, in MiB, the model included; what would take more is refused before it starts. 0 = what
-    /// the machine and the control group have free then.
+    /// Memory that training may take, in MiB, the model included; what would take more is refused before it starts. 0 = no
+    /// limit; what may not fit into the free memory of the machine and the control group is warned of.
     pub memory_mib: u64,
     /// How many of a prompt's samples train, best first (raft), or how many pairs it gives (dpo and its kin). At least 1.
     pub best_per_prompt: usize,

@@ -285,7 +285,11 @@ pub fn sample(
                     // Made at the first chunk that is missing.
                     let policy = match local.take() {
                         Some(policy) => policy,
-                        None => Policy::new(model, adapter, settings.precision.form())?,
+                        None => {
+                            let form = settings.precision.form();
+                            tracing::info!(sampler = stream.sampler, ?form, "sampling");
+                            Policy::new(model, adapter, form)?
+                        }
                     };
                     draw(local.insert(policy), chunk, &settings.draw(), stream, &mut step)?
                 }

@@ -145,17 +145,17 @@ impl LoraMatrices {
 pub struct Base<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
-    rounded: Option<Rounded>,
+    rounded: Option<RoundedWeights>,
     ropes: Vec<Rope>,
 }
 
 /// The weights of all products, rounded: those of each layer in the order of [`Linear::ALL`], and the output layer.
-struct Rounded {
+struct RoundedWeights {
     layers: Vec<[BothWays; 7]>,
     head: BothWays,
 }
 
-impl Rounded {
+impl RoundedWeights {
     fn new(weights: &Weights) -> Result<Self, EngineError> {
         let layer = |w: &LayerWeights| -> Result<[BothWays; 7], EngineError> {
             let [q, k, v, o] = [&w.q, &w.k, &w.v, &w.o].map(BothWays::new);
@@ -163,7 +163,7 @@ impl Rounded {
             Ok([q?, k?, v?, o?, gate?, up?, down?])
         };
         let layers = weights.layers.par_iter().map(layer).collect::<Result<_, _>>()?;
-        Ok(Rounded { layers, head: BothWays::new(&weights.lm_head)? })
+        Ok(RoundedWeights { layers, head: BothWays::new(&weights.lm_head)? })
     }
 }
 
@@ -173,7 +173,7 @@ impl<'a> Base<'a> {
     pub fn new(config: &'a ModelConfig, weights: &'a Weights, form: WeightForm) -> Result<Self, EngineError> {
         let rounded = match form {
             WeightForm::F32 => None,
-            WeightForm::Int16 => Some(Rounded::new(weights)?),
+            WeightForm::Int16 => Some(RoundedWeights::new(weights)?),
             WeightForm::Int8 => return Err(EngineError::request("8 bits are too coarse for gradients; use 16 or f32")),
         };
         Ok(Base { config, weights, rounded, ropes: Rope::all(config)? })

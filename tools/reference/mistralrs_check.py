@@ -3,7 +3,7 @@
     python tools/reference/mistralrs_check.py MODEL_DIR ADAPTER_DIR < questions.json
 
 MODEL_DIR is in Hugging Face layout; questions.json is ["...", ...]. Prints one line for each: {"text": "...", "logprobs": [...]},
-12 tokens without the adapter's name in it, then the same questions with it.
+12 tokens from the base; then the same questions, answered by the adapter.
 """
 
 import json

@@ -30,38 +30,37 @@ impl BothWays {
     }
 }
 
-/// The product of rows with a weight's transpose, in f32 or rounded.
-pub(crate) fn forth(
-    (x, rows, ins): (&[f32], usize, usize),
-    (weight, outs): (&[f32], usize),
-    rounded: Option<&BothWays>,
-    (y, into): (&mut [f32], Into),
-) -> Result<()> {
-    match rounded {
-        Some(rounded) => rounded.forth.multiply(x, y, into),
-        None => {
-            let weight = Mat::new(weight, outs, ins)?;
-            multiply(MatMut::new(y, rows, outs)?, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), Threads::All)?;
-        }
-    }
-    Ok(())
+/// The values of a frozen weight `[outs, ins]`, and how it is multiplied: as they are, or rounded.
+#[derive(Clone, Copy)]
+pub(crate) struct Weight<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) rounded: Option<&'a BothWays>,
+    pub(crate) outs: usize,
+    pub(crate) ins: usize,
 }
 
-/// The product of rows of gradients with a weight, in f32 or rounded.
-pub(crate) fn back(
-    (grad, rows, outs): (&[f32], usize, usize),
-    (weight, ins): (&[f32], usize),
-    rounded: Option<&BothWays>,
-    (dx, into): (&mut [f32], Into),
-) -> Result<()> {
-    match rounded {
-        Some(rounded) => rounded.back.multiply(grad, dx, into),
-        None => {
-            let weight = Mat::new(weight, outs, ins)?;
-            multiply(MatMut::new(dx, rows, ins)?, into, 1.0, Mat::new(grad, rows, outs)?, weight, Threads::All)?;
-        }
+impl Weight<'_> {
+    /// Writes or adds `x W^T`, a forward pass's product.
+    pub(crate) fn forth(self, x: &[f32], y: &mut [f32], into: Into) -> Result<()> {
+        let Some(rounded) = self.rounded else {
+            let (rows, weight) = (x.len() / self.ins, Mat::new(self.values, self.outs, self.ins)?);
+            let (x, y) = (Mat::new(x, rows, self.ins)?, MatMut::new(y, rows, self.outs)?);
+            return multiply(y, into, 1.0, x, weight.t(), Threads::All);
+        };
+        rounded.forth.multiply(x, y, into);
+        Ok(())
     }
-    Ok(())
+
+    /// Writes or adds `grad W`, a backward pass's product.
+    pub(crate) fn back(self, grad: &[f32], dx: &mut [f32], into: Into) -> Result<()> {
+        let Some(rounded) = self.rounded else {
+            let (rows, weight) = (grad.len() / self.outs, Mat::new(self.values, self.outs, self.ins)?);
+            let (grad, dx) = (Mat::new(grad, rows, self.outs)?, MatMut::new(dx, rows, self.ins)?);
+            return multiply(dx, into, 1.0, grad, weight, Threads::All);
+        };
+        rounded.back.multiply(grad, dx, into);
+        Ok(())
+    }
 }
 
 /// A LoRA pair: `a` is `[rank, in]`, `b` `[out, rank]`.
@@ -105,7 +104,7 @@ impl<'a> Frozen<'a> {
             y.chunks_exact_mut(self.outs).for_each(|row| row.copy_from_slice(bias));
             into = Into::Sum;
         }
-        forth((x, rows, self.ins), (&self.weight, self.outs), self.rounded, (&mut y, into))?;
+        self.weight().forth(x, &mut y, into)?;
         let x = Mat::new(x, rows, self.ins)?;
         if let Some(pair) = pair {
             let (down, b) = (self.down(x, rows, pair)?, Mat::new(pair.b, self.outs, pair.rank)?);
@@ -139,12 +138,16 @@ impl<'a> Frozen<'a> {
             through = Some((pair, t));
         }
         let Some((dx, into)) = dx else { return Ok(()) };
-        back((values, rows, self.outs), (&self.weight, self.ins), self.rounded, (&mut *dx, into))?;
+        self.weight().back(values, dx, into)?;
         if let Some((pair, t)) = through {
             let (t, a) = (Mat::new(&t, rows, pair.rank)?, Mat::new(pair.a, pair.rank, self.ins)?);
             multiply(MatMut::new(dx, rows, self.ins)?, Into::Sum, 1.0, t, a, Threads::All)?;
         }
         Ok(())
+    }
+
+    fn weight(&self) -> Weight<'_> {
+        Weight { values: &self.weight, rounded: self.rounded, outs: self.outs, ins: self.ins }
     }
 
     /// Returns `x A^T`, `[rows, rank]`: cheaper to make again in the backward pass than to keep.

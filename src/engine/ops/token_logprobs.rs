@@ -8,7 +8,7 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::linear::{BothWays, back, forth};
+use super::linear::{BothWays, Weight};
 use super::mat::Into;
 use super::{LANES, Values, exp, largest, tanh};
 
@@ -52,7 +52,8 @@ pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: S
     if let Some(id) = targets.iter().find(|id| **id as usize >= vocab) {
         bail!("token id {id} is outside the vocabulary of {vocab}");
     }
-    let head = Head { weight: &Values::of(lm_head)?, rounded, vocab, width, cap };
+    let values = Values::of(lm_head)?;
+    let head = Head { weight: Weight { values: &values, rounded, outs: vocab, ins: width }, cap };
     let mut found = TokenLogprobs {
         logprobs: Vec::with_capacity(rows),
         entropies: Vec::with_capacity(rows),
@@ -67,17 +68,14 @@ pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: S
             found.entropies.push(entropy);
         }
         if let Some(slopes) = found.slopes.get_mut(at) {
-            head.slopes(logits, targets.len(), slopes)?;
+            head.slopes(logits, slopes)?;
         }
     }
     Ok(found)
 }
 
 struct Head<'a> {
-    weight: &'a [f32],
-    rounded: Option<&'a BothWays>,
-    vocab: usize,
-    width: usize,
+    weight: Weight<'a>,
     cap: Option<f32>,
 }
 
@@ -85,17 +83,16 @@ impl Head<'_> {
     /// Fills `logits` with the slope of the target's log-prob with respect to the products of hidden row and weight,
     /// which is `onehot(target) - p` where nothing bends them, and returns the log-prob and the entropy of each row.
     fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>> {
-        let hidden = (hidden, targets.len(), self.width);
-        forth(hidden, (self.weight, self.vocab), self.rounded, (&mut *logits, Into::Fresh))?;
-        let rows = logits.par_chunks_mut(self.vocab).zip(targets);
+        self.weight.forth(hidden, logits, Into::Fresh)?;
+        let rows = logits.par_chunks_mut(self.weight.outs).zip(targets);
         Ok(match self.cap {
             None => rows.map(|(row, id)| log_softmax(row, *id as usize)).collect(),
             Some(cap) => rows.map(|(row, id)| bent_log_softmax(row, *id as usize, cap)).collect(),
         })
     }
 
-    fn slopes(&self, differences: &[f32], rows: usize, slopes: &mut [f32]) -> Result<()> {
-        back((differences, rows, self.vocab), (self.weight, self.width), self.rounded, (slopes, Into::Fresh))
+    fn slopes(&self, differences: &[f32], slopes: &mut [f32]) -> Result<()> {
+        self.weight.back(differences, slopes, Into::Fresh)
     }
 }
 
