@@ -8,6 +8,7 @@ training a trainer's, for which every answer has its own prompt.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -21,17 +22,57 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-# Name, what it is, sizes, taod's works, those that a goal binds, peers, goal of the ratio, goal of the memory's share. Eight bits
-# are off by more than policy gradients allow, so that goals do not count them where a sampler's log-probs matter.
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    what: str
+    sizes: list
+    # taod's works, and those of them that the goal binds. Eight bits are off by more than policy gradients allow, so that goals do
+    # not count them where a sampler's log-probs matter.
+    works: list
+    binding: list
+    peers: list
+    # Of the ratio to the best peer, and of the share of its memory.
+    goal: float
+    memory_goal: float | None = None
+    # Multiplications and additions, in 1e9, that a counted token needs at least: 0.27 a token that is read or made, 0.54 one that trains.
+    gflop: float | None = None
+    # A whole iteration takes minutes, and averages over all of its answers.
+    whole: bool = False
+
+
 SAMPLING = ["generate", "generate-int16", "generate-int8"]
 TRAINING = ["step", "step-int16"]
+READ, TRAINED = 0.27, 0.54
 ROWS = [
-    ("batch", "4 prompts of 64 x 8 samples x 64 new", [4, 8, 64, 64], SAMPLING, SAMPLING[:2], ["hf", "llama.cpp"], 3.0, None),
-    ("long", "1 prompt of 1,024 x 8 x 64 new", [1, 8, 1024, 64], SAMPLING, SAMPLING[:2], ["hf", "llama.cpp"], 5.0, None),
-    ("one", "1 prompt of 64 x 1 x 64 new", [1, 1, 64, 64], SAMPLING, SAMPLING, ["hf", "llama.cpp"], 1.0, None),
-    ("logprobs", "log-probs of 8 groups x 8 x (64 shared + 64)", [8, 8, 64, 64], ["logprobs"], ["logprobs"], ["hf"], 1.7, None),
-    ("step-64", "LoRA step, 8 x (64 shared + 64)", [8, 64, 64], TRAINING, TRAINING, ["hf"], 1.5, 1 / 3),
-    ("step-512", "LoRA step, 8 x (512 shared + 64)", [8, 512, 64], TRAINING, TRAINING, ["hf"], 5.0, 1 / 5),
+    Row("batch", "4 prompts of 64 x 8 samples x 64 new", [4, 8, 64, 64], SAMPLING, SAMPLING[:2], ["hf", "llama.cpp"], 3.0, gflop=READ * 36 / 32),
+    Row("long", "1 prompt of 1,024 x 8 x 64 new", [1, 8, 1024, 64], SAMPLING, SAMPLING[:2], ["hf", "llama.cpp"], 5.0, gflop=READ * 24 / 8),
+    Row("one", "1 prompt of 64 x 1 x 64 new", [1, 1, 64, 64], SAMPLING, SAMPLING, ["hf", "llama.cpp"], 1.0, gflop=READ * 2),
+    Row("logprobs", "log-probs of 8 groups x 8 x (64 shared + 64)", [8, 8, 64, 64], ["logprobs"], ["logprobs"], ["hf"], 1.7, gflop=READ * 9 / 8),
+    Row("step-64", "LoRA step, 8 x (64 shared + 64)", [8, 64, 64], TRAINING, TRAINING, ["hf"], 1.5, 1 / 3, gflop=TRAINED * 9 / 16),
+    Row("step-512", "LoRA step, 8 x (512 shared + 64)", [8, 512, 64], TRAINING, TRAINING, ["hf"], 5.0, 1 / 5, gflop=TRAINED * 16 / 72),
+    Row(
+        "raft",
+        "RAFT iteration, 112 prompts x 8 x <= 64, in answers/s",
+        [112, 8, 64],
+        ["raft", "raft-int16", "raft-int8"],
+        ["raft", "raft-int16", "raft-int8"],
+        ["hf"],
+        3.0,
+        whole=True,
+    ),
+    Row(
+        "grpo",
+        "GRPO iteration, 112 prompts x 8 x <= 64, in answers/s",
+        [112, 8, 64],
+        ["grpo", "grpo-int16"],
+        ["grpo", "grpo-int16"],
+        ["trl"],
+        3.0,
+        whole=True,
+    ),
 ]
 LABELS = {
     "generate": "taod, f32",
@@ -40,6 +81,12 @@ LABELS = {
     "logprobs": "taod, f32",
     "step": "taod, f32",
     "step-int16": "taod, 16 bits",
+    "raft": "taod, f32",
+    "raft-int16": "taod, 16 bits",
+    "raft-int8": "taod, sampling 8 bits, training 16",
+    "grpo": "taod, f32",
+    "grpo-int16": "taod, 16 bits",
+    "trl": "TRL",
     "hf": "transformers",
     "llama.cpp": "llama.cpp, Q4_1",
 }
@@ -79,45 +126,57 @@ class Side:
         return rate, usage.ru_maxrss / 1024
 
 
-def compare(row, arguments, folder):
-    name, what, sizes, works, _, peers, _, _ = row
-    numbers = [str(size) for size in sizes]
-    sides = [Side(LABELS[work], [arguments.engine, folder, work, *numbers]) for work in works]
-    for peer in peers:
-        work = works[0]
+def compare(row, arguments, folder, rate):
+    numbers = [str(size) for size in row.sizes]
+    if row.whole:
+        numbers.append(str(prompts_file(arguments, folder, row.sizes[0])))
+    sides = [Side(LABELS[work], [arguments.engine, folder, work, *numbers]) for work in row.works]
+    for peer in row.peers:
+        work = row.works[0]
         model = arguments.gguf if peer == "llama.cpp" else folder
-        label = "PEFT" if work == "step" else LABELS[peer]
+        label = {"step": "PEFT", "raft": "transformers and PEFT"}.get(work, LABELS[peer])
         sides.append(Side(label, [sys.executable, str(HERE / "engine_peer.py"), peer, model, work, *numbers]))
-    for run in range(arguments.runs):
+    for run in range(arguments.iterations if row.whole else arguments.runs):
         for side in sides:
             side.work()
-            print(name, side.name, {k: round(v, 3) for k, v in side.figures[-1].items()}, file=sys.stderr)
-    return line(row, [(side.name, *side.close()) for side in sides])
+            print(row.name, side.name, {k: round(v, 3) for k, v in side.figures[-1].items()}, file=sys.stderr)
+    return line(row, [(side.name, *side.close()) for side in sides], rate)
 
 
-def line(row, figures):
-    """Returns a row of the table from (label, tokens/s, MiB) of each side, taod's first."""
-    _, what, _, works, binding, _, goal, memory_goal = row
-    ours, theirs = figures[: len(works)], figures[len(works) :]
+def prompts_file(arguments, folder, count):
+    """Writes the first prompts written by people that are short, as the model's chat template renders them: the same ids for all."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = [row["instruction"] for row in json.loads(pathlib.Path(arguments.prompts).read_text())]
+    render = lambda text: tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+    short = [ids for ids in map(render, asked) if len(ids) <= 96][:count]
+    if len(short) < count:
+        sys.exit(f"{arguments.prompts} has {len(short)} short prompts, and {count} are needed")
+    file = pathlib.Path(folder).parent / f"prompts-{count}.json"
+    file.write_text(json.dumps(short))
+    return file
+
+
+def line(row, figures, limit):
+    """Returns a row of the table from (label, tokens/s, MiB) of each side, taod's first; `limit` is the product's rate in GFLOP/s."""
+    ours, theirs = figures[: len(row.works)], figures[len(row.works) :]
     rate, memory = max(rate for _, rate, _ in theirs), min(memory for _, _, memory in theirs)
     ratios = [(label, own / rate, rss / memory) for label, own, rss in ours]
-    bound = [ratio for work, ratio in zip(works, ratios) if work in binding]
-    fits = lambda ratio, share: ratio >= goal and (memory_goal is None or share <= memory_goal)
+    bound = [ratio for work, ratio in zip(row.works, ratios) if work in row.binding]
+    fits = lambda ratio, share: ratio >= row.goal and (row.memory_goal is None or share <= row.memory_goal)
     reached = "reached" if any(fits(ratio, share) for _, ratio, share in bound) else "missed"
-    told = lambda label, ratio, share: f"{label.removeprefix('taod, ')} {ratio:.1f}" + (f" ({share:.2f})" if memory_goal else "")
-    wanted = f">= {goal:g}" + (f" (<= {memory_goal:.2f})" if memory_goal else "")
-    rates = "; ".join(f"{label} {rate:,.0f}" for label, rate, _ in figures)
+    short = lambda label: label.removeprefix("taod, ")
+    told = lambda label, ratio, share: f"{short(label)} {ratio:.1f}" + (f" ({share:.2f})" if row.memory_goal else "")
+    wanted = f">= {row.goal:g}" + (f" (<= {row.memory_goal:.2f})" if row.memory_goal else "")
+    rates = "; ".join(f"{label} {rate:,.{1 if row.whole else 0}f}" for label, rate, _ in figures)
     peaks = "; ".join(f"{rss:,.0f}" for _, _, rss in figures)
-    return f"| {what} | {rates} | {'; '.join(told(*ratio) for ratio in ratios)} | {wanted} | {reached} | {peaks} |"
+    shares = "; ".join(f"{short(label)} {own * row.gflop / limit:.0%}" for label, own, _ in figures) if row.gflop else "-"
+    return f"| {row.what} | {rates} | {'; '.join(told(*ratio) for ratio in ratios)} | {wanted} | {reached} | {shares} | {peaks} |"
 
 
-def about(arguments):
-    with open("/proc/cpuinfo") as file:
-        lines = file.read().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    kinds = [flag for flag in ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+def product():
+    """Returns the rate of torch's f32 product in this model's shapes, in GFLOP/s: what no f32 engine here can pass."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -125,12 +184,30 @@ def about(arguments):
     began = time.monotonic()
     for _ in range(500):
         a @ b
-    gemm = 2 * 576 * 576 * 1536 * 500 / (time.monotonic() - began) / 1e9
+    return 2 * 576 * 576 * 1536 * 500 / (time.monotonic() - began) / 1e9
+
+
+def about(arguments, products):
+    with open("/proc/cpuinfo") as file:
+        lines = file.read().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    kinds = [flag for flag in ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    gemm = statistics.median(products)
     return (
         f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}; {len(os.sched_getaffinity(0))} cores of {cpu} "
         f"({', '.join(kinds)}); torch's f32 product of [576, 576] and [576, 1536]: {gemm:.0f} GFLOP/s; load of the last minute "
-        f"{os.getloadavg()[0]:.1f}; medians of {arguments.runs} runs in turn."
+        f"{os.getloadavg()[0]:.1f}; medians of {arguments.runs} runs in turn (whole iterations: {arguments.iterations})."
     )
+
+
+def model_folder(arguments):
+    """Returns the folder of the model in Hugging Face layout, made of the GGUF where it is not there yet."""
+    folder = pathlib.Path(arguments.cache) / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors").exists():
+        subprocess.run([sys.executable, ROOT / "tools/reference/gguf_to_hf.py", arguments.gguf, folder], check=True)
+    return str(folder)
 
 
 def main():
@@ -139,22 +216,24 @@ def main():
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/taod/bench"))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", default=",".join(row[0] for row in ROWS))
+    parser.add_argument("--iterations", type=int, default=1, help="runs of the rows that are whole iterations")
+    parser.add_argument("--prompts", default=os.path.expanduser("~/.cache/taod/models/alpaca_eval_gpt4_baseline.json"))
+    parser.add_argument("--only", default=",".join(row.name for row in ROWS))
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
-    folder = pathlib.Path(arguments.cache) / "SmolLM2-135M-Instruct"
-    if not (folder / "model.safetensors").exists():
-        subprocess.run([sys.executable, ROOT / "tools/reference/gguf_to_hf.py", arguments.gguf, folder], check=True)
+    folder = model_folder(arguments)
     lines = [
-        "| work | tokens/s | times the best peer (share of its memory) | goal | | peak RSS, MiB, in the same order |",
-        "|---|---|---|---|---|---|",
+        "| work | tokens/s | times the best peer (share of its memory) | goal | | share of the f32 limit | peak RSS, MiB, in the same order |",
+        "|---|---|---|---|---|---|---|",
     ]
-    chosen = arguments.only.split(",")
+    chosen, products = arguments.only.split(","), []
     for row in ROWS:
-        if row[0] in chosen:
-            lines.append(compare(row, arguments, str(folder)))
+        if row.name in chosen:
+            # With the row, since a machine's speed wanders.
+            products.append(product())
+            lines.append(compare(row, arguments, folder, products[-1]))
             print(lines[-1], file=sys.stderr)
-    text = "\n".join(lines) + "\n\n" + about(arguments)
+    text = "\n".join(lines) + "\n\n" + about(arguments, products)
     print(text)
     if arguments.out:
         pathlib.Path(arguments.out).write_text(text + "\n")

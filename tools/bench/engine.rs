@@ -1,16 +1,21 @@
 //! One side of the engine bench: does a piece of work once for each line of its input, and tells its seconds.
 //!
-//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs GROUPS SAMPLES PROMPT NEW` or
-//! `step[-int16] SAMPLES PROMPT NEW`. It prints `ready`, then a line of JSON for each line it reads.
+//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs GROUPS SAMPLES PROMPT NEW`,
+//! `step[-int16] SAMPLES PROMPT NEW`, or `raft[-int16|-int8]` or `grpo[-int16] PROMPTS SAMPLES NEW FILE`: a whole iteration, from the
+//! prompts in a file of token ids to an adapter. It prints `ready`, then a line of JSON for each line it reads.
 
 use std::io::BufRead;
 use std::time::Instant;
 
+use taod::adapter::losses::Method;
 use taod::adapter::optimizer::AdamW;
+use taod::adapter::{Sample, Settings, tune};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
 use taod::engine::{
-    BatchLimits, Group, Linear, LoraSpec, Model, Policy, SamplingSettings, ScoreItem, WeightForm, generate, logprobs,
+    BatchLimits, Group, Linear, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate,
+    logprobs,
 };
+use taod::progress::Progress;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -20,6 +25,13 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, work, sizes @ ..] = arguments.as_slice() else { return Err("usage: engine MODEL WORK SIZES".into()) };
+    if let [prompts, samples, new, file] = sizes
+        && let Some((method, form)) = iteration_of(work)
+    {
+        taod::engine::init_threads(None);
+        let prompts = Prompts { count: prompts.parse()?, samples: samples.parse()?, new: new.parse()?, file };
+        return iterate(&Model::load(model)?, method, form, &prompts);
+    }
     let sizes: Vec<usize> = sizes.iter().map(|size| size.parse()).collect::<std::result::Result<_, _>>()?;
     taod::engine::init_threads(None);
     let model = Model::load(model)?;
@@ -103,4 +115,76 @@ fn step(model: &Model, form: WeightForm, samples: usize, prompt: usize, new: usi
         // As a trainer without shared prompts counts them.
         Ok(samples * (prompt.len() + new))
     })
+}
+
+/// What a whole iteration begins with.
+struct Prompts<'a> {
+    count: usize,
+    samples: usize,
+    new: usize,
+    /// A JSON list of lists of token ids.
+    file: &'a str,
+}
+
+/// Answers of the warm-up: enough to have seen every kind of work.
+const WARM_UP_PROMPTS: usize = 4;
+
+fn iteration_of(work: &str) -> Option<(Method, WeightForm)> {
+    Some(match work {
+        "raft" => (Method::Raft, WeightForm::F32),
+        "raft-int16" => (Method::Raft, WeightForm::Int16),
+        "raft-int8" => (Method::Raft, WeightForm::Int8),
+        "grpo" => (Method::Grpo, WeightForm::F32),
+        "grpo-int16" => (Method::Grpo, WeightForm::Int16),
+        _ => return None,
+    })
+}
+
+/// A whole iteration: answers, rewards, an adapter on disk. It counts the answers.
+fn iterate(model: &Model, method: Method, form: WeightForm, prompts: &Prompts) -> Result<()> {
+    let ids: Vec<Vec<u32>> = serde_json::from_slice(&std::fs::read(prompts.file)?)?;
+    if ids.len() < prompts.count {
+        return Err(format!("{} holds {} prompts, fewer than {}", prompts.file, ids.len(), prompts.count).into());
+    }
+    // As many passes as the trainer it is compared with: RAFT's best two answers twice, GRPO's all once.
+    let epochs = if method == Method::Raft { 2 } else { 1 };
+    // Eight bits are for sampling alone.
+    let precision = if form == WeightForm::F32 { Precision::F32 } else { Precision::Int16 };
+    let settings = Settings { method, epochs, precision, ..Settings::default() };
+    let mut round = 0;
+    serve(|| {
+        round += 1;
+        let count = if round == 1 { WARM_UP_PROMPTS } else { prompts.count };
+        let group = |(id, prompt): (usize, &Vec<u32>)| Group {
+            id: id as u64,
+            prompt: prompt.clone(),
+            seeds: (0..prompts.samples).map(|s| (round * 1_000_000 + id * 1000 + s) as u64).collect(),
+            sampling: SamplingSettings { temperature: 1.0, max_tokens: prompts.new, ..SamplingSettings::default() },
+        };
+        let groups: Vec<Group> = ids[..count].iter().enumerate().map(group).collect();
+        let policy = Policy::new(model, None, form)?;
+        let answers = generate(&policy, groups, &BatchLimits::default(), &mut |_, _, _| {})?;
+        drop(policy);
+        let mut samples = Vec::new();
+        for (at, (prompt, answers)) in ids.iter().zip(answers).enumerate() {
+            samples.extend(answers.into_iter().map(|answer| Sample {
+                group: at.to_string(),
+                prompt: prompt.clone(),
+                reward: reward(&answer.token_ids),
+                // Rounded weights are another policy than the base.
+                base_logprobs: (form == WeightForm::F32).then(|| answer.logprobs.clone()),
+                old_logprobs: Some(answer.logprobs),
+                completion: answer.token_ids,
+            }));
+        }
+        let out = tempfile::tempdir()?;
+        tune(model, &samples, None, &settings, 1, out.path(), &Progress::silent())?;
+        Ok(samples.len())
+    })
+}
+
+/// The share of an answer's tokens that are different ones: a reward that both sides compute alike.
+fn reward(ids: &[u32]) -> f64 {
+    let different: std::collections::HashSet<&u32> = ids.iter().collect();
+    different.len() as f64 / ids.len() as f64
 }
