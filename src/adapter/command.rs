@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Float32Builder, Float64Array, ListBuilder, RecordBatch, StringArray, UInt32Builder};
@@ -19,7 +19,7 @@ use serde_json::json;
 use super::batches::{self, Chosen, Selection};
 use super::checkpoint::Origin;
 use super::losses::drift;
-use super::{ADAPTER, OUTCOME, Outcome, Sample, Settings, TuneError, check, finished};
+use super::{ADAPTER, OUTCOME, Outcome, Sample, Settings, TuneError, check, finished, program};
 use crate::durable::{self, FileError};
 use crate::engine::{Adapter, Linear, Model, ScoreItem, logprobs};
 use crate::progress::Progress;
@@ -150,21 +150,16 @@ fn begin_anew(attempt: &Path) -> Result<(), TuneError> {
     }
 }
 
-/// Runs the program to its end. Its standard input stays open as long as this process lives.
+/// Runs the program to its end.
 fn run(command: &[String], dataset: &Path, attempt: &Path) -> Result<(), TuneError> {
     let Some((program, arguments)) = command.split_first() else {
         return Err(TuneError::Command { what: "it is empty".to_owned() });
     };
     let fail = |what: String| TuneError::Command { what: format!("{program} {what}") };
-    let mut child = Command::new(program);
-    child.args(arguments).arg(dataset).arg(attempt).stdin(Stdio::piped());
-    let mut child = child.spawn().map_err(|e| fail(format!("cannot be started: {e}")))?;
-    let lifeline = child.stdin.take();
-    let status = child.wait().map_err(|e| fail(format!("cannot be waited for: {e}")));
-    drop(lifeline);
-    match status? {
-        status if status.success() => Ok(()),
-        status => Err(fail(format!("ended with {status}"))),
+    match program::run(Command::new(program).args(arguments).arg(dataset).arg(attempt)) {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(fail(format!("ended with {status}"))),
+        Err(error) => Err(fail(format!("cannot be run: {error}"))),
     }
 }
 

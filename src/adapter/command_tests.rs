@@ -98,7 +98,7 @@ fn what_a_program_does_badly_leaves_no_adapter() {
         assert!(!out.join(ADAPTER).exists() && !out.join(OUTCOME).exists(), "{name}");
     };
     let missing = Settings { command: vec!["/no/such/program".into()], ..trainer("") };
-    refused("missing", &missing, "/no/such/program cannot be started");
+    refused("missing", &missing, "/no/such/program cannot be run");
     refused("empty", &trainer("true"), "adapter_config.json");
     let other =
         format!("{} && sed -i 's/\"r\": [0-9]*/\"r\": 3/' \"$2/adapter_config.json\"", copies("tiny-llama-lora"));

@@ -12,6 +12,7 @@ mod known;
 pub mod losses;
 mod memory;
 pub mod optimizer;
+mod program;
 pub mod settings;
 mod training;
 

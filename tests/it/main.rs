@@ -34,4 +34,5 @@ mod spark;
 mod stores;
 mod tables;
 mod topics;
+mod trainers;
 mod training;
