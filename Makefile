@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full check build bench bench-engine bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -20,6 +20,9 @@ help:
 	@echo 'make bench-engine  sampling, scoring and training against transformers, PEFT and llama.cpp'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
+	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
+	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
+	@echo 'make test-vllm  adapters and promotions with a real vLLM on the CPU (6 GB)'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -34,6 +37,16 @@ test: setup-test models
 test-full: models
 	tools/setup.sh full
 	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark,azurite} $(CARGO) test $(FLAGS) -- --include-ignored
+
+# The reference trainer on a Ray cluster of this machine.
+test-ray: models
+	tools/setup.sh ray
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-ray,models,readers} $(CARGO) test $(FLAGS) --test it -- --include-ignored --nocapture --test-threads 1 trainer
+
+# Adapters, promotions and candidates with a real vLLM on the CPU.
+test-vllm: models
+	tools/setup.sh vllm
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-vllm,models} $(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 vllm
 
 check: setup
 	$(CARGO) fmt --check
@@ -67,6 +80,13 @@ bench-engine: models
 	$(CARGO) build $(FLAGS) --example engine
 	$(CACHE)/reference/bin/python tools/bench/engine.py --engine $(dir $(BIN))examples/engine \
 		--gguf $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(dir $(BIN))bench-engine.md $(ARGS)
+
+# Sampling with more and more prompts; writes growth.svg and growth.md there.
+bench-growth: models
+	tools/setup.sh engine
+	$(CARGO) build $(FLAGS) --example engine
+	$(CACHE)/reference/bin/python tools/bench/growth.py --engine $(dir $(BIN))examples/engine \
+		--gguf $(CACHE)/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(dir $(BIN))bench-growth $(ARGS)
 
 bench-ingest: models
 	tools/setup.sh bench

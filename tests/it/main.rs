@@ -36,3 +36,6 @@ mod tables;
 mod topics;
 mod trainers;
 mod training;
+mod vllm;
+mod vllm_relay;
+mod vllm_server;

@@ -15,7 +15,7 @@ use taod::engine::{Model, ScoreItem, logprobs};
 use taod::progress::Progress;
 use taod::record::{FinishReason, Message};
 
-use crate::harness;
+use crate::{harness, vllm, vllm_server};
 
 fn model_path() -> String {
     harness::root().join("tests/fixtures/models/tiny-llama").display().to_string()
@@ -111,13 +111,14 @@ fn candidates_of_another_server_carry_ids_and_log_probs_that_ours_confirm() {
     assert!(error.contains(&url) && error.contains("asked 3 times"), "{error}");
 }
 
-/// `TAOD_VLLM_URL` is a server of the model in the folder `TAOD_VLLM_MODEL`, under the name `smol`.
 #[test]
-#[ignore = "needs a vLLM; see the head of this test"]
+#[ignore = "needs vLLM; run `make test-vllm`"]
 fn a_real_vllm_tells_ids_and_log_probs_that_ours_confirm() {
-    let told = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("set {name}"));
-    let (folder, model) = (tempfile::tempdir().unwrap(), Model::load(&told("TAOD_VLLM_MODEL")).unwrap());
-    let server = remote::Settings { model: "smol".into(), ..settings(&told("TAOD_VLLM_URL")).remote };
+    let (folder, base) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let Some(base) = vllm::smollm2(base.path()) else { return };
+    let model = Model::load(&base.display().to_string()).unwrap();
+    let vllm = vllm_server::Server::start(vllm_server::Kind::Vllm, &base, folder.path());
+    let server = remote::Settings { model: vllm_server::BASE.into(), ..settings(&vllm.url).remote };
     let settings = Settings { max_tokens: 32, remote: server, ..settings("") };
     let manifest = sample(&model, &settings, folder.path()).unwrap();
     let drawn = candidates::load(folder.path()).unwrap();
