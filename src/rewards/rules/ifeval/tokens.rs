@@ -101,9 +101,12 @@ pub(super) fn capital_words(text: &str) -> usize {
     cut.split_whitespace().filter(|word| is_case(word, LetterCase::Upper)).count()
 }
 
+/// A test of a letter.
+type Is = fn(char) -> bool;
+
 /// Returns true where some letter has a case and all that do are in this one.
 pub(super) fn is_case(text: &str, case: LetterCase) -> bool {
-    let (right, wrong): (fn(char) -> bool, fn(char) -> bool) = match case {
+    let (right, wrong): (Is, Is) = match case {
         LetterCase::Upper => (char::is_uppercase, char::is_lowercase),
         LetterCase::Lower => (char::is_lowercase, char::is_uppercase),
     };
