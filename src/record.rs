@@ -156,7 +156,7 @@ pub struct Query {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The model closed its turn: the closing token is the last of the ids.
+    /// The model closed its turn, and the closing token is the last of the ids; or a stop string was met.
     Stop,
     /// The limit on new tokens or the context was reached: no closing token.
     Length,

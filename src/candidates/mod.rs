@@ -38,6 +38,8 @@ pub struct Settings {
     pub top_p: f64,
     /// Most new tokens of one answer.
     pub max_tokens: usize,
+    /// Strings that end an answer; its text stops before them, and its token ids hold them.
+    pub stop: Vec<String>,
     /// Prompts whose groups are sampled and written together; what a kill can cost at most.
     pub chunk_prompts: usize,
     /// Most sequences decoded at the same time; bounds the memory of the KV cache.
@@ -57,6 +59,7 @@ impl Default for Settings {
             temperature: 1.0,
             top_p: 1.0,
             max_tokens: 512,
+            stop: Vec::new(),
             chunk_prompts: 16,
             max_sequences: 64,
             precision: Precision::default(),
@@ -88,6 +91,7 @@ impl Settings {
                 return Err(format!("{key} = 0: set at least 1"));
             }
         }
+        check_stop(&self.stop)?;
         let mut names = std::collections::BTreeSet::new();
         for strategy in &self.strategies {
             strategy.validate().map_err(|problem| format!("strategies: {problem}"))?;
@@ -120,7 +124,8 @@ impl Settings {
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
-        let sampling = SamplingSettings { temperature, top_p, max_tokens, ..SamplingSettings::default() };
+        let stop = self.stop.clone();
+        let sampling = SamplingSettings { temperature, top_p, max_tokens, stop, ..SamplingSettings::default() };
         Draw {
             samples: self.samples_per_prompt,
             sampling,
@@ -140,11 +145,13 @@ pub struct Decoding {
     pub top_p: f64,
     /// Most new tokens of one answer, 1 or more.
     pub max_tokens: usize,
+    /// Strings that end an answer, as clients send them in `stop`; empty: none.
+    pub stop: Vec<String>,
 }
 
 impl Default for Decoding {
     fn default() -> Self {
-        Decoding { temperature: 0.7, top_p: 1.0, max_tokens: 512 }
+        Decoding { temperature: 0.7, top_p: 1.0, max_tokens: 512, stop: Vec::new() }
     }
 }
 
@@ -159,7 +166,7 @@ impl Decoding {
         }
         match self.max_tokens {
             0 => Err("max_tokens = 0: set at least 1".to_string()),
-            _ => Ok(()),
+            _ => check_stop(&self.stop),
         }
     }
 
@@ -169,8 +176,19 @@ impl Decoding {
             temperature: self.temperature,
             top_p: self.top_p,
             max_tokens: self.max_tokens,
+            stop: self.stop.clone(),
             ..SamplingSettings::default()
         }
+    }
+}
+
+/// Most stop strings, as in OpenAI's API: `taod serve` takes no more in a request.
+const MAX_STOP_STRINGS: usize = 4;
+
+fn check_stop(stop: &[String]) -> Result<(), String> {
+    match stop.len() > MAX_STOP_STRINGS || stop.iter().any(String::is_empty) {
+        true => Err(format!("stop = {stop:?}: give at most {MAX_STOP_STRINGS} strings, none of them empty")),
+        false => Ok(()),
     }
 }
 
@@ -191,7 +209,7 @@ pub struct Candidate {
     pub text: String,
     /// The prompt as the sampler saw it; kept so that training sees the same.
     pub prompt_ids: Vec<u32>,
-    /// The answer, with the closing token exactly when `finish_reason` is `stop`.
+    /// The answer, with the closing token or that of a stop string exactly when `finish_reason` is `stop`.
     pub token_ids: Vec<u32>,
     /// Log-softmax of the raw logits at temperature 1, one per token id; none where a server does not tell them.
     pub logprobs: Vec<f32>,

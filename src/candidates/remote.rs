@@ -17,7 +17,7 @@ use tokio::runtime::Runtime;
 
 use super::{Candidate, CandidateError, Draw, PLAIN, Stream};
 use crate::dataset::Prompt;
-use crate::engine::Model;
+use crate::engine::{Model, first_stop};
 use crate::progress::Step;
 use crate::query_log::format::exclusion::{INTERNAL_HEADER, INTERNAL_USER};
 use crate::record::{FinishReason, derive_seed};
@@ -154,6 +154,9 @@ impl<'a> Remote<'a> {
             "return_token_ids": true,
             "user": INTERNAL_USER,
         });
+        if !how.sampling.stop.is_empty() {
+            body["stop"] = json!(how.sampling.stop);
+        }
         if let Some(tools) = &asked.prompt.tools {
             body["tools"] = json!(tools);
         }
@@ -213,7 +216,7 @@ impl<'a> Remote<'a> {
         }
         let is_plain = how.sampling.temperature == 1.0 && how.sampling.top_p == 1.0;
         let candidate = |(sample, choice): (usize, &Value)| {
-            let Said { text, token_ids, logprobs, finish_reason } = self.said(choice, model)?;
+            let Said { text, token_ids, logprobs, finish_reason } = self.said(choice, model, &how.sampling.stop)?;
             Ok(Candidate {
                 prompt_hash: asked.prompt.prompt_hash.clone(),
                 cluster: asked.prompt.cluster.clone(),
@@ -235,7 +238,7 @@ impl<'a> Remote<'a> {
         choices.iter().enumerate().map(candidate).collect()
     }
 
-    fn said(&self, choice: &Value, model: &Model) -> Result<Said, CandidateError> {
+    fn said(&self, choice: &Value, model: &Model, stop: &[String]) -> Result<Said, CandidateError> {
         let text = choice["message"]["content"].as_str().unwrap_or_default().to_owned();
         let finish_reason = match choice["finish_reason"].as_str() {
             Some("stop") => FinishReason::Stop,
@@ -246,13 +249,17 @@ impl<'a> Remote<'a> {
         let logprobs = content.and_then(|list| list.iter().map(|entry| entry["logprob"].as_f64()).collect());
         let logprobs: Option<Vec<f64>> = logprobs;
         let told = ids(&choice["token_ids"]).zip(logprobs).filter(|(ids, logs)| ids.len() == logs.len());
-        let closes = |ids: &[u32]| ids.last().is_some_and(|last| model.tokenizer().is_end(*last));
+        let tokenizer = model.tokenizer();
+        let closes = |ids: &[u32]| {
+            let closed = ids.last().is_some_and(|last| tokenizer.is_end(*last));
+            closed || first_stop(&tokenizer.decode(ids), stop).is_some()
+        };
         let (token_ids, logprobs) = match told {
             Some((ids, logs)) if closes(&ids) == (finish_reason == FinishReason::Stop) => {
                 (ids, logs.into_iter().map(|log| log as f32).collect())
             }
             // Without its ids, or without the token that closed the turn, its log-probs belong to no token of ours.
-            _ => (model.tokenizer().answer_ids(&text, finish_reason == FinishReason::Stop)?, Vec::new()),
+            _ => (tokenizer.answer_ids(&text, finish_reason == FinishReason::Stop)?, Vec::new()),
         };
         Ok(Said { text, token_ids, logprobs, finish_reason })
     }

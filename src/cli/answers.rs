@@ -54,17 +54,20 @@ pub(super) struct Answer {
     pub(super) response: Option<String>,
     #[serde(default)]
     pub(super) finish_reason: Option<FinishReason>,
+    /// The stop string that ended it in place of the closing token.
+    #[serde(default)]
+    pub(super) stop_reason: Option<String>,
 }
 
 impl Answer {
     /// Returns the answer's ids; they include the closing token exactly when it ended by itself. An answer that says
-    /// nothing of its end did. An error names the line.
+    /// nothing of its end did; one that a stop string ended has that in its ids. An error names the line.
     pub(super) fn ids(&self, model: &Model, index: usize) -> anyhow::Result<Vec<u32>> {
         let tokenizer = model.tokenizer();
         let ids = match (&self.token_ids, &self.response) {
             (Some(ids), _) => {
-                check_end(ids.last().is_some_and(|id| tokenizer.is_end(*id)), self.finish_reason)
-                    .with_context(|| format!("input {index}"))?;
+                let ended = self.stop_reason.is_some() || ids.last().is_some_and(|id| tokenizer.is_end(*id));
+                check_end(ended, self.finish_reason).with_context(|| format!("input {index}"))?;
                 ids.clone()
             }
             (None, Some(text)) => tokenizer

@@ -17,7 +17,7 @@ const CHUNK: usize = 64;
 /// Sample answers to prompts.
 ///
 /// Input lines: {"messages": [...]}. Output lines, one for each sample, in the order of the input: {"index", "sample",
-/// "text", "token_ids", "logprobs", "sampler_logprobs", "finish_reason"}.
+/// "text", "token_ids", "logprobs", "sampler_logprobs", "finish_reason"}, and "stop_reason" where a stop string ended it.
 #[derive(Debug, Args)]
 pub struct Generate {
     #[command(flatten)]
@@ -45,6 +45,9 @@ pub struct Generate {
     /// Makes tokens of the prompt and of the answer less likely; 1 is none.
     #[arg(long, default_value_t = 1.0, value_name = "R")]
     repetition_penalty: f64,
+    /// A string that ends an answer; its text stops before it, its token ids hold it. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// Changes every draw.
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
@@ -62,6 +65,8 @@ struct SampleLine<'a> {
     logprobs: &'a [f32],
     sampler_logprobs: &'a [f32],
     finish_reason: FinishReason,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<&'a str>,
 }
 
 pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<Exit> {
@@ -74,6 +79,7 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         min_p: args.min_p,
         repetition_penalty: args.repetition_penalty,
         max_tokens: args.max_tokens,
+        stop: args.stop.clone(),
         ..SamplingSettings::default()
     };
     let policy = Policy::new(&model, adapter.as_ref(), args.precision.form())?;
@@ -109,6 +115,7 @@ fn line(index: usize, sample: usize, completion: &Completion) -> SampleLine<'_> 
         logprobs: &completion.logprobs,
         sampler_logprobs: &completion.sampler_logprobs,
         finish_reason: completion.finish_reason,
+        stop_reason: completion.stop_string.as_deref(),
     }
 }
 

@@ -118,7 +118,7 @@ async fn ask_one(client: &reqwest::Client, config: &Config, prompt: &Prompt) -> 
     let body = json!({
         "model": config.endpoint.stable_name, "messages": prompt.messages, "seed": seed,
         "temperature": config.decoding.temperature, "top_p": config.decoding.top_p,
-        "max_tokens": config.decoding.max_tokens, "user": "taod-internal",
+        "max_tokens": config.decoding.max_tokens, "stop": config.decoding.stop, "user": "taod-internal",
     });
     let url = format!("{}/v1/chat/completions", config.endpoint.urls[0]);
     let request = client.post(url).header("x-taod-internal", "1").json(&body);

@@ -6,7 +6,7 @@ use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
 use super::error::EngineError;
-use super::math;
+use super::{math, stop};
 
 /// How tokens are drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub struct SamplingSettings {
     pub presence_penalty: f64,
     /// The same for each time that it holds them. 0 is none.
     pub frequency_penalty: f64,
+    /// Strings that end an answer; its text stops before them.
+    pub stop: Vec<String>,
 }
 
 impl Default for SamplingSettings {
@@ -42,6 +44,7 @@ impl Default for SamplingSettings {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            stop: Vec::new(),
         }
     }
 }
@@ -62,7 +65,7 @@ impl SamplingSettings {
             let (presence, frequency) = (self.presence_penalty, self.frequency_penalty);
             format!("presence_penalty {presence} and frequency_penalty {frequency} are not both numbers")
         } else {
-            return Ok(());
+            return stop::check(&self.stop);
         };
         Err(EngineError::request(problem))
     }

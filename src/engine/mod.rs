@@ -23,6 +23,7 @@ mod safetensors;
 mod sampler;
 mod score;
 mod source;
+mod stop;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,7 @@ pub use rope::Rope;
 pub use sampler::{BatchLimits, Batcher, Completion, Event, Group, generate};
 pub use score::{ScoreItem, divergence, logprobs};
 pub use source::ModelSource;
+pub use stop::{TextStream, first_stop, unsure_of};
 pub use threads::{available, init_threads};
 pub use tokenizer::Tokenizer;
 pub use weights::{LayerWeights, Weights};

@@ -13,6 +13,7 @@ use super::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
 use super::error::EngineError;
 use super::model::Model;
 use super::policy::Policy;
+use super::stop::{StopWatch, first_stop};
 use crate::record::FinishReason;
 
 /// The samples of one prompt.
@@ -26,7 +27,8 @@ pub struct Group {
     pub sampling: SamplingSettings,
 }
 
-/// One finished sample. `token_ids` end with the closing token exactly when `finish_reason` is stop.
+/// One finished sample. Exactly when `finish_reason` is stop, `token_ids` end with the closing token, or with the one that
+/// completed `stop_string`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
     pub token_ids: Vec<u32>,
@@ -35,7 +37,9 @@ pub struct Completion {
     /// Log-probabilities under the distribution drawn from.
     pub sampler_logprobs: Vec<f32>,
     pub finish_reason: FinishReason,
-    /// The text without special tokens.
+    /// The stop string that ended it.
+    pub stop_string: Option<String>,
+    /// The text without special tokens, up to the stop string.
     pub text: String,
 }
 
@@ -95,6 +99,8 @@ struct Active {
     said: Option<Said>,
     /// Most new tokens, by the settings and by the context.
     limit: usize,
+    watch: Option<StopWatch>,
+    stopped: bool,
     drawn: Vec<Drawn>,
 }
 
@@ -212,7 +218,8 @@ impl Batcher {
             self.waiting.pop_front();
         }
         let started = self.active[first..].par_iter_mut().zip(&logits);
-        started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, scratch));
+        let model = self.policy.model();
+        started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, model, scratch));
         self.settle(first, events);
     }
 
@@ -226,12 +233,12 @@ impl Batcher {
         let decoder = self.policy.decoder();
         let hidden = decoder.forward(self.policy.adapter(), &mut runs, &mut self.pool);
         let logits = decoder.logits(&hidden, std::mem::take(&mut self.room));
-        let work = self.active.par_iter_mut().enumerate();
+        let (model, work) = (self.policy.model(), self.active.par_iter_mut().enumerate());
         work.for_each_init(
             || (vec![0.0; logits.columns()], Scratch::default()),
             |(row, scratch), (i, active)| {
                 logits.copy_row(i, row);
-                active.draw(row, scratch);
+                active.draw(row, model, scratch);
             },
         );
         self.room = logits.into_room();
@@ -268,21 +275,33 @@ impl Active {
             sampling: group.sampling.clone(),
             said: Said::begin(&group.sampling, &group.prompt),
             limit: group.sampling.max_tokens.min(room),
+            watch: StopWatch::begin(&group.sampling.stop),
+            stopped: false,
             drawn: Vec::new(),
         }
     }
 
-    fn draw(&mut self, logits: &[f32], scratch: &mut Scratch) {
+    fn draw(&mut self, logits: &[f32], model: &Model, scratch: &mut Scratch) {
         let drawn = draw(logits, &self.sampling, self.said.as_ref(), &mut self.rng, scratch);
         if let Some(said) = &mut self.said {
             said.add(drawn.token);
         }
         self.drawn.push(drawn);
+        let decode = |ids: &[u32]| model.tokenizer().decode(ids);
+        let stop = &self.sampling.stop;
+        if self.watch.as_mut().is_some_and(|watch| watch.met(drawn.token, stop, &decode)) {
+            // What the ids are as a text decides, so that the text can always be told from them.
+            self.stopped = first_stop(&decode(&self.token_ids()), stop).is_some();
+        }
+    }
+
+    fn token_ids(&self) -> Vec<u32> {
+        self.drawn.iter().map(|d| d.token).collect()
     }
 
     fn finish_reason(&self, model: &Model) -> Option<FinishReason> {
         let last = self.drawn.last()?;
-        if model.tokenizer().is_end(last.token) {
+        if self.stopped || model.tokenizer().is_end(last.token) {
             Some(FinishReason::Stop)
         } else {
             (self.drawn.len() >= self.limit).then_some(FinishReason::Length)
@@ -290,10 +309,15 @@ impl Active {
     }
 
     fn completion(&self, finish_reason: FinishReason, model: &Model) -> Completion {
-        let token_ids: Vec<u32> = self.drawn.iter().map(|d| d.token).collect();
-        let text = model.tokenizer().decode(&token_ids);
+        let token_ids = self.token_ids();
+        let mut text = model.tokenizer().decode(&token_ids);
+        let stop_string = first_stop(&text, &self.sampling.stop).map(|(at, stop)| (at, stop.to_string()));
+        if let Some((at, _)) = stop_string {
+            text.truncate(at);
+        }
         Completion {
             token_ids,
+            stop_string: stop_string.map(|(_, stop)| stop),
             logprobs: self.drawn.iter().map(|d| d.logprob).collect(),
             sampler_logprobs: self.drawn.iter().map(|d| d.sampler_logprob).collect(),
             finish_reason,

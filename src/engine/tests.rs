@@ -14,6 +14,7 @@ use crate::record::{FinishReason, Message};
 mod families;
 mod gguf;
 mod rounded;
+mod stops;
 
 #[derive(Deserialize)]
 struct Golden {

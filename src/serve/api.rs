@@ -261,6 +261,8 @@ pub(crate) struct Choice {
     pub(crate) text: String,
     pub(crate) tokens: Vec<Sampled>,
     pub(crate) finish_reason: Option<FinishReason>,
+    /// The stop string that ended it.
+    pub(crate) stop_string: Option<String>,
 }
 
 /// An answer, as far as it has come, and what stands at the head of its JSON.
@@ -296,6 +298,7 @@ impl Answer {
             "delta": delta,
             "logprobs": (self.wanted.logprobs && !tokens.is_empty()).then(|| logprobs(tokens)),
             "finish_reason": end.map(FinishReason::as_str),
+            "stop_reason": end.and(self.choices[index].stop_string.as_ref()),
         });
         if self.wanted.token_ids {
             choice["token_ids"] = ids(tokens);
@@ -337,6 +340,7 @@ impl Answer {
             "message": {"role": "assistant", "content": choice.text},
             "logprobs": self.wanted.logprobs.then(|| logprobs(&choice.tokens)),
             "finish_reason": choice.finish_reason.map(FinishReason::as_str),
+            "stop_reason": choice.stop_string,
         });
         if self.wanted.token_ids {
             body["token_ids"] = ids(&choice.tokens);

@@ -211,7 +211,7 @@ impl Pending {
         let chunk = match event {
             Event::Token { text, .. } if text.is_empty() && !wanted.logprobs && !wanted.token_ids => return Ok(()),
             Event::Token { sample, token, text } => self.answer.chunk(sample, json!({"content": text}), &[token], None),
-            Event::Done { sample, text, reason } => {
+            Event::Done { sample, text, reason, .. } => {
                 let delta = if text.is_empty() { json!({}) } else { json!({"content": text}) };
                 self.answer.chunk(sample, delta, &[], Some(reason))
             }
@@ -233,9 +233,10 @@ impl Answer {
                 self.choices[*sample].tokens.push(token.clone());
                 self.choices[*sample].text.push_str(text);
             }
-            Event::Done { sample, text, reason } => {
+            Event::Done { sample, text, reason, stop_string } => {
                 self.choices[*sample].text.push_str(text);
                 self.choices[*sample].finish_reason = Some(*reason);
+                self.choices[*sample].stop_string.clone_from(stop_string);
             }
             Event::Refused(refusal) => return Err(refusal.clone().into()),
             Event::Started { .. } => {}

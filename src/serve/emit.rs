@@ -1,11 +1,11 @@
 //! From token ids to text that can be sent: whole characters only, nothing of a stop string.
 //!
-//! A token may hold half a character, and a stop string may be spread over several tokens, so text is held back until
-//! it is certain. What was sent is never taken back.
+//! The engine ends a sample that meets a stop string. Until then the string may be half there, so text that could be its
+//! beginning is held back. What was sent is never taken back.
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::record::FinishReason;
+use crate::engine::{Completion, TextStream, first_stop, unsure_of};
 
 use super::api::Sampled;
 use super::job::Event;
@@ -20,22 +20,18 @@ pub(crate) struct Emitter {
 /// The end of one sample's text that is not certain yet.
 #[derive(Default)]
 struct Tail {
-    ids: Vec<u32>,
-    /// Tokens before this are certain; those from here to `read` are decoded again with the next one, because a
-    /// tokenizer may put white space between tokens.
-    prefix: usize,
-    read: usize,
-    /// Text that may be the beginning of a stop string.
+    stream: TextStream,
+    /// Text that may be the beginning of a stop string, or begins with one.
     held: String,
+    /// Bytes that were sent.
+    sent: usize,
     ended: bool,
 }
 
-/// Whether a sample is still wanted.
+/// Whether a request is still wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
     GoOn,
-    /// It met a stop string, or it had ended before.
-    Ended,
     /// Nobody listens any more.
     Gone,
 }
@@ -49,29 +45,18 @@ impl Emitter {
     /// Takes one token of a sample; `decode` is the tokenizer's text of some ids without special tokens.
     pub(crate) fn token(&mut self, sample: usize, token: Sampled, decode: &dyn Fn(&[u32]) -> String) -> Wish {
         let tail = &mut self.samples[sample];
-        if tail.ended {
-            return Wish::Ended;
-        }
-        tail.push(token.id, decode);
-        let (text, stopped) = tail.release(&self.stop);
-        let sent = self.events.send(Event::Token { sample, text, token });
-        if sent.is_err() {
-            return Wish::Gone;
-        }
-        match stopped {
-            true => self.end(sample, String::new(), FinishReason::Stop),
-            false => Wish::GoOn,
-        }
+        tail.held += &tail.stream.push(token.id, decode);
+        let text = tail.release(&self.stop);
+        self.send(Event::Token { sample, text, token })
     }
 
-    /// Ends a sample with why its engine stopped; sends what was held back.
-    pub(crate) fn done(&mut self, sample: usize, reason: FinishReason, decode: &dyn Fn(&[u32]) -> String) -> Wish {
+    /// Ends a sample and sends what was held back of its text.
+    pub(crate) fn done(&mut self, sample: usize, completion: Completion) -> Wish {
         let tail = &mut self.samples[sample];
-        if tail.ended {
-            return Wish::Ended;
-        }
-        let text = tail.rest(decode);
-        self.end(sample, text, reason)
+        tail.ended = true;
+        let text = completion.text.get(tail.sent..).unwrap_or_default().to_string();
+        let Completion { finish_reason: reason, stop_string, .. } = completion;
+        self.send(Event::Done { sample, text, reason, stop_string })
     }
 
     /// Returns true once every sample has ended.
@@ -84,58 +69,31 @@ impl Emitter {
         self.events.is_closed()
     }
 
-    fn end(&mut self, sample: usize, text: String, reason: FinishReason) -> Wish {
-        self.samples[sample].ended = true;
-        match self.events.send(Event::Done { sample, text, reason }) {
-            Ok(()) => Wish::Ended,
+    fn send(&self, event: Event) -> Wish {
+        match self.events.send(event) {
+            Ok(()) => Wish::GoOn,
             Err(_) => Wish::Gone,
         }
     }
 }
 
 impl Tail {
-    /// Adds a token; whole characters that it completes go to the held text.
-    fn push(&mut self, id: u32, decode: &dyn Fn(&[u32]) -> String) {
-        self.ids.push(id);
-        let known = decode(&self.ids[self.prefix..self.read]);
-        let now = decode(&self.ids[self.prefix..]);
-        if now.len() > known.len() && !now.ends_with('\u{FFFD}') {
-            self.held.push_str(now.get(known.len()..).unwrap_or_default());
-            self.prefix = self.read;
-            self.read = self.ids.len();
-        }
+    /// Takes from the held text what is certain.
+    fn release(&mut self, stop: &[String]) -> String {
+        let certain = match first_stop(&self.held, stop) {
+            Some((at, _)) => at,
+            None => self.held.len() - unsure_of(&self.held, stop),
+        };
+        let rest = self.held.split_off(certain);
+        self.sent += certain;
+        std::mem::replace(&mut self.held, rest)
     }
-
-    /// Takes from the held text what is certain; true where a stop string was met (what follows it is dropped).
-    fn release(&mut self, stop: &[String]) -> (String, bool) {
-        if let Some(at) = stop.iter().filter_map(|s| self.held.find(s.as_str())).min() {
-            self.held.truncate(at);
-            return (std::mem::take(&mut self.held), true);
-        }
-        let keep = stop.iter().map(|s| overlap(&self.held, s)).max().unwrap_or(0);
-        let rest = self.held.split_off(self.held.len() - keep);
-        (std::mem::replace(&mut self.held, rest), false)
-    }
-
-    /// Takes all text that is left, an unfinished character included.
-    fn rest(&mut self, decode: &dyn Fn(&[u32]) -> String) -> String {
-        let known = decode(&self.ids[self.prefix..self.read]);
-        let now = decode(&self.ids[self.prefix..]);
-        let mut text = std::mem::take(&mut self.held);
-        text.push_str(now.get(known.len()..).unwrap_or_default());
-        text
-    }
-}
-
-/// Returns how many bytes at the end of `text` are a beginning of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    let starts = stop.char_indices().map(|(at, _)| at).skip(1);
-    starts.filter(|&at| text.ends_with(&stop[..at])).max().unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::FinishReason;
     use tokio::sync::mpsc;
 
     /// A tokenizer whose token is one byte.
@@ -144,19 +102,25 @@ mod tests {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Sends `text` byte by byte; returns the pieces that were emitted and the wish after the last token.
-    fn emit(text: &str, stop: &[&str]) -> (Vec<String>, Wish) {
+    fn token(id: u8) -> Sampled {
+        Sampled { id: u32::from(id), piece: String::new(), logprob: 0.0 }
+    }
+
+    fn completion(text: &str) -> Completion {
+        let (token_ids, logprobs, sampler_logprobs) = (Vec::new(), Vec::new(), Vec::new());
+        let (finish_reason, stop_string, text) = (FinishReason::Stop, None, text.to_string());
+        Completion { token_ids, logprobs, sampler_logprobs, finish_reason, stop_string, text }
+    }
+
+    /// Sends `text` byte by byte, then ends it as `whole`; returns the pieces that were emitted.
+    fn emit(text: &str, stop: &[&str], whole: &str) -> Vec<String> {
         let (events, mut received) = mpsc::unbounded_channel();
         let mut emitter = Emitter::new(events, 1, stop.iter().map(|s| s.to_string()).collect());
-        let mut wish = Wish::GoOn;
         for byte in text.bytes() {
-            let token = Sampled { id: u32::from(byte), piece: String::new(), logprob: 0.0 };
-            wish = emitter.token(0, token, &bytes);
-            if wish != Wish::GoOn {
-                break;
-            }
+            assert_eq!(emitter.token(0, token(byte), &bytes), Wish::GoOn);
         }
-        emitter.done(0, FinishReason::Length, &bytes);
+        emitter.done(0, completion(whole));
+        assert!(emitter.is_over());
         let mut pieces = Vec::new();
         while let Ok(event) = received.try_recv() {
             match event {
@@ -164,43 +128,35 @@ mod tests {
                 _ => {}
             }
         }
-        (pieces, wish)
+        pieces
     }
 
     #[test]
     fn a_character_is_sent_whole() {
-        let (pieces, _) = emit("aé", &[]);
-        assert_eq!(pieces, ["a", "", "é", ""]);
+        assert_eq!(emit("aé", &[], "aé"), ["a", "", "é", ""]);
     }
 
     #[test]
     fn an_unfinished_character_is_sent_at_the_end() {
         let (events, mut received) = mpsc::unbounded_channel();
         let mut emitter = Emitter::new(events, 1, Vec::new());
-        emitter.token(0, Sampled { id: 0xC3, piece: String::new(), logprob: 0.0 }, &bytes);
-        emitter.done(0, FinishReason::Length, &bytes);
+        emitter.token(0, token(0xC3), &bytes);
+        emitter.done(0, completion("\u{FFFD}"));
         assert!(matches!(received.try_recv(), Ok(Event::Token { text, .. }) if text.is_empty()));
         assert!(matches!(received.try_recv(), Ok(Event::Done { text, .. }) if text == "\u{FFFD}"));
-        assert!(emitter.is_over());
     }
 
     #[test]
     fn nothing_of_a_stop_string_is_sent() {
-        let (pieces, wish) = emit("ab END cd", &[" END"]);
-        assert_eq!((pieces.concat().as_str(), wish), ("ab", Wish::Ended));
+        assert_eq!(emit("ab END", &[" END"], "ab").concat(), "ab");
+        assert_eq!(emit("one two", &["three", "two"], "one ").concat(), "one ");
     }
 
     #[test]
     fn the_beginning_of_a_stop_string_is_only_held_back() {
-        let (pieces, _) = emit("ab EN cd E", &[" END", "zz"]);
+        let pieces = emit("ab EN cd E", &[" END", "zz"], "ab EN cd E");
         assert_eq!(pieces.concat(), "ab EN cd E");
         assert_eq!(pieces[2..5], ["", "", ""], "held until the next letter decides");
-    }
-
-    #[test]
-    fn the_first_of_several_stop_strings_counts() {
-        let (pieces, _) = emit("one two three", &["three", "two"]);
-        assert_eq!(pieces.concat(), "one ");
     }
 
     #[test]
@@ -208,7 +164,6 @@ mod tests {
         let (events, received) = mpsc::unbounded_channel();
         drop(received);
         let mut emitter = Emitter::new(events, 1, Vec::new());
-        let token = Sampled { id: 65, piece: String::new(), logprob: 0.0 };
-        assert_eq!(emitter.token(0, token, &bytes), Wish::Gone);
+        assert_eq!(emitter.token(0, token(65), &bytes), Wish::Gone);
     }
 }

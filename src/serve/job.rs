@@ -77,8 +77,8 @@ pub(crate) enum Event {
     Started { prompt_ids: Vec<u32> },
     /// A token, and the text that became certain with it.
     Token { sample: usize, token: Sampled, text: String },
-    /// A sample is over; `text` was held back until now.
-    Done { sample: usize, text: String, reason: FinishReason },
+    /// A sample is over, by a stop string or otherwise; `text` was held back until now.
+    Done { sample: usize, text: String, reason: FinishReason, stop_string: Option<String> },
     /// The job cannot be answered; nothing follows.
     Refused(Refusal),
 }

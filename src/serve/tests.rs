@@ -9,6 +9,7 @@ use rdkafka::message::{Headers, Message as _};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::engine::{Completion, first_stop};
 use crate::record::{FinishReason, last_user_text};
 use api::Sampled;
 use emit::{Emitter, Wish};
@@ -139,10 +140,26 @@ fn speak(job: Job, voice: &str) {
         String::from_utf8_lossy(&bytes).into_owned()
     };
     let mut ids: Vec<u32> = format!("{voice}: {question}").bytes().map(u32::from).chain([END]).collect();
-    let reason = if ids.len() > max { FinishReason::Length } else { FinishReason::Stop };
+    let mut finish_reason = if ids.len() > max { FinishReason::Length } else { FinishReason::Stop };
     ids.truncate(max);
+    let stop = job.sampling.stop.clone();
+    let stopped = (1..=ids.len()).find(|n| first_stop(&decode(&ids[..*n]), &stop).is_some());
+    if let Some(tokens) = stopped {
+        (finish_reason, _) = (FinishReason::Stop, ids.truncate(tokens));
+    }
+    let mut text = decode(&ids);
+    let met = first_stop(&text, &stop).map(|(at, stop)| (at, stop.to_owned()));
+    text.truncate(met.as_ref().map_or(text.len(), |(at, _)| *at));
+    let done = Completion {
+        token_ids: ids.clone(),
+        logprobs: Vec::new(),
+        sampler_logprobs: Vec::new(),
+        finish_reason,
+        stop_string: met.map(|(_, stop)| stop),
+        text,
+    };
     job.events.send(Event::Started { prompt_ids }).unwrap_or_default();
-    let mut emitter = Emitter::new(job.events.clone(), job.seeds.len(), job.sampling.stop.clone());
+    let mut emitter = Emitter::new(job.events.clone(), job.seeds.len(), stop);
     for sample in 0..job.seeds.len() {
         for (position, &id) in ids.iter().enumerate() {
             let piece = if id == END { "<|end|>".into() } else { decode(&[id]) };
@@ -154,7 +171,7 @@ fn speak(job: Job, voice: &str) {
         if question == "break" {
             return drop(job.events.send(Event::Refused(Refusal::Engine("out of memory".into()))));
         }
-        emitter.done(sample, reason, &decode);
+        emitter.done(sample, done.clone());
     }
 }
 
@@ -209,6 +226,8 @@ async fn a_stream_says_the_same_as_the_whole_answer() {
     let (_, whole) = fake.chat(json!({"stop": ["there"]})).await;
     assert_eq!(whole["choices"][0]["message"]["content"], text.as_str());
     assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    let ends: Vec<&Value> = of_first().map(|c| &c["stop_reason"]).filter(|reason| !reason.is_null()).collect();
+    assert_eq!((ends, &whole["choices"][0]["stop_reason"]), (vec![&json!("there")], &json!("there")));
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 
 use crate::engine::{
-    Adapter, BatchLimits, Batcher, Completion, Event as Step, Group, Model, Policy, SamplingSettings, WeightForm,
+    Adapter, BatchLimits, Batcher, Event as Step, Group, Model, Policy, SamplingSettings, WeightForm,
 };
 
 use super::Settings;
@@ -181,7 +181,7 @@ impl Batch {
     fn push(&mut self, id: u64, accepted: Accepted) {
         let Accepted { mut job, prompt, max_tokens, .. } = accepted;
         let stop = std::mem::take(&mut job.sampling.stop);
-        let emitter = Emitter::new(job.events.clone(), job.seeds.len(), stop);
+        let emitter = Emitter::new(job.events.clone(), job.seeds.len(), stop.clone());
         if emitter.is_gone() {
             return;
         }
@@ -195,6 +195,7 @@ impl Batch {
             repetition_penalty: penalties.repetition,
             presence_penalty: penalties.presence,
             frequency_penalty: penalties.frequency,
+            stop,
         };
         match self.batcher.push(Group { id, prompt, seeds: job.seeds.clone(), sampling }) {
             Ok(()) => drop(self.running.insert(id, Running { emitter, job })),
@@ -225,8 +226,8 @@ impl Batch {
                 let wish = self.running.get_mut(&group).map(|r| r.emitter.token(sample, sampled, &decode));
                 (group, wish)
             }
-            Step::Done { group, sample, completion: Completion { finish_reason, .. } } => {
-                let wish = self.running.get_mut(&group).map(|r| r.emitter.done(sample, finish_reason, &decode));
+            Step::Done { group, sample, completion } => {
+                let wish = self.running.get_mut(&group).map(|r| r.emitter.done(sample, completion));
                 (group, wish)
             }
         }
