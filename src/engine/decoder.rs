@@ -11,8 +11,9 @@ use super::cache::{Cache, Pool, Shape};
 use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
 use super::lora::{Adapter, Linear, LoraPair};
+use super::low_rank::{LoraPack, Part, Site, add_low_rank, parts};
 use super::math;
-use super::matmul::{Matrix, Packed, Product, WeightForm};
+use super::matmul::{Matrix, Product, WeightForm};
 use super::rope::Rope;
 use super::weights::{LayerWeights, Weights};
 
@@ -52,6 +53,8 @@ struct Layer {
 pub(crate) struct Run<'a> {
     pub(crate) cache: &'a mut Cache,
     pub(crate) tokens: &'a [u32],
+    /// The adapter that the sequence is read with. Runs of one adapter side by side are multiplied together.
+    pub(crate) adapter: Option<&'a LoraPack>,
 }
 
 /// The rows of a run's own place in the batch.
@@ -120,7 +123,7 @@ impl Decoder {
     }
 
     /// Reads the runs' tokens into their caches and returns the last layer's rows, `[rows, hidden]`, normed.
-    pub(crate) fn forward(&self, adapter: Option<&LoraPack>, runs: &mut [Run], pool: &mut Pool) -> Vec<f32> {
+    pub(crate) fn forward(&self, runs: &mut [Run], pool: &mut Pool) -> Vec<f32> {
         let hidden = self.config.hidden_size;
         let rows: Vec<Row> = runs
             .iter()
@@ -135,10 +138,10 @@ impl Decoder {
         if let Some(scale) = self.config.embedding_scale {
             x.iter_mut().for_each(|x| *x *= scale);
         }
+        let lora = parts(runs.iter().map(|run| (run.adapter, run.tokens.len())));
         for (i, layer) in self.layers.iter().enumerate() {
-            let lora = adapter.map(|a| &a.layers[i]);
-            self.attention(i, layer, lora, runs, &rows, &mut x);
-            self.mlp(layer, lora, &mut x);
+            self.attention(i, layer, &lora, runs, &rows, &mut x);
+            self.mlp(i, layer, &lora, &mut x);
         }
         for run in runs.iter_mut() {
             run.cache.advance(run.tokens.len());
@@ -173,20 +176,12 @@ impl Decoder {
         out
     }
 
-    fn attention(
-        &self,
-        index: usize,
-        layer: &Layer,
-        lora: Option<&LayerLora>,
-        runs: &mut [Run],
-        rows: &[Row],
-        x: &mut [f32],
-    ) {
+    fn attention(&self, index: usize, layer: &Layer, lora: &[Part], runs: &mut [Run], rows: &[Row], x: &mut [f32]) {
         let (c, kind) = (&self.config, self.config.layers[index]);
         let normed = layer.attn_norm.as_ref().map(|norm| self.normed(x, norm));
         let input = normed.as_deref().unwrap_or(x);
         let mut product = layer.qkv.apply(input, rows.len());
-        add_low_rank(lora.and_then(|l| l.qkv.as_ref()), input, &mut product);
+        add_low_rank(lora, index, Site::Qkv, input, &mut product);
         let mut q = vec![0.0; rows.len() * c.query_size()];
         self.place(index, layer, runs, &product, &mut q);
 
@@ -207,7 +202,7 @@ impl Decoder {
             view.attend(q, out, scratch);
         });
         let mut product = layer.o.apply(&attended, rows.len());
-        add_low_rank(lora.and_then(|l| l.o.as_ref()), &attended, &mut product);
+        add_low_rank(lora, index, Site::O, &attended, &mut product);
         self.add(x, product, layer.attn_post_norm.as_deref());
     }
 
@@ -261,13 +256,13 @@ impl Decoder {
         }
     }
 
-    fn mlp(&self, layer: &Layer, lora: Option<&LayerLora>, x: &mut [f32]) {
+    fn mlp(&self, index: usize, layer: &Layer, lora: &[Part], x: &mut [f32]) {
         let (hidden, wide) = (self.config.hidden_size, self.config.intermediate_size);
         let rows = x.len() / hidden;
         let normed = layer.mlp_norm.as_ref().map(|norm| self.normed(x, norm));
         let input = normed.as_deref().unwrap_or(x);
         let mut product = layer.gate_up.apply(input, rows);
-        add_low_rank(lora.and_then(|l| l.gate_up.as_ref()), input, &mut product);
+        add_low_rank(lora, index, Site::GateUp, input, &mut product);
         let activate = match self.config.block.activation {
             Activation::SwiGlu => math::swiglu,
             Activation::GeGlu => math::geglu,
@@ -283,7 +278,7 @@ impl Decoder {
             },
         );
         let mut product = layer.down.apply(&active, rows);
-        add_low_rank(lora.and_then(|l| l.down.as_ref()), &active, &mut product);
+        add_low_rank(lora, index, Site::Down, &active, &mut product);
         self.add(x, product, layer.mlp_post_norm.as_deref());
     }
 
@@ -344,72 +339,5 @@ fn merged(weight: &Tensor, pair: Option<&LoraPair>) -> Result<Tensor, EngineErro
     match pair {
         None => Ok(weight.clone()),
         Some(LoraPair { a, b, scale, .. }) => Ok((weight + (b.matmul(a)? * *scale)?)?),
-    }
-}
-
-/// An adapter laid out for inference: for each of the four products of a layer, the stacked A's and a block matrix of
-/// the B's, already scaled.
-pub(crate) struct LoraPack {
-    layers: Vec<LayerLora>,
-}
-
-struct LayerLora {
-    qkv: Option<LowRank>,
-    o: Option<LowRank>,
-    gate_up: Option<LowRank>,
-    down: Option<LowRank>,
-}
-
-struct LowRank {
-    a: Packed,
-    b: Packed,
-}
-
-impl LoraPack {
-    pub(crate) fn new(config: &ModelConfig, adapter: &Adapter) -> Result<Self, EngineError> {
-        let layer = |i: usize| -> Result<LayerLora, EngineError> {
-            Ok(LayerLora {
-                qkv: LowRank::new(config, adapter, i, &[Linear::Q, Linear::K, Linear::V])?,
-                o: LowRank::new(config, adapter, i, &[Linear::O])?,
-                gate_up: LowRank::new(config, adapter, i, &[Linear::Gate, Linear::Up])?,
-                down: LowRank::new(config, adapter, i, &[Linear::Down])?,
-            })
-        };
-        Ok(LoraPack { layers: (0..config.layers.len()).map(layer).collect::<Result<_, _>>()? })
-    }
-}
-
-impl LowRank {
-    fn new(
-        config: &ModelConfig,
-        adapter: &Adapter,
-        layer: usize,
-        linears: &[Linear],
-    ) -> Result<Option<Self>, EngineError> {
-        let pairs: Vec<_> = linears.iter().map(|l| adapter.get(layer, *l)).collect();
-        let stacked: Vec<_> = pairs.iter().flatten().map(|p| &p.a).collect();
-        if stacked.is_empty() {
-            return Ok(None);
-        }
-        let a = Packed::new(&stacked)?;
-        let outputs = linears.iter().map(|l| l.shape(config).1).sum();
-        let mut b = Packed::zeros(a.outputs(), outputs);
-        let (mut output, mut input) = (0, 0);
-        for (linear, pair) in linears.iter().zip(pairs) {
-            if let Some(pair) = pair {
-                let values = pair.b.flatten_all()?.to_vec1::<f32>()?;
-                b.fill(output, input, &values, pair.rank, pair.scale as f32);
-                input += pair.rank;
-            }
-            output += linear.shape(config).1;
-        }
-        Ok(Some(LowRank { a, b }))
-    }
-}
-
-fn add_low_rank(low_rank: Option<&LowRank>, x: &[f32], product: &mut Product) {
-    if let Some(LowRank { a, b }) = low_rank {
-        let down = a.apply(x, product.rows()).to_rows();
-        b.add_to(&down, product);
     }
 }

@@ -187,20 +187,35 @@ impl Packed {
         product
     }
 
-    /// Adds `x * W^T` to a product of the same shape.
-    pub(crate) fn add_to(&self, x: &[f32], product: &mut Product) {
-        self.accumulate(x, 0, product);
-    }
-
-    fn accumulate(&self, x: &[f32], first: usize, product: &mut Product) {
-        let (arch, inputs, rows) = (Arch::new(), self.inputs, product.rows);
-        if rows == 0 || inputs == 0 {
+    /// Adds the `x * W^T` of several matrices with the product's outputs, each to the rows that its own `x` has there.
+    pub(crate) fn add_to_rows(parts: &[(&Packed, &[f32], std::ops::Range<usize>)], product: &mut Product) {
+        let (arch, rows) = (Arch::new(), product.rows);
+        if rows == 0 {
             return;
         }
         product.data.par_chunks_exact_mut(rows * WIDTH).enumerate().for_each(|(at, out)| {
-            let panel = &self.data[self.start + (first + at) * inputs * WIDTH..][..inputs * WIDTH];
-            arch.dispatch(Panel { x, inputs, panel, out });
+            for (matrix, x, rows) in parts {
+                matrix.add_panel(arch, at, x, &mut out[rows.start * WIDTH..rows.end * WIDTH]);
+            }
         });
+    }
+
+    fn accumulate(&self, x: &[f32], first: usize, product: &mut Product) {
+        let (arch, rows) = (Arch::new(), product.rows);
+        if rows == 0 {
+            return;
+        }
+        let panels = product.data.par_chunks_exact_mut(rows * WIDTH).enumerate();
+        panels.for_each(|(at, out)| self.add_panel(arch, first + at, x, out));
+    }
+
+    /// Adds one panel's columns of `x * W^T`.
+    fn add_panel(&self, arch: Arch, at: usize, x: &[f32], out: &mut [f32]) {
+        let inputs = self.inputs;
+        if inputs > 0 {
+            let panel = &self.data[self.start + at * inputs * WIDTH..][..inputs * WIDTH];
+            arch.dispatch(Panel { x, inputs, panel, out });
+        }
     }
 }
 
@@ -373,7 +388,7 @@ impl<S: Simd, const LINE: usize, const VECTORS: usize> Tile<'_, S, LINE, VECTORS
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use candle_core::Device;
 
     use super::*;

@@ -5,9 +5,10 @@
 
 use std::sync::Arc;
 
-use super::decoder::{Decoder, LoraPack};
+use super::decoder::Decoder;
 use super::error::EngineError;
 use super::lora::Adapter;
+use super::low_rank::LoraPack;
 use super::matmul::WeightForm;
 use super::model::Model;
 
@@ -50,7 +51,12 @@ impl Policy {
         &self.decoder
     }
 
-    pub(crate) fn adapter(&self) -> Option<&LoraPack> {
-        self.adapter.as_deref()
+    pub(crate) fn adapter(&self) -> Option<&Arc<LoraPack>> {
+        self.adapter.as_ref()
+    }
+
+    /// Returns true where sequences of both can stand in one batch: they are multiplied by the same weights.
+    pub fn shares_weights(&self, other: &Policy) -> bool {
+        Arc::ptr_eq(&self.decoder, &other.decoder)
     }
 }

@@ -8,9 +8,10 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::cache::{Cache, Pool, Segment};
-use super::decoder::{Decoder, LoraPack, Run};
+use super::decoder::{Decoder, Run};
 use super::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
 use super::error::EngineError;
+use super::low_rank::LoraPack;
 use super::model::Model;
 use super::policy::Policy;
 use super::stop::{StopWatch, first_stop};
@@ -66,6 +67,9 @@ impl Default for BatchLimits {
 }
 
 /// A running batch. Groups are pushed at any time; each step reads waiting prompts and adds a token to every sequence.
+///
+/// Its sequences may have different adapters: all are multiplied by the same weights, and each is changed by its own adapter,
+/// as it would be alone.
 pub struct Batcher {
     policy: Policy,
     limits: BatchLimits,
@@ -79,6 +83,7 @@ pub struct Batcher {
 
 struct Waiting {
     group: Group,
+    adapter: Option<Arc<LoraPack>>,
     /// Samples started so far.
     started: usize,
     prompt: Option<Prompt>,
@@ -93,6 +98,7 @@ struct Prompt {
 struct Active {
     group: u64,
     sample: usize,
+    adapter: Option<Arc<LoraPack>>,
     cache: Cache,
     rng: ChaCha8Rng,
     sampling: SamplingSettings,
@@ -105,7 +111,7 @@ struct Active {
 }
 
 impl Batcher {
-    /// Prepares a batch of one policy.
+    /// Prepares a batch on the weights of a policy.
     pub fn new(policy: Policy, limits: BatchLimits) -> Result<Self, EngineError> {
         if limits.max_sequences == 0 || limits.max_rows == 0 {
             return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
@@ -114,8 +120,19 @@ impl Batcher {
         Ok(Batcher { policy, limits, pool, room: Vec::new(), waiting: VecDeque::new(), active: Vec::new() })
     }
 
-    /// Adds a group to those waiting. A group that could not run is refused here, not later.
+    /// Adds a group that is answered by the batch's own policy to those waiting. A group that could not run is refused
+    /// here, not later.
     pub fn push(&mut self, group: Group) -> Result<(), EngineError> {
+        self.push_as(&self.policy.clone(), group)
+    }
+
+    /// Adds a group that is answered by another policy on the same weights.
+    pub fn push_as(&mut self, policy: &Policy, group: Group) -> Result<(), EngineError> {
+        if !policy.shares_weights(&self.policy) {
+            return Err(EngineError::request(
+                "its policy has weights of its own, as one of rounded weights with an adapter has; sample it in a batch of its own",
+            ));
+        }
         group.sampling.check()?;
         check_tokens(self.policy.model(), &group.prompt)?;
         if group.prompt.is_empty() {
@@ -126,7 +143,8 @@ impl Batcher {
             return Err(EngineError::PromptTooLong { tokens: group.prompt.len(), context });
         }
         if !group.seeds.is_empty() {
-            self.waiting.push_back(Waiting { group, started: 0, prompt: None });
+            let adapter = policy.adapter().cloned();
+            self.waiting.push_back(Waiting { group, adapter, started: 0, prompt: None });
         }
         Ok(())
     }
@@ -183,7 +201,7 @@ impl Batcher {
         let mut caches: Vec<Cache> = chosen.iter().map(|_| Cache::new(decoder.shape())).collect();
         let tokens: Vec<&[u32]> = chosen.iter().map(|w| w.group.prompt.as_slice()).collect();
         let mut last: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
-        let adapter = self.policy.adapter();
+        let adapter = |i: usize| chosen[i].adapter.as_deref();
         read(decoder, adapter, &mut caches, &tokens, self.limits.max_rows, &mut self.pool, |i, place, row| {
             if place + 1 == tokens[i].len() {
                 last[i] = row.to_vec();
@@ -208,7 +226,7 @@ impl Batcher {
             let samples = waiting.started..waiting.group.seeds.len().min(waiting.started + room);
             let row = Arc::new(prompt.logits.clone());
             for sample in samples.clone() {
-                self.active.push(Active::new(&waiting.group, sample, &prompt.prefix, self.policy.model()));
+                self.active.push(Active::new(waiting, sample, &prompt.prefix, self.policy.model()));
                 logits.push(row.clone());
             }
             waiting.started = samples.end;
@@ -221,6 +239,8 @@ impl Batcher {
         let model = self.policy.model();
         started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, model, scratch));
         self.settle(first, events);
+        // Side by side, the sequences of one adapter are multiplied together.
+        self.active.sort_by_key(|active| active.adapter.as_ref().map_or(0, |adapter| adapter.id()));
     }
 
     fn decode(&mut self, events: &mut Vec<Event>) {
@@ -229,9 +249,14 @@ impl Batcher {
         }
         let last: Vec<[u32; 1]> = self.active.iter().map(|a| [a.drawn.last().map_or(0, |d| d.token)]).collect();
         let runs = self.active.iter_mut().zip(&last);
-        let mut runs: Vec<Run> = runs.map(|(a, tokens)| Run { cache: &mut a.cache, tokens }).collect();
+        let run = |(a, tokens): (&'_ mut Active, &'_ [u32; 1])| Run {
+            cache: &mut a.cache,
+            tokens,
+            adapter: a.adapter.as_deref(),
+        };
+        let mut runs: Vec<Run> = runs.map(run).collect();
         let decoder = self.policy.decoder();
-        let hidden = decoder.forward(self.policy.adapter(), &mut runs, &mut self.pool);
+        let hidden = decoder.forward(&mut runs, &mut self.pool);
         let logits = decoder.logits(&hidden, std::mem::take(&mut self.room));
         let (model, work) = (self.policy.model(), self.active.par_iter_mut().enumerate());
         work.for_each_init(
@@ -265,11 +290,13 @@ impl Batcher {
 }
 
 impl Active {
-    fn new(group: &Group, sample: usize, prefix: &Arc<Segment>, model: &Model) -> Self {
+    fn new(waiting: &Waiting, sample: usize, prefix: &Arc<Segment>, model: &Model) -> Self {
+        let group = &waiting.group;
         let room = model.config().max_positions - group.prompt.len();
         Active {
             group: group.id,
             sample,
+            adapter: waiting.adapter.clone(),
             cache: Cache::after(prefix),
             rng: ChaCha8Rng::seed_from_u64(group.seeds[sample]),
             sampling: group.sampling.clone(),
@@ -336,9 +363,9 @@ pub(crate) fn check_tokens(model: &Model, tokens: &[u32]) -> Result<(), EngineEr
 }
 
 /// Reads whole token lists into their caches, `max_rows` a pass, and hands over each row as (list, place, hidden).
-pub(crate) fn read(
+pub(crate) fn read<'a>(
     decoder: &Decoder,
-    adapter: Option<&LoraPack>,
+    adapter: impl Fn(usize) -> Option<&'a LoraPack>,
     caches: &mut [Cache],
     tokens: &[&[u32]],
     max_rows: usize,
@@ -354,7 +381,7 @@ pub(crate) fn read(
             let piece = (tokens[i].len() - places[i]).min(room);
             if piece > 0 {
                 spans.push((i, places[i]..places[i] + piece));
-                runs.push(Run { cache, tokens: &tokens[i][places[i]..places[i] + piece] });
+                runs.push(Run { cache, tokens: &tokens[i][places[i]..places[i] + piece], adapter: adapter(i) });
                 places[i] += piece;
                 room -= piece;
             }
@@ -362,7 +389,7 @@ pub(crate) fn read(
         if runs.is_empty() {
             return;
         }
-        let hidden = decoder.forward(adapter, &mut runs, pool);
+        let hidden = decoder.forward(&mut runs, pool);
         let places = spans.into_iter().flat_map(|(i, span)| span.map(move |place| (i, place)));
         for ((i, place), row) in places.zip(hidden.chunks_exact(decoder.hidden_size())) {
             take(i, place, row);
@@ -377,12 +404,23 @@ pub fn generate(
     limits: &BatchLimits,
     on_done: &mut dyn FnMut(u64, usize, &Completion),
 ) -> Result<Vec<Vec<Completion>>, EngineError> {
-    let ids: Vec<u64> = groups.iter().map(|g| g.id).collect();
-    let mut completions: Vec<Vec<Option<Completion>>> = groups.iter().map(|g| vec![None; g.seeds.len()]).collect();
-    let mut batcher = Batcher::new(policy.clone(), limits.clone())?;
+    generate_each(groups.into_iter().map(|group| (policy.clone(), group)).collect(), limits, on_done)
+}
+
+/// Samples groups of several policies on the same weights in one batch, as [`generate`] does those of one.
+pub fn generate_each(
+    groups: Vec<(Policy, Group)>,
+    limits: &BatchLimits,
+    on_done: &mut dyn FnMut(u64, usize, &Completion),
+) -> Result<Vec<Vec<Completion>>, EngineError> {
+    let Some((first, _)) = groups.first() else { return Ok(Vec::new()) };
+    let mut batcher = Batcher::new(first.clone(), limits.clone())?;
+    let ids: Vec<u64> = groups.iter().map(|(_, group)| group.id).collect();
+    let mut completions: Vec<Vec<Option<Completion>>> =
+        groups.iter().map(|(_, group)| vec![None; group.seeds.len()]).collect();
     // Inside the batch a group is known by its place, so that ids need not differ.
-    for (place, group) in groups.into_iter().enumerate() {
-        batcher.push(Group { id: place as u64, ..group })?;
+    for (place, (policy, group)) in groups.into_iter().enumerate() {
+        batcher.push_as(&policy, Group { id: place as u64, ..group })?;
     }
     while !batcher.is_empty() {
         for event in batcher.step()? {

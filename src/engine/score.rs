@@ -10,9 +10,10 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::cache::{Cache, Pool, Segment};
-use super::decoder::{Decoder, LoraPack};
+use super::decoder::Decoder;
 use super::error::EngineError;
 use super::lora::Adapter;
+use super::low_rank::LoraPack;
 use super::math;
 use super::matmul::WIDTH;
 use super::model::Model;
@@ -132,9 +133,17 @@ impl<'a> Scorer<'a> {
         let mut rows: Vec<Vec<f32>> = items.iter().map(|item| by_prompt[item.prompt].1.clone()).collect();
         // The last token of a completion predicts nothing.
         let tokens: Vec<&[u32]> = items.iter().map(|item| &item.completion[..item.completion.len() - 1]).collect();
-        read(self.decoder, self.adapter.as_ref(), &mut caches, &tokens, ROWS, &mut pool, |i, _, row| {
-            rows[i].extend_from_slice(row);
-        });
+        read(
+            self.decoder,
+            |_| self.adapter.as_ref(),
+            &mut caches,
+            &tokens,
+            ROWS,
+            &mut pool,
+            |i, _, row| {
+                rows[i].extend_from_slice(row);
+            },
+        );
         rows.concat()
     }
 
@@ -142,11 +151,19 @@ impl<'a> Scorer<'a> {
     fn read_prompts(&self, prompts: &[&[u32]], pool: &mut Pool) -> Vec<(Arc<Segment>, Vec<f32>)> {
         let mut caches: Vec<Cache> = prompts.iter().map(|_| Cache::new(self.decoder.shape())).collect();
         let mut last = vec![Vec::new(); prompts.len()];
-        read(self.decoder, self.adapter.as_ref(), &mut caches, prompts, ROWS, pool, |i, place, row| {
-            if place + 1 == prompts[i].len() {
-                last[i] = row.to_vec();
-            }
-        });
+        read(
+            self.decoder,
+            |_| self.adapter.as_ref(),
+            &mut caches,
+            prompts,
+            ROWS,
+            pool,
+            |i, place, row| {
+                if place + 1 == prompts[i].len() {
+                    last[i] = row.to_vec();
+                }
+            },
+        );
         caches.into_iter().map(Cache::into_prefix).zip(last).collect()
     }
 

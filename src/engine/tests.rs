@@ -13,6 +13,7 @@ use crate::record::{FinishReason, Message};
 
 mod families;
 mod gguf;
+mod mixed;
 mod rounded;
 mod stops;
 
@@ -93,8 +94,8 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         assert_eq!(model.tokenizer().decode(&case.completion_ids), case.answer, "{name}");
         let decoder = model.decoder().unwrap();
         let (mut cache, mut pool) = (Cache::new(decoder.shape()), Pool::new(decoder.shape()));
-        let mut runs = [Run { cache: &mut cache, tokens: &case.prompt_ids }];
-        let hidden = decoder.forward(None, &mut runs, &mut pool);
+        let mut runs = [Run { cache: &mut cache, tokens: &case.prompt_ids, adapter: None }];
+        let hidden = decoder.forward(&mut runs, &mut pool);
         let last = &hidden[hidden.len() - model.config().hidden_size..];
         let logits = decoder.logits(last, Vec::new()).to_rows();
         logits_off = logits_off.max(worst(&logits[..case.logits.len()], &case.logits));

@@ -6,10 +6,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::engine::{self, Adapter, Model, ScoreItem};
+use super::*;
+use crate::engine::{self, ScoreItem};
 use crate::record::Message;
-use crate::serve::{CallLog, Settings, serve};
+use crate::serve::job::Penalties;
+use crate::serve::{CallLog, serve};
 
 struct Real {
     url: String,
@@ -112,6 +115,65 @@ async fn each_request_is_answered_by_the_model_it_names() {
         samples_differ |= body["choices"][0]["token_ids"] != body["choices"][1]["token_ids"];
     }
     assert!(other > 1e-2 && samples_differ, "the test's models must differ, by {other}");
+}
+
+/// A request of `samples` samples for the base or an adapter, and what comes of it.
+fn job(adapter: Option<&str>, samples: usize, max_tokens: usize) -> (Job, UnboundedReceiver<Event>) {
+    let (events, received) = tokio::sync::mpsc::unbounded_channel();
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        penalties: Penalties { repetition: 1.0, presence: 0.0, frequency: 0.0 },
+        max_tokens: Some(max_tokens),
+        samples,
+        stop: Vec::new(),
+    };
+    let place = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
+    let messages = vec![Message::text("user", "who are you?")];
+    let (adapter, seeds) = (adapter.map(str::to_owned), (0..samples as u64).collect());
+    (Job { adapter, messages, tools: None, sampling, seeds, events, _place: place }, received)
+}
+
+/// Returns the tokens that have come of a request.
+fn tokens(received: &mut UnboundedReceiver<Event>) -> Vec<u32> {
+    let events = std::iter::from_fn(|| received.try_recv().ok());
+    events.filter_map(|event| if let Event::Token { token, .. } = event { Some(token.id) } else { None }).collect()
+}
+
+#[test]
+fn requests_of_different_adapters_are_decoded_in_one_batch_and_join_it_at_any_step() {
+    let (model, settings) = (model(), Settings::default());
+    let mut engine = Engine::new(&model, &settings).unwrap();
+    let adapter = engine.load(&fixture("tiny-llama-lora")).unwrap();
+    engine.adapters.insert("good".into(), adapter);
+    let alone = |adapter, max_tokens| {
+        let mut engine = Engine::new(&model, &settings).unwrap();
+        engine.adapters.insert("good".into(), engine.load(&fixture("tiny-llama-lora")).unwrap());
+        let (job, mut received) = job(adapter, 1, max_tokens);
+        engine.accept(job);
+        while !engine.running.is_empty() {
+            engine.advance();
+        }
+        tokens(&mut received)
+    };
+    let (long, mut of_base) = job(None, 1, 12);
+    engine.accept(long);
+    engine.advance();
+    let (late, mut of_good) = job(Some("good"), 1, 12);
+    engine.accept(late);
+    engine.advance();
+    let (base, good) = (tokens(&mut of_base), tokens(&mut of_good));
+    assert_eq!((base.len(), good.len()), (2, 1), "one step gives each request a token");
+    // Unloaded, the adapter still answers what was accepted in its name.
+    engine.obey(Command::Unload { name: "good".into() });
+    while !engine.running.is_empty() {
+        engine.advance();
+    }
+    assert_eq!([base, tokens(&mut of_base)].concat(), alone(None, 12));
+    assert_eq!([good, tokens(&mut of_good)].concat(), alone(Some("good"), 12));
+    assert_ne!(alone(None, 12), alone(Some("good"), 12));
 }
 
 #[tokio::test(flavor = "multi_thread")]
