@@ -2,7 +2,7 @@
 
 use super::{Candidate, CandidateError, PLAIN, Strategy, Stream};
 use crate::dataset::Prompt;
-use crate::engine::{BatchLimits, Completion, Group, Model, Policy, SamplingSettings, WeightForm, generate};
+use crate::engine::{BatchLimits, Batcher, Completion, Group, Model, Policy, SamplingSettings, WeightForm};
 use crate::progress::Step;
 use crate::record::{FinishReason, derive_seed};
 
@@ -12,8 +12,7 @@ pub struct Draw {
     /// Answers to each prompt.
     pub samples: usize,
     pub sampling: SamplingSettings,
-    /// Most sequences decoded at the same time.
-    pub max_sequences: usize,
+    pub limits: BatchLimits,
     /// Further answers, drawn in other ways.
     pub strategies: Vec<Strategy>,
 }
@@ -38,14 +37,25 @@ pub fn draw(
     stream: Stream<'_>,
     step: &mut Step,
 ) -> Result<Vec<Vec<Candidate>>, CandidateError> {
+    let mut batcher = Batcher::new(policy.clone(), how.limits.clone())?;
+    draw_on(&mut batcher, policy, prompts, how, stream, step)
+}
+
+/// Draws as [`draw`] does, in a batch that may remember earlier prompts.
+pub(super) fn draw_on(
+    batcher: &mut Batcher,
+    policy: &Policy,
+    prompts: &[&Prompt],
+    how: &Draw,
+    stream: Stream<'_>,
+    step: &mut Step,
+) -> Result<Vec<Vec<Candidate>>, CandidateError> {
     let mut asks = Vec::new();
     for (owner, prompt) in prompts.iter().enumerate() {
         asks.extend(plan(policy.model(), owner, prompt, how, stream)?);
     }
-    let groups: Vec<Group> = asks.iter().map(|ask| ask.group.clone()).collect();
-    let limits = BatchLimits { max_sequences: how.max_sequences, ..BatchLimits::default() };
-    let completions =
-        generate(policy, groups, &limits, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
+    let groups = asks.iter().map(|ask| (policy.clone(), ask.group.clone())).collect();
+    let completions = batcher.drain(groups, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
 
     let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
     for (ask, group) in asks.iter().zip(completions) {
@@ -56,7 +66,13 @@ pub fn draw(
     Ok(drawn)
 }
 
-/// Returns all ways in which a prompt is asked; those that do not fit the context with their answer are left out.
+/// Returns true where a prompt fits the context with its answer.
+pub(super) fn fits(model: &Model, tokens: usize, sampling: &SamplingSettings) -> bool {
+    tokens + sampling.max_tokens <= model.config().max_positions
+}
+
+/// Returns all ways in which a prompt is asked; those that do not fit the context or the cache with their answer are left
+/// out.
 fn plan<'a>(
     model: &Model,
     owner: usize,
@@ -65,7 +81,10 @@ fn plan<'a>(
     stream: Stream<'_>,
 ) -> Result<Vec<Ask<'a>>, CandidateError> {
     let prompt_ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
-    let fits = |ids: &[u32]| ids.len() + how.sampling.max_tokens <= model.config().max_positions;
+    let fits = |ids: &[u32]| {
+        let tokens = ids.len();
+        fits(model, tokens, &how.sampling) && how.limits.check(model, tokens, how.sampling.max_tokens).is_ok()
+    };
     let mut asks = Vec::new();
     let mut first = 0;
     for strategy in std::iter::once(None).chain(how.strategies.iter().map(Some)) {
@@ -158,7 +177,8 @@ mod tests {
         let model = Model::load(&path.display().to_string()).unwrap();
         let policy = Policy::new(&model, None, WeightForm::F32).unwrap();
         let sampling = SamplingSettings { max_tokens, ..SamplingSettings::default() };
-        let how = Draw { samples: 3, sampling, max_sequences: 4, strategies };
+        let limits = BatchLimits { max_sequences: 4, ..BatchLimits::default() };
+        let how = Draw { samples: 3, sampling, limits, strategies };
         let stream = Stream { seed: 5, name: "train/1", sampler: "base" };
         let (prompt, mut step) = (prompt("why"), Progress::silent().step("draw", 0, "tokens"));
         let candidates = draw(&policy, &[&prompt], &how, stream, &mut step).unwrap().remove(0);

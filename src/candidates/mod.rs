@@ -19,10 +19,11 @@ use serde::{Deserialize, Serialize};
 use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
-use crate::engine::{Adapter, EngineError, Model, Policy, Precision, SamplingSettings};
+use crate::engine::{Adapter, BatchLimits, Batcher, EngineError, Model, Policy, Precision, SamplingSettings};
 use crate::progress::Progress;
 use crate::record::FinishReason;
 pub use draw::{Draw, draw};
+use draw::{draw_on, fits};
 use remote::Remote;
 pub use strategy::{PLAIN, Strategy};
 
@@ -42,8 +43,11 @@ pub struct Settings {
     pub stop: Vec<String>,
     /// Prompts whose groups are sampled and written together; what a kill can cost at most.
     pub chunk_prompts: usize,
-    /// Most sequences decoded at the same time; bounds the memory of the KV cache.
+    /// Most sequences decoded at the same time.
     pub max_sequences: usize,
+    /// Memory of keys and values, in MiB, for training's answers and for the gate's: as many sequences are decoded at the same
+    /// time as surely fit. Prompts that do not fit with one answer are left out.
+    pub cache_mib: usize,
     /// Precision of the weights that answers are drawn with; an adapter is merged into them before they are rounded.
     pub precision: Precision,
     /// More answers to each prompt, drawn in other ways.
@@ -62,6 +66,7 @@ impl Default for Settings {
             stop: Vec::new(),
             chunk_prompts: 16,
             max_sequences: 64,
+            cache_mib: BatchLimits::CACHE_MIB,
             precision: Precision::default(),
             strategies: Vec::new(),
             remote: remote::Settings::default(),
@@ -86,6 +91,7 @@ impl Settings {
             ("max_tokens", self.max_tokens),
             ("chunk_prompts", self.chunk_prompts),
             ("max_sequences", self.max_sequences),
+            ("cache_mib", self.cache_mib),
         ] {
             if value == 0 {
                 return Err(format!("{key} = 0: set at least 1"));
@@ -121,17 +127,17 @@ impl Settings {
         self.strategies.first().map(|strategy| format!("candidates.strategies has {:?}", strategy.name))
     }
 
+    /// Returns how much is decoded and held at once.
+    pub fn limits(&self) -> BatchLimits {
+        BatchLimits { max_sequences: self.max_sequences, cache_mib: self.cache_mib, ..BatchLimits::default() }
+    }
+
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
         let stop = self.stop.clone();
         let sampling = SamplingSettings { temperature, top_p, max_tokens, stop, ..SamplingSettings::default() };
-        Draw {
-            samples: self.samples_per_prompt,
-            sampling,
-            max_sequences: self.max_sequences,
-            strategies: self.strategies.clone(),
-        }
+        Draw { samples: self.samples_per_prompt, sampling, limits: self.limits(), strategies: self.strategies.clone() }
     }
 }
 
@@ -252,7 +258,7 @@ pub struct Manifest {
     pub prompts: usize,
     pub candidates: usize,
     pub tokens: u64,
-    /// Prompts that do not fit the model's context together with their answer.
+    /// Prompts that do not fit the model's context, or candidates.cache_mib, together with their answer.
     pub too_long: usize,
     /// Answers that a strategy drew and threw away: nothing stood after its mark.
     #[serde(default)]
@@ -294,22 +300,28 @@ pub fn sample(
     // The server has the base alone.
     let remote = (settings.remote.is_on() && adapter.is_none()).then(|| Remote::open(&settings.remote)).transpose()?;
     let mut local = None;
+    if remote.is_none() {
+        check_room(model, prompts, settings)?;
+    }
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
         let path = chunk_path(out, index);
         if !path.exists() {
             let drawn = match &remote {
                 Some(remote) => remote.draw(model, chunk, &settings.draw(), stream, &mut step)?,
                 None => {
-                    // Made at the first chunk that is missing.
-                    let policy = match local.take() {
-                        Some(policy) => policy,
+                    // Made at the first chunk that is missing. Prompts in common are read once for all chunks, which
+                    // changes no bit of what is drawn.
+                    let (policy, batcher) = match &mut local {
+                        Some(local) => local,
                         None => {
                             let form = settings.precision.form();
                             tracing::info!(sampler = stream.sampler, ?form, "sampling");
-                            Policy::new(model, adapter, form)?
+                            let policy = Policy::new(model, adapter, form)?;
+                            let batcher = Batcher::new(policy.clone(), settings.limits())?;
+                            local.insert((policy, batcher))
                         }
                     };
-                    draw(local.insert(policy), chunk, &settings.draw(), stream, &mut step)?
+                    draw_on(batcher, policy, chunk, &settings.draw(), stream, &mut step)?
                 }
             };
             durable::write_json_lines(&path, &drawn.concat())?;
@@ -330,6 +342,27 @@ pub fn sample(
     }
     durable::write_json(&manifest_path, &manifest)?;
     Ok(manifest)
+}
+
+/// Tells before anything is drawn what will not fit the memory for keys and values; refuses where nothing can.
+fn check_room(model: &Model, prompts: &[&Prompt], settings: &Settings) -> Result<(), CandidateError> {
+    let (limits, draw) = (settings.limits(), settings.draw());
+    limits.check(model, 1, draw.sampling.max_tokens)?;
+    let mut left_out = 0;
+    let mut most = None;
+    for prompt in prompts {
+        let tokens = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len();
+        if let (true, Err(error)) =
+            (fits(model, tokens, &draw.sampling), limits.check(model, tokens, draw.sampling.max_tokens))
+        {
+            left_out += 1;
+            most = most.max(Some((tokens, error.to_string())));
+        }
+    }
+    if let Some((_, problem)) = most {
+        tracing::warn!(left_out, of = prompts.len(), "prompts do not fit candidates.cache_mib: {problem}");
+    }
+    Ok(())
 }
 
 /// Reads all candidates of a complete folder, in the order of the prompts.

@@ -1,9 +1,11 @@
 //! Keys and values of the tokens read so far, in pages that sequences share and hand back.
 //!
-//! The samples of one prompt read the same prefix and write their own pages. Pages return to a pool when a sample ends,
-//! so that memory stays flat however long sampling goes on.
+//! The samples of one prompt read the same prefix and write their own pages; prompts that begin with the same tokens share
+//! the full pages of that beginning, at the same borders as if each had read them itself, so that sharing changes no bit of
+//! what comes out. Pages return to a pool when nobody holds them, so that memory stays flat however long sampling goes on.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::ModelConfig;
 
@@ -21,7 +23,11 @@ pub(crate) struct Shape {
 
 impl Shape {
     pub(crate) fn new(config: &ModelConfig) -> Self {
-        Shape { layers: config.layers.len(), heads: config.kv_heads, head_dim: config.head_dim }
+        Shape::of(config.layers.len(), config.kv_heads, config.head_dim)
+    }
+
+    pub(crate) fn of(layers: usize, heads: usize, head_dim: usize) -> Self {
+        Shape { layers, heads, head_dim }
     }
 
     /// Returns the floats of the keys, and of the values, of one layer and head in one page.
@@ -29,65 +35,107 @@ impl Shape {
         self.head_dim.next_multiple_of(BLOCK) * BLOCK
     }
 
+    /// Returns the floats of one page.
     fn page(self) -> usize {
         self.layers * self.heads * 2 * self.half()
     }
+
+    /// Returns the bytes of one page.
+    pub(crate) fn page_bytes(self) -> u64 {
+        (self.page() * size_of::<f32>()) as u64
+    }
 }
 
-/// Pages not in use.
+/// Where pages come from and return to.
+#[derive(Default)]
+struct Home {
+    free: Mutex<Vec<Box<[f32]>>>,
+    /// Pages that are held somewhere.
+    live: AtomicUsize,
+}
+
+impl Home {
+    /// Returns the free pages. No code panics while it holds them, so a poisoned lock is still whole.
+    fn free(&self) -> MutexGuard<'_, Vec<Box<[f32]>>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Room for the keys and values of [`BLOCK`] positions; it returns to its pool when it is dropped.
+pub(crate) struct Page {
+    floats: Box<[f32]>,
+    home: Arc<Home>,
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        self.home.live.fetch_sub(1, Ordering::Relaxed);
+        self.home.free().push(std::mem::take(&mut self.floats));
+    }
+}
+
+/// Makes pages, and makes no more than are held at the same time.
 pub(crate) struct Pool {
     shape: Shape,
-    free: Vec<Box<[f32]>>,
+    home: Arc<Home>,
 }
 
 impl Pool {
     pub(crate) fn new(shape: Shape) -> Self {
-        Pool { shape, free: Vec::new() }
+        Pool { shape, home: Arc::default() }
     }
 
-    fn take(&mut self) -> Box<[f32]> {
+    /// Returns the number of pages that are held.
+    pub(crate) fn live(&self) -> usize {
+        self.home.live.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn take(&self) -> Page {
+        self.home.live.fetch_add(1, Ordering::Relaxed);
         // Old content needs no clearing: scores past the length are masked and their weights are 0.
-        self.free.pop().unwrap_or_else(|| vec![0.0; self.shape.page()].into_boxed_slice())
-    }
-
-    /// Takes the pages of a cache back; those of the prefix when no other sequence reads it.
-    pub(crate) fn reclaim(&mut self, cache: Cache) {
-        self.free.extend(cache.own.pages);
-        if let Some(prefix) = cache.prefix.and_then(Arc::into_inner) {
-            self.free.extend(prefix.pages);
-        }
+        let free = self.home.free().pop();
+        let floats = free.unwrap_or_else(|| vec![0.0; self.shape.page()].into_boxed_slice());
+        Page { floats, home: self.home.clone() }
     }
 }
 
 /// Consecutive positions, written at the end.
 pub(crate) struct Segment {
     shape: Shape,
-    pages: Vec<Box<[f32]>>,
+    /// The first pages, which are full and which other prompts may have as well.
+    shared: Vec<Arc<Page>>,
+    pages: Vec<Page>,
     len: usize,
 }
 
 impl Segment {
     fn new(shape: Shape) -> Self {
-        Segment { shape, pages: Vec::new(), len: 0 }
+        Segment { shape, shared: Vec::new(), pages: Vec::new(), len: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
+    /// Returns the number of its pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.shared.len() + self.pages.len()
+    }
+
     /// Returns the keys and the values of one layer and head in one page.
     pub(crate) fn block(&self, page: usize, layer: usize, head: usize) -> (&[f32], &[f32]) {
+        let page = self.shared.get(page).map_or_else(|| &self.pages[page - self.shared.len()], |page| &**page);
         let half = self.shape.half();
         let start = (layer * self.shape.heads + head) * 2 * half;
-        self.pages[page][start..start + 2 * half].split_at(half)
+        page.floats[start..start + 2 * half].split_at(half)
     }
 
     /// Writes the key and the value of all heads at a position past the end. Room must be made before.
     pub(crate) fn write(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
         let (half, dim) = (self.shape.half(), self.shape.head_dim);
-        let (page, lane) = (position / BLOCK, position % BLOCK);
+        let (page, lane) = (position / BLOCK - self.shared.len(), position % BLOCK);
         let start = layer * self.shape.heads * 2 * half;
-        let blocks = self.pages[page][start..].chunks_exact_mut(2 * half);
+        let blocks = self.pages[page].floats[start..].chunks_exact_mut(2 * half);
         for ((block, key), value) in blocks.zip(keys.chunks_exact(dim)).zip(values.chunks_exact(dim)) {
             let (block_keys, block_values) = block.split_at_mut(half);
             for (column, key) in block_keys.chunks_exact_mut(BLOCK).zip(key) {
@@ -97,6 +145,29 @@ impl Segment {
                 chunk[lane * BLOCK..][..value.len()].copy_from_slice(value);
             }
         }
+    }
+
+    /// Returns true where the next position begins a page and all before it are shared: where a shared page may follow.
+    pub(crate) fn at_border(&self) -> bool {
+        self.pages.is_empty() && self.len == self.shared.len() * BLOCK
+    }
+
+    /// Goes on with a full page that another prompt has read at these positions. It must be at a border.
+    pub(crate) fn attach(&mut self, page: Arc<Page>) {
+        debug_assert!(self.at_border());
+        self.shared.push(page);
+        self.len += BLOCK;
+    }
+
+    /// Takes out the first page of its own, once that is full; it is to be put back, or an equal one.
+    pub(crate) fn detach_full(&mut self) -> Option<Page> {
+        let full = (self.shared.len() + 1) * BLOCK <= self.len;
+        full.then(|| self.pages.remove(0))
+    }
+
+    /// Puts a page in the place of the one that was detached.
+    pub(crate) fn put_back(&mut self, page: Arc<Page>) {
+        self.shared.push(page);
     }
 }
 
@@ -116,10 +187,11 @@ impl Cache {
         Cache { prefix: Some(prefix.clone()), own: Segment::new(prefix.shape) }
     }
 
-    /// Returns its own positions for others to share. It must not have a prefix itself.
-    pub(crate) fn into_prefix(self) -> Arc<Segment> {
+    /// Gives its own positions to others to share and keeps none. It must not have a prefix itself.
+    pub(crate) fn take_prefix(&mut self) -> Arc<Segment> {
         debug_assert!(self.prefix.is_none());
-        Arc::new(self.own)
+        let empty = Segment::new(self.own.shape);
+        Arc::new(std::mem::replace(&mut self.own, empty))
     }
 
     pub(crate) fn prefix(&self) -> Option<&Segment> {
@@ -144,8 +216,8 @@ impl Cache {
     }
 
     /// Makes room for more positions.
-    pub(crate) fn reserve(&mut self, more: usize, pool: &mut Pool) {
-        let pages = (self.own.len + more).div_ceil(BLOCK);
+    pub(crate) fn reserve(&mut self, more: usize, pool: &Pool) {
+        let pages = (self.own.len + more).div_ceil(BLOCK) - self.own.shared.len();
         while self.own.pages.len() < pages {
             self.own.pages.push(pool.take());
         }

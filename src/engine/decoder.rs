@@ -123,7 +123,7 @@ impl Decoder {
     }
 
     /// Reads the runs' tokens into their caches and returns the last layer's rows, `[rows, hidden]`, normed.
-    pub(crate) fn forward(&self, runs: &mut [Run], pool: &mut Pool) -> Vec<f32> {
+    pub(crate) fn forward(&self, runs: &mut [Run], pool: &Pool) -> Vec<f32> {
         let hidden = self.config.hidden_size;
         let rows: Vec<Row> = runs
             .iter()

@@ -21,6 +21,10 @@ pub enum EngineError {
     Adapter { adapter: String, problem: String, remedy: &'static str },
     #[error("prompt of {tokens} tokens leaves no room in the context of {context}; shorten the messages")]
     PromptTooLong { tokens: usize, context: usize },
+    #[error(
+        "a prompt of {prompt} tokens and an answer of up to {new} need {needed_mib} MiB of keys and values, more than cache_mib = {cache_mib}; raise it, shorten the prompt or lower max_tokens"
+    )]
+    CacheTooSmall { prompt: usize, new: usize, needed_mib: u64, cache_mib: usize },
     #[error("request is not usable: {problem}")]
     Request { problem: String },
     #[error("tensor computation failed: {0}")]

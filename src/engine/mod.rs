@@ -19,6 +19,7 @@ mod matmul;
 mod model;
 pub mod ops;
 mod policy;
+mod prefixes;
 mod rope;
 mod safetensors;
 mod sampler;

@@ -1,20 +1,26 @@
 //! Batched sampling: prompts are read once for all their samples, and a sample that ends makes room for the next.
+//!
+//! Each step is one forward pass over the newest token of every sequence and over pieces of the prompts that are to join
+//! them, so that a long prompt neither stops those that run nor makes a peak. A sample is admitted only with room
+//! in the cache for all it may become: nothing that has begun is ever thrown out.
+
+mod prompt;
+mod sequence;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use super::cache::{Cache, Pool, Segment};
-use super::decoder::{Decoder, Run};
-use super::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
+use self::prompt::{Admitted, Prompt, Queued, adapter_id, pieces};
+use self::sequence::{Active, most_tokens};
+use super::cache::{BLOCK, Pool, Shape};
+use super::decoder::Run;
+use super::draw::{Drawn, SamplingSettings, Scratch};
 use super::error::EngineError;
-use super::low_rank::LoraPack;
 use super::model::Model;
 use super::policy::Policy;
-use super::stop::{StopWatch, first_stop};
+use super::prefixes::Prefixes;
 use crate::record::FinishReason;
 
 /// The samples of one prompt.
@@ -51,20 +57,49 @@ pub enum Event {
     Done { group: u64, sample: usize, completion: Completion },
 }
 
-/// How much is computed at once.
+/// How much is computed and held at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchLimits {
     /// Sequences that are decoded together.
     pub max_sequences: usize,
     /// Prompt tokens read in one forward pass.
     pub max_rows: usize,
+    /// Memory of keys and values, in MiB.
+    pub cache_mib: usize,
 }
+
+impl BatchLimits {
+    /// Memory of keys and values where nothing else is asked for, in MiB.
+    pub const CACHE_MIB: usize = 4096;
+
+    /// Refuses a sample that is too large for the cache if it has it to itself. The message tells what it needs.
+    pub fn check(&self, model: &Model, prompt: usize, new: usize) -> Result<(), EngineError> {
+        let page = Shape::new(model.config()).page_bytes();
+        let pages = prompt.div_ceil(BLOCK) + new.div_ceil(BLOCK);
+        match pages <= self.pages(page) {
+            true => Ok(()),
+            false => {
+                let needed_mib = (pages as u64 * page).div_ceil(MIB);
+                Err(EngineError::CacheTooSmall { prompt, new, needed_mib, cache_mib: self.cache_mib })
+            }
+        }
+    }
+
+    fn pages(&self, bytes: u64) -> usize {
+        (self.cache_mib as u64 * MIB / bytes) as usize
+    }
+}
+
+const MIB: u64 = 1 << 20;
 
 impl Default for BatchLimits {
     fn default() -> Self {
-        BatchLimits { max_sequences: 64, max_rows: 512 }
+        BatchLimits { max_sequences: 64, max_rows: 512, cache_mib: Self::CACHE_MIB }
     }
 }
+
+/// The share of the cache that may hold pages which nobody reads, for prompts to come.
+const IDLE_SHARE: usize = 16;
 
 /// A running batch. Groups are pushed at any time; each step reads waiting prompts and adds a token to every sequence.
 ///
@@ -74,40 +109,24 @@ pub struct Batcher {
     policy: Policy,
     limits: BatchLimits,
     pool: Pool,
+    /// Pages that the pool may give out.
+    pages: usize,
+    prefixes: Prefixes,
     /// Memory of the last logits.
     room: Vec<f32>,
+    /// Groups that wait for room, in order of arrival.
+    queue: VecDeque<Queued>,
     /// Groups whose samples have not all started, in order of arrival.
-    waiting: VecDeque<Waiting>,
+    admitted: VecDeque<Admitted>,
     active: Vec<Active>,
+    tokens_read: u64,
 }
 
-struct Waiting {
-    group: Group,
-    adapter: Option<Arc<LoraPack>>,
-    /// Samples started so far.
-    started: usize,
-    prompt: Option<Prompt>,
-}
-
-/// A prompt that has been read: its cache and the logits after it, which every sample's first token is drawn from.
-struct Prompt {
-    prefix: Arc<Segment>,
-    logits: Vec<f32>,
-}
-
-struct Active {
-    group: u64,
-    sample: usize,
-    adapter: Option<Arc<LoraPack>>,
-    cache: Cache,
-    rng: ChaCha8Rng,
-    sampling: SamplingSettings,
-    said: Option<Said>,
-    /// Most new tokens, by the settings and by the context.
-    limit: usize,
-    watch: Option<StopWatch>,
-    stopped: bool,
-    drawn: Vec<Drawn>,
+/// Whose tokens a run of a forward pass reads.
+enum Owner {
+    Sequence,
+    /// A prompt, by its place among those admitted.
+    Prompt(usize),
 }
 
 impl Batcher {
@@ -116,8 +135,10 @@ impl Batcher {
         if limits.max_sequences == 0 || limits.max_rows == 0 {
             return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
         }
-        let pool = Pool::new(policy.decoder().shape());
-        Ok(Batcher { policy, limits, pool, room: Vec::new(), waiting: VecDeque::new(), active: Vec::new() })
+        let shape = policy.decoder().shape();
+        let (pool, pages) = (Pool::new(shape), limits.pages(shape.page_bytes()));
+        let (prefixes, room, queue, admitted, active) = Default::default();
+        Ok(Batcher { policy, limits, pool, pages, prefixes, room, queue, admitted, active, tokens_read: 0 })
     }
 
     /// Adds a group that is answered by the batch's own policy to those waiting. A group that could not run is refused
@@ -134,130 +155,188 @@ impl Batcher {
             ));
         }
         group.sampling.check()?;
-        check_tokens(self.policy.model(), &group.prompt)?;
+        let model = self.policy.model();
+        check_tokens(model, &group.prompt)?;
         if group.prompt.is_empty() {
             return Err(EngineError::request("the prompt has no tokens; give at least one message"));
         }
-        let context = self.policy.model().config().max_positions;
-        if group.prompt.len() >= context {
-            return Err(EngineError::PromptTooLong { tokens: group.prompt.len(), context });
+        let (tokens, context) = (group.prompt.len(), model.config().max_positions);
+        if tokens >= context {
+            return Err(EngineError::PromptTooLong { tokens, context });
         }
+        self.limits.check(model, tokens, most_tokens(&group, model))?;
         if !group.seeds.is_empty() {
-            let adapter = policy.adapter().cloned();
-            self.waiting.push_back(Waiting { group, adapter, started: 0, prompt: None });
+            self.queue.push_back(Queued { group, adapter: policy.adapter().cloned() });
         }
         Ok(())
     }
 
     /// Returns true when nothing runs and nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.active.is_empty() && self.waiting.is_empty()
+        self.active.is_empty() && self.admitted.is_empty() && self.queue.is_empty()
     }
 
-    /// Returns how many more samples would start at once.
+    /// Returns how many more sequences would have a place.
     pub fn free(&self) -> usize {
-        let waiting: usize = self.waiting.iter().map(|w| w.group.seeds.len() - w.started).sum();
-        self.limits.max_sequences.saturating_sub(self.active.len() + waiting)
+        let waiting: usize = self.queue.iter().map(|queued| queued.group.seeds.len()).sum();
+        self.places().saturating_sub(waiting)
+    }
+
+    /// Returns the bytes of the keys and values that are held, those of prompts that nobody reads included.
+    pub fn cache_bytes(&self) -> u64 {
+        self.pool.live() as u64 * self.policy.decoder().shape().page_bytes()
+    }
+
+    /// Returns how many prompt tokens have been read so far; what prompts have in common counts once.
+    pub fn tokens_read(&self) -> u64 {
+        self.tokens_read
     }
 
     /// Drops all samples of a group without an event.
     pub fn cancel(&mut self, group: u64) {
-        self.waiting.retain(|w| w.group.id != group);
-        let (gone, kept) = std::mem::take(&mut self.active).into_iter().partition(|a| a.group == group);
-        self.active = kept;
-        let gone: Vec<Active> = gone;
-        gone.into_iter().for_each(|a| self.pool.reclaim(a.cache));
+        self.queue.retain(|queued| queued.group.id != group);
+        self.admitted.retain(|admitted| admitted.group.id != group);
+        self.active.retain(|active| active.group != group);
     }
 
-    /// Starts what fits, then adds one token to every running sequence.
+    /// Samples groups and returns their completions, in the order of the groups and of their seeds. The batch is empty before and
+    /// after; only the prompts read are remembered.
+    pub fn drain(
+        &mut self,
+        groups: Vec<(Policy, Group)>,
+        on_done: &mut dyn FnMut(u64, usize, &Completion),
+    ) -> Result<Vec<Vec<Completion>>, EngineError> {
+        let ids: Vec<u64> = groups.iter().map(|(_, group)| group.id).collect();
+        let mut completions: Vec<Vec<Option<Completion>>> =
+            groups.iter().map(|(_, group)| vec![None; group.seeds.len()]).collect();
+        // Inside the batch a group is known by its place, so that ids need not differ.
+        for (place, (policy, group)) in groups.into_iter().enumerate() {
+            self.push_as(&policy, Group { id: place as u64, ..group })?;
+        }
+        while !self.is_empty() {
+            for event in self.step()? {
+                if let Event::Done { group, sample, completion } = event {
+                    on_done(ids[group as usize], sample, &completion);
+                    completions[group as usize][sample] = Some(completion);
+                }
+            }
+        }
+        Ok(completions.into_iter().map(|samples| samples.into_iter().flatten().collect()).collect())
+    }
+
+    /// Admits what has room, reads on, adds one token to every running sequence, and starts what has been read.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
         let mut events = Vec::new();
-        self.decode(&mut events);
-        self.read_prompts();
+        self.prefixes.trim(self.pages / IDLE_SHARE);
+        self.admit();
+        self.forward(&mut events);
         self.start(&mut events);
         Ok(events)
     }
 
-    /// Reads the prompts of the next groups that have room, as many as fit into one pass and at least one.
-    fn read_prompts(&mut self) {
-        let mut room = self.limits.max_sequences.saturating_sub(self.active.len());
-        let mut rows = self.limits.max_rows;
-        let mut chosen = Vec::new();
-        for waiting in &mut self.waiting {
-            let fits = rows >= waiting.group.prompt.len() || chosen.is_empty();
-            if room == 0 || !fits {
-                break;
-            }
-            room = room.saturating_sub(waiting.group.seeds.len() - waiting.started);
-            if waiting.prompt.is_none() {
-                rows = rows.saturating_sub(waiting.group.prompt.len());
-                chosen.push(waiting);
-            }
-        }
-        if chosen.is_empty() {
+    /// Returns the places for sequences that nobody admitted has or waits for.
+    fn places(&self) -> usize {
+        let unstarted: usize = self.admitted.iter().map(Admitted::left).sum();
+        self.limits.max_sequences.saturating_sub(self.active.len() + unstarted)
+    }
+
+    /// Admits waiting groups as long as there is a place for a sample and memory for it and its prompt. Samples of a prompt
+    /// that has been read come first.
+    fn admit(&mut self) {
+        if self.admitted.iter().any(|admitted| matches!(admitted.prompt, Prompt::Read(_))) {
             return;
         }
-        let decoder = self.policy.decoder();
-        let mut caches: Vec<Cache> = chosen.iter().map(|_| Cache::new(decoder.shape())).collect();
-        let tokens: Vec<&[u32]> = chosen.iter().map(|w| w.group.prompt.as_slice()).collect();
-        let mut last: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
-        let adapter = |i: usize| chosen[i].adapter.as_deref();
-        read(decoder, adapter, &mut caches, &tokens, self.limits.max_rows, &mut self.pool, |i, place, row| {
-            if place + 1 == tokens[i].len() {
-                last[i] = row.to_vec();
+        while self.places() > 0
+            && let Some(next) = self.queue.front()
+        {
+            let pages = next.group.prompt.len().div_ceil(BLOCK) + self.answer_pages(&next.group);
+            if !self.make_room(pages) {
+                return;
             }
+            let queued = self.queue.pop_front();
+            let shape = self.policy.decoder().shape();
+            self.admitted.extend(queued.map(|queued| Admitted::new(queued, shape, &mut self.prefixes)));
+        }
+    }
+
+    fn answer_pages(&self, group: &Group) -> usize {
+        most_tokens(group, self.policy.model()).div_ceil(BLOCK)
+    }
+
+    /// Returns the pages that what was admitted may still take.
+    fn promised(&self) -> usize {
+        let active: usize = self.active.iter().map(Active::pages_to_write).sum();
+        let admitted = self.admitted.iter().map(|admitted| {
+            let first = if admitted.started == 0 { self.answer_pages(&admitted.group) } else { 0 };
+            admitted.pages_to_read() + first
         });
-        let logits = decoder.logits(&last.concat(), std::mem::take(&mut self.room));
-        for (i, (waiting, cache)) in chosen.into_iter().zip(caches).enumerate() {
-            let mut row = vec![0.0; logits.columns()];
-            logits.copy_row(i, &mut row);
-            waiting.prompt = Some(Prompt { prefix: cache.into_prefix(), logits: row });
-        }
-        self.room = logits.into_room();
+        active + admitted.sum::<usize>()
     }
 
-    /// Starts samples of groups whose prompt is read, in order, and draws their first token.
-    fn start(&mut self, events: &mut Vec<Event>) {
-        let first = self.active.len();
-        let mut logits: Vec<Arc<Vec<f32>>> = Vec::new();
-        while let Some(waiting) = self.waiting.front_mut() {
-            let Some(prompt) = &waiting.prompt else { break };
-            let room = self.limits.max_sequences - self.active.len();
-            let samples = waiting.started..waiting.group.seeds.len().min(waiting.started + room);
-            let row = Arc::new(prompt.logits.clone());
-            for sample in samples.clone() {
-                self.active.push(Active::new(waiting, sample, &prompt.prefix, self.policy.model()));
-                logits.push(row.clone());
-            }
-            waiting.started = samples.end;
-            if waiting.started < waiting.group.seeds.len() {
-                break;
-            }
-            self.waiting.pop_front();
+    /// Returns true if so many more pages can be promised, for which prompts that nobody reads may have to be forgotten.
+    fn make_room(&mut self, pages: usize) -> bool {
+        let short = (self.pool.live() + self.promised() + pages).saturating_sub(self.pages);
+        short == 0 || {
+            let idle = self.prefixes.idle();
+            self.prefixes.trim(idle.saturating_sub(short)) >= short
         }
-        let started = self.active[first..].par_iter_mut().zip(&logits);
-        let model = self.policy.model();
-        started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, model, scratch));
-        self.settle(first, events);
-        // Side by side, the sequences of one adapter are multiplied together.
-        self.active.sort_by_key(|active| active.adapter.as_ref().map_or(0, |adapter| adapter.id()));
     }
 
-    fn decode(&mut self, events: &mut Vec<Event>) {
-        if self.active.is_empty() {
+    /// Reads the newest token of every sequence and the next pieces of prompts, and draws the sequences' next tokens.
+    fn forward(&mut self, events: &mut Vec<Event>) {
+        let pieces = pieces(&mut self.admitted, self.limits.max_rows, &mut self.prefixes);
+        let sequences = self.active.iter_mut().map(|active| (active.adapter_id(), Owner::Sequence, active.run()));
+        let mut runs: Vec<(u64, Owner, Run<'_>)> = sequences.collect();
+        for (at, (admitted, piece)) in self.admitted.iter_mut().zip(&pieces).enumerate() {
+            if let (Prompt::Reading(reading), 1..) = (&mut admitted.prompt, *piece) {
+                let tokens = &admitted.group.prompt[reading.len()..][..*piece];
+                let run = Run { cache: &mut reading.cache, tokens, adapter: admitted.adapter.as_deref() };
+                runs.push((adapter_id(&admitted.adapter), Owner::Prompt(at), run));
+            }
+        }
+        if runs.is_empty() {
             return;
         }
-        let last: Vec<[u32; 1]> = self.active.iter().map(|a| [a.drawn.last().map_or(0, |d| d.token)]).collect();
-        let runs = self.active.iter_mut().zip(&last);
-        let run = |(a, tokens): (&'_ mut Active, &'_ [u32; 1])| Run {
-            cache: &mut a.cache,
-            tokens,
-            adapter: a.adapter.as_deref(),
-        };
-        let mut runs: Vec<Run> = runs.map(run).collect();
+        self.tokens_read += pieces.iter().sum::<usize>() as u64;
+        // Side by side, the rows of one adapter are multiplied together. Sequences keep their order: they are sorted so.
+        runs.sort_by_key(|(adapter, ..)| *adapter);
+        let (owners, mut runs): (Vec<Owner>, Vec<Run<'_>>) =
+            runs.into_iter().map(|(_, owner, run)| (owner, run)).unzip();
         let decoder = self.policy.decoder();
-        let hidden = decoder.forward(&mut runs, &mut self.pool);
-        let logits = decoder.logits(&hidden, std::mem::take(&mut self.room));
+        let hidden = decoder.forward(&mut runs, &self.pool);
+        let ends = runs.iter().scan(0, |end, run| {
+            *end += run.tokens.len();
+            Some(*end)
+        });
+        let ends: Vec<(Owner, usize)> = owners.into_iter().zip(ends).collect();
+        let wide = decoder.hidden_size();
+        let last_row = |end: usize| &hidden[(end - 1) * wide..end * wide];
+        let of_sequences = ends.iter().filter(|(owner, _)| matches!(owner, Owner::Sequence));
+        let mut rows: Vec<&[f32]> = of_sequences.map(|(_, end)| last_row(*end)).collect();
+        let mut read = Vec::new();
+        for (owner, end) in &ends {
+            let Owner::Prompt(at) = owner else { continue };
+            let Admitted { group, prompt: Prompt::Reading(reading), .. } = &mut self.admitted[*at] else { continue };
+            reading.publish(&group.prompt, &mut self.prefixes);
+            if reading.len() == group.prompt.len() {
+                rows.push(last_row(*end));
+                read.push(*at);
+            }
+        }
+        self.draw(&rows.concat(), &read, events);
+    }
+
+    /// Draws a token for each sequence from the first rows, and keeps the logits of the others for the prompts that were read.
+    fn draw(&mut self, hidden: &[f32], read: &[usize], events: &mut Vec<Event>) {
+        if hidden.is_empty() {
+            return;
+        }
+        let logits = self.policy.decoder().logits(hidden, std::mem::take(&mut self.room));
+        for (place, at) in read.iter().enumerate() {
+            let mut row = vec![0.0; logits.columns()];
+            logits.copy_row(self.active.len() + place, &mut row);
+            self.admitted[*at].finish(row);
+        }
         let (model, work) = (self.policy.model(), self.active.par_iter_mut().enumerate());
         work.for_each_init(
             || (vec![0.0; logits.columns()], Scratch::default()),
@@ -270,11 +349,37 @@ impl Batcher {
         self.settle(0, events);
     }
 
+    /// Starts samples of groups whose prompt is read, in order, and draws their first token.
+    fn start(&mut self, events: &mut Vec<Event>) {
+        let first = self.active.len();
+        let mut logits: Vec<Arc<Vec<f32>>> = Vec::new();
+        for at in 0..self.admitted.len() {
+            while self.active.len() < self.limits.max_sequences && self.admitted[at].left() > 0 {
+                // Room for the first sample was kept when its group was admitted.
+                let pages = self.answer_pages(&self.admitted[at].group);
+                if self.admitted[at].started > 0 && !self.make_room(pages) {
+                    break;
+                }
+                let admitted = &mut self.admitted[at];
+                let Prompt::Read(read) = &admitted.prompt else { break };
+                logits.push(read.logits.clone());
+                self.active.push(Active::new(admitted, &read.prefix, self.policy.model()));
+                admitted.started += 1;
+            }
+        }
+        self.admitted.retain(|admitted| admitted.left() > 0);
+        let started = self.active[first..].par_iter_mut().zip(&logits);
+        let model = self.policy.model();
+        started.for_each_init(Scratch::default, |scratch, (active, logits)| active.draw(logits, model, scratch));
+        self.settle(first, events);
+        self.active.sort_by_key(Active::adapter_id);
+    }
+
     /// Reports the newest token of the sequences from `first` on and takes out those that ended.
     fn settle(&mut self, first: usize, events: &mut Vec<Event>) {
         for active in self.active.split_off(first) {
             let (group, sample) = (active.group, active.sample);
-            if let Some(Drawn { token, logprob, .. }) = active.drawn.last().copied() {
+            if let Some(Drawn { token, logprob, .. }) = active.newest() {
                 events.push(Event::Token { group, sample, token, logprob });
             }
             match active.finish_reason(self.policy.model()) {
@@ -282,73 +387,8 @@ impl Batcher {
                 Some(reason) => {
                     let completion = active.completion(reason, self.policy.model());
                     events.push(Event::Done { group, sample, completion });
-                    self.pool.reclaim(active.cache);
                 }
             }
-        }
-    }
-}
-
-impl Active {
-    fn new(waiting: &Waiting, sample: usize, prefix: &Arc<Segment>, model: &Model) -> Self {
-        let group = &waiting.group;
-        let room = model.config().max_positions - group.prompt.len();
-        Active {
-            group: group.id,
-            sample,
-            adapter: waiting.adapter.clone(),
-            cache: Cache::after(prefix),
-            rng: ChaCha8Rng::seed_from_u64(group.seeds[sample]),
-            sampling: group.sampling.clone(),
-            said: Said::begin(&group.sampling, &group.prompt),
-            limit: group.sampling.max_tokens.min(room),
-            watch: StopWatch::begin(&group.sampling.stop),
-            stopped: false,
-            drawn: Vec::new(),
-        }
-    }
-
-    fn draw(&mut self, logits: &[f32], model: &Model, scratch: &mut Scratch) {
-        let drawn = draw(logits, &self.sampling, self.said.as_ref(), &mut self.rng, scratch);
-        if let Some(said) = &mut self.said {
-            said.add(drawn.token);
-        }
-        self.drawn.push(drawn);
-        let decode = |ids: &[u32]| model.tokenizer().decode(ids);
-        let stop = &self.sampling.stop;
-        if self.watch.as_mut().is_some_and(|watch| watch.met(drawn.token, stop, &decode)) {
-            // What the ids are as a text decides, so that the text can always be told from them.
-            self.stopped = first_stop(&decode(&self.token_ids()), stop).is_some();
-        }
-    }
-
-    fn token_ids(&self) -> Vec<u32> {
-        self.drawn.iter().map(|d| d.token).collect()
-    }
-
-    fn finish_reason(&self, model: &Model) -> Option<FinishReason> {
-        let last = self.drawn.last()?;
-        if self.stopped || model.tokenizer().is_end(last.token) {
-            Some(FinishReason::Stop)
-        } else {
-            (self.drawn.len() >= self.limit).then_some(FinishReason::Length)
-        }
-    }
-
-    fn completion(&self, finish_reason: FinishReason, model: &Model) -> Completion {
-        let token_ids = self.token_ids();
-        let mut text = model.tokenizer().decode(&token_ids);
-        let stop_string = first_stop(&text, &self.sampling.stop).map(|(at, stop)| (at, stop.to_string()));
-        if let Some((at, _)) = stop_string {
-            text.truncate(at);
-        }
-        Completion {
-            token_ids,
-            stop_string: stop_string.map(|(_, stop)| stop),
-            logprobs: self.drawn.iter().map(|d| d.logprob).collect(),
-            sampler_logprobs: self.drawn.iter().map(|d| d.sampler_logprob).collect(),
-            finish_reason,
-            text,
         }
     }
 }
@@ -359,41 +399,6 @@ pub(crate) fn check_tokens(model: &Model, tokens: &[u32]) -> Result<(), EngineEr
     match tokens.iter().find(|t| **t as usize >= vocab) {
         Some(token) => Err(EngineError::request(format!("token id {token} is outside the vocabulary of {vocab}"))),
         None => Ok(()),
-    }
-}
-
-/// Reads whole token lists into their caches, `max_rows` a pass, and hands over each row as (list, place, hidden).
-pub(crate) fn read<'a>(
-    decoder: &Decoder,
-    adapter: impl Fn(usize) -> Option<&'a LoraPack>,
-    caches: &mut [Cache],
-    tokens: &[&[u32]],
-    max_rows: usize,
-    pool: &mut Pool,
-    mut take: impl FnMut(usize, usize, &[f32]),
-) {
-    let mut places = vec![0; tokens.len()];
-    loop {
-        let mut room = max_rows;
-        let mut runs = Vec::new();
-        let mut spans = Vec::new();
-        for (i, cache) in caches.iter_mut().enumerate() {
-            let piece = (tokens[i].len() - places[i]).min(room);
-            if piece > 0 {
-                spans.push((i, places[i]..places[i] + piece));
-                runs.push(Run { cache, tokens: &tokens[i][places[i]..places[i] + piece], adapter: adapter(i) });
-                places[i] += piece;
-                room -= piece;
-            }
-        }
-        if runs.is_empty() {
-            return;
-        }
-        let hidden = decoder.forward(&mut runs, pool);
-        let places = spans.into_iter().flat_map(|(i, span)| span.map(move |place| (i, place)));
-        for ((i, place), row) in places.zip(hidden.chunks_exact(decoder.hidden_size())) {
-            take(i, place, row);
-        }
     }
 }
 
@@ -414,21 +419,5 @@ pub fn generate_each(
     on_done: &mut dyn FnMut(u64, usize, &Completion),
 ) -> Result<Vec<Vec<Completion>>, EngineError> {
     let Some((first, _)) = groups.first() else { return Ok(Vec::new()) };
-    let mut batcher = Batcher::new(first.clone(), limits.clone())?;
-    let ids: Vec<u64> = groups.iter().map(|(_, group)| group.id).collect();
-    let mut completions: Vec<Vec<Option<Completion>>> =
-        groups.iter().map(|(_, group)| vec![None; group.seeds.len()]).collect();
-    // Inside the batch a group is known by its place, so that ids need not differ.
-    for (place, (policy, group)) in groups.into_iter().enumerate() {
-        batcher.push_as(&policy, Group { id: place as u64, ..group })?;
-    }
-    while !batcher.is_empty() {
-        for event in batcher.step()? {
-            if let Event::Done { group, sample, completion } = event {
-                on_done(ids[group as usize], sample, &completion);
-                completions[group as usize][sample] = Some(completion);
-            }
-        }
-    }
-    Ok(completions.into_iter().map(|samples| samples.into_iter().flatten().collect()).collect())
+    Batcher::new(first.clone(), limits.clone())?.drain(groups, on_done)
 }

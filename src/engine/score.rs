@@ -10,14 +10,14 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::cache::{Cache, Pool, Segment};
-use super::decoder::Decoder;
+use super::decoder::{Decoder, Run};
 use super::error::EngineError;
 use super::lora::Adapter;
 use super::low_rank::LoraPack;
 use super::math;
 use super::matmul::WIDTH;
 use super::model::Model;
-use super::sampler::{check_tokens, read};
+use super::sampler::check_tokens;
 
 /// Rows of one forward pass.
 const ROWS: usize = 512;
@@ -124,47 +124,31 @@ impl<'a> Scorer<'a> {
 
     /// Returns the hidden rows that predict each completion token, item after item.
     fn hidden(&self, items: &[ScoreItem]) -> Vec<f32> {
-        let mut pool = Pool::new(self.decoder.shape());
+        let pool = Pool::new(self.decoder.shape());
         let mut prompts: Vec<&[u32]> = items.iter().map(|item| item.prompt).collect();
         prompts.dedup();
-        let read_prompts = self.read_prompts(&prompts, &mut pool);
+        let read_prompts = self.read_prompts(&prompts, &pool);
         let by_prompt: HashMap<&[u32], &(Arc<Segment>, Vec<f32>)> = prompts.into_iter().zip(&read_prompts).collect();
         let mut caches: Vec<Cache> = items.iter().map(|item| Cache::after(&by_prompt[item.prompt].0)).collect();
         let mut rows: Vec<Vec<f32>> = items.iter().map(|item| by_prompt[item.prompt].1.clone()).collect();
         // The last token of a completion predicts nothing.
         let tokens: Vec<&[u32]> = items.iter().map(|item| &item.completion[..item.completion.len() - 1]).collect();
-        read(
-            self.decoder,
-            |_| self.adapter.as_ref(),
-            &mut caches,
-            &tokens,
-            ROWS,
-            &mut pool,
-            |i, _, row| {
-                rows[i].extend_from_slice(row);
-            },
-        );
+        read(self.decoder, self.adapter.as_ref(), &mut caches, &tokens, &pool, |i, _, row| {
+            rows[i].extend_from_slice(row);
+        });
         rows.concat()
     }
 
     /// Reads prompts; returns each one's cache and its last hidden row.
-    fn read_prompts(&self, prompts: &[&[u32]], pool: &mut Pool) -> Vec<(Arc<Segment>, Vec<f32>)> {
+    fn read_prompts(&self, prompts: &[&[u32]], pool: &Pool) -> Vec<(Arc<Segment>, Vec<f32>)> {
         let mut caches: Vec<Cache> = prompts.iter().map(|_| Cache::new(self.decoder.shape())).collect();
         let mut last = vec![Vec::new(); prompts.len()];
-        read(
-            self.decoder,
-            |_| self.adapter.as_ref(),
-            &mut caches,
-            prompts,
-            ROWS,
-            pool,
-            |i, place, row| {
-                if place + 1 == prompts[i].len() {
-                    last[i] = row.to_vec();
-                }
-            },
-        );
-        caches.into_iter().map(Cache::into_prefix).zip(last).collect()
+        read(self.decoder, self.adapter.as_ref(), &mut caches, prompts, pool, |i, place, row| {
+            if place + 1 == prompts[i].len() {
+                last[i] = row.to_vec();
+            }
+        });
+        caches.iter_mut().map(Cache::take_prefix).zip(last).collect()
     }
 
     fn target_logprobs(&self, hidden: &[f32], targets: &[u32]) -> Vec<f32> {
@@ -211,6 +195,40 @@ impl<'a> Scorer<'a> {
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
         let panels = self.decoder.panels();
         (0..panels).step_by(PANELS).map(move |start| start..panels.min(start + PANELS))
+    }
+}
+
+/// Reads whole token lists into their caches, [`ROWS`] a pass, and hands over each row as (list, place, hidden).
+fn read(
+    decoder: &Decoder,
+    adapter: Option<&LoraPack>,
+    caches: &mut [Cache],
+    tokens: &[&[u32]],
+    pool: &Pool,
+    mut take: impl FnMut(usize, usize, &[f32]),
+) {
+    let mut places = vec![0; tokens.len()];
+    loop {
+        let mut room = ROWS;
+        let mut runs = Vec::new();
+        let mut spans = Vec::new();
+        for (i, cache) in caches.iter_mut().enumerate() {
+            let piece = (tokens[i].len() - places[i]).min(room);
+            if piece > 0 {
+                spans.push((i, places[i]..places[i] + piece));
+                runs.push(Run { cache, tokens: &tokens[i][places[i]..places[i] + piece], adapter });
+                places[i] += piece;
+                room -= piece;
+            }
+        }
+        if runs.is_empty() {
+            return;
+        }
+        let hidden = decoder.forward(&mut runs, pool);
+        let places = spans.into_iter().flat_map(|(i, span)| span.map(move |place| (i, place)));
+        for ((i, place), row) in places.zip(hidden.chunks_exact(decoder.hidden_size())) {
+            take(i, place, row);
+        }
     }
 }
 

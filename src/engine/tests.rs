@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::cache::{Cache, Pool};
+use super::cache::{Cache, Pool, Shape};
 use super::decoder::Run;
 use super::lora::Factor;
 use super::*;
@@ -14,6 +14,7 @@ use crate::record::{FinishReason, Message};
 mod families;
 mod gguf;
 mod mixed;
+mod room;
 mod rounded;
 mod stops;
 
@@ -93,9 +94,9 @@ fn compare(model: &Model, name: &str) -> (f32, f32) {
         assert_eq!(model.tokenizer().answer_ids(&case.answer, true).unwrap(), case.completion_ids, "{name}");
         assert_eq!(model.tokenizer().decode(&case.completion_ids), case.answer, "{name}");
         let decoder = model.decoder().unwrap();
-        let (mut cache, mut pool) = (Cache::new(decoder.shape()), Pool::new(decoder.shape()));
+        let (mut cache, pool) = (Cache::new(decoder.shape()), Pool::new(decoder.shape()));
         let mut runs = [Run { cache: &mut cache, tokens: &case.prompt_ids, adapter: None }];
-        let hidden = decoder.forward(&mut runs, &mut pool);
+        let hidden = decoder.forward(&mut runs, &pool);
         let last = &hidden[hidden.len() - model.config().hidden_size..];
         let logits = decoder.logits(last, Vec::new()).to_rows();
         logits_off = logits_off.max(worst(&logits[..case.logits.len()], &case.logits));
@@ -182,7 +183,7 @@ fn the_context_limits_a_sample_and_refuses_a_prompt() {
 #[test]
 fn groups_may_come_and_go_while_the_batch_runs() {
     let model = load(&fixture("tiny-llama"));
-    let limits = BatchLimits { max_sequences: 4, max_rows: 16 };
+    let limits = BatchLimits { max_sequences: 4, max_rows: 16, ..BatchLimits::default() };
     let mut batcher = Batcher::new(exact(&model), limits).unwrap();
     let alone = sample(&model, vec![group(2, &[9, 8, 7], 2, 10)], 4);
     batcher.push(group(1, &(3..50).collect::<Vec<_>>(), 4, 40)).unwrap();

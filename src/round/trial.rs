@@ -174,14 +174,16 @@ fn fresh_prompts(
     let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
     let others = |row: &&UsageRow| row.trial != trial.id();
     let spent: BTreeSet<String> = usage.iter().filter(others).map(|row| row.cluster.clone()).collect();
-    let room = night.model.config().max_positions.saturating_sub(night.config.decoding.max_tokens);
+    let (new, limits) = (night.config.decoding.max_tokens, night.config.candidates.limits());
+    let room = night.model.config().max_positions.saturating_sub(new);
+    let fits = |tokens: usize| tokens <= room && limits.check(night.model, tokens, new).is_ok();
     let (mut fresh, mut left_out) = (BTreeMap::new(), LeftOut::new());
     for prompt in dataset.gate.prompts() {
         let reason = if spent.contains(&prompt.cluster) {
             Some("used")
         } else if !night.rewards.covers(prompt.workload.as_deref()) {
             Some("no_rules")
-        } else if night.model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len() > room {
+        } else if !fits(night.model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len()) {
             Some("too_long")
         } else {
             None
@@ -281,7 +283,7 @@ fn draw(
     let how = Draw {
         samples: night.config.gate.samples as usize,
         sampling,
-        max_sequences: batch(night),
+        limits: night.config.candidates.limits(),
         strategies: Vec::new(),
     };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
@@ -305,10 +307,6 @@ fn judge(
     Ok(sides.map(|side| side.into_iter().map(&mut answers).collect()))
 }
 
-fn batch(night: &Night<'_>) -> usize {
-    night.config.candidates.max_sequences
-}
-
 /// Returns a step that nobody watches: the gate reports prompts, not tokens.
 fn silent() -> Step {
     Progress::silent().step("gate answers", 0, "tokens")
@@ -327,7 +325,7 @@ fn divergences(
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let how = Draw { samples: 1, sampling, max_sequences: batch(night), strategies: Vec::new() };
+    let how = Draw { samples: 1, sampling, limits: night.config.candidates.limits(), strategies: Vec::new() };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
     let drawn = candidates::draw(&policy, &prompts[..wanted], &how, stream, &mut silent())?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();

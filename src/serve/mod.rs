@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
-use crate::engine::Model;
+use crate::engine::{BatchLimits, Model};
 
 use adapters::{AliasRequest, LoadRequest, Names, UnloadRequest};
 use api::ApiError;
@@ -59,6 +59,8 @@ pub struct Settings {
     pub max_requests: usize,
     /// Sequences decoded in one batch, 1 or more.
     pub max_sequences: usize,
+    /// Memory of keys and values, in MiB: sequences wait until all that they may become fits.
+    pub cache_mib: usize,
     /// Samples (`n`) that one request may ask for, from 1 to max_sequences.
     pub max_samples: usize,
     /// New tokens that one sample may have, 1 or more; also the default where a request names none.
@@ -83,6 +85,7 @@ impl Default for Settings {
             max_lora_rank: 64,
             max_requests: 256,
             max_sequences: 32,
+            cache_mib: BatchLimits::CACHE_MIB,
             max_samples: 16,
             max_tokens: 1024,
             max_body_bytes: 1 << 20,
@@ -101,6 +104,7 @@ impl Settings {
             ("max_lora_rank", self.max_lora_rank),
             ("max_requests", self.max_requests),
             ("max_sequences", self.max_sequences),
+            ("cache_mib", self.cache_mib),
             ("max_samples", self.max_samples),
             ("max_tokens", self.max_tokens),
             ("max_body_bytes", self.max_body_bytes),

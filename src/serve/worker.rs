@@ -50,7 +50,12 @@ struct Engine<'m> {
 impl<'m> Engine<'m> {
     fn new(model: &'m Model, settings: &'m Settings) -> Result<Self, EngineError> {
         let base = Policy::new(model, None, WeightForm::F32)?;
-        let limits = BatchLimits { max_sequences: settings.max_sequences, ..BatchLimits::default() };
+        let Settings { max_sequences, cache_mib, .. } = *settings;
+        let limits = BatchLimits { max_sequences, cache_mib, ..BatchLimits::default() };
+        let context = model.config().max_positions;
+        if let Err(problem) = limits.check(model, context - 1, 1) {
+            tracing::warn!("requests that use the whole context will be refused: {problem}");
+        }
         let batcher = Batcher::new(base.clone(), limits)?;
         let (adapters, running) = Default::default();
         Ok(Engine { model, settings, base, adapters, batcher, running, next_group: 0 })
@@ -107,7 +112,7 @@ impl<'m> Engine<'m> {
         let emitter = Emitter::new(job.events.clone(), group.seeds.len(), group.sampling.stop.clone());
         match self.batcher.push_as(&policy, group) {
             Ok(()) => drop(self.running.insert(self.next_group, Running { emitter, job })),
-            Err(error) => drop(job.events.send(Event::Refused(Refusal::Engine(error.to_string())))),
+            Err(error) => drop(job.events.send(Event::Refused(Refusal::Prompt(error.to_string())))),
         }
         self.next_group += 1;
     }

@@ -65,21 +65,21 @@ fn rows_know_their_adapter_wherever_they_stand() {
     let (a, b) = (pack(1), pack(2));
     let run = |policy: Option<&Policy>, tokens| {
         let decoder = model.decoder().unwrap();
-        let (mut cache, mut pool) = (Cache::new(decoder.shape()), Pool::new(decoder.shape()));
+        let (mut cache, pool) = (Cache::new(decoder.shape()), Pool::new(decoder.shape()));
         let adapter = policy.and_then(|policy| policy.adapter().map(|pack| &**pack));
-        decoder.forward(&mut [Run { cache: &mut cache, tokens, adapter }], &mut pool)
+        decoder.forward(&mut [Run { cache: &mut cache, tokens, adapter }], &pool)
     };
     let order = [Some(&a), None, Some(&b), Some(&a), Some(&b), None];
     let tokens: Vec<Vec<u32>> = (1..7u32).map(|n| (5..5 + n).collect()).collect();
     let alone: Vec<f32> = order.iter().zip(&tokens).flat_map(|(policy, tokens)| run(*policy, tokens)).collect();
     let decoder = model.decoder().unwrap();
-    let mut pool = Pool::new(decoder.shape());
+    let pool = Pool::new(decoder.shape());
     let mut caches: Vec<Cache> = order.iter().map(|_| Cache::new(decoder.shape())).collect();
     let runs = caches.iter_mut().zip(&tokens).zip(order);
     let mut runs: Vec<Run> = runs
         .map(|((cache, tokens), policy)| Run { cache, tokens, adapter: policy.and_then(|p| p.adapter().map(|a| &**a)) })
         .collect();
-    assert_eq!(decoder.forward(&mut runs, &mut pool), alone);
+    assert_eq!(decoder.forward(&mut runs, &pool), alone);
 }
 
 #[test]
