@@ -69,10 +69,10 @@ pub enum Command {
 pub struct Why {
     /// What is recorded as the reason.
     #[arg(long, value_name = "TEXT")]
-    reason: String,
+    pub(super) reason: String,
     /// Who is recorded.
     #[arg(long, env = "USER", value_name = "NAME")]
-    by: String,
+    pub(super) by: String,
 }
 
 impl Why {

@@ -4,27 +4,26 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::answers::Prompt;
 use super::lines::{Input, Output};
 use super::{Exit, Global, Screen};
 use crate::config::Config;
+use crate::durable;
 use crate::engine::{Adapter, BatchLimits, Completion, Group, Model, Policy, SamplingSettings, WeightForm, generate};
-use crate::gate::Evidence;
-use crate::gate::confidence::bounds;
+use crate::gate::comparison::{Comparison, Pair};
 use crate::progress::Step;
 use crate::record::derive_seed;
 use crate::rewards::{Item, Rewards};
 
 const CHUNK: usize = 32;
-/// The bounds of the gain hold with a probability of 1 minus this, each.
-const ALPHA: f64 = 0.05;
 
 /// Compare an adapter with another one, or with the base, on the same prompts. Exit code 0 when it is better, else 2.
 ///
-/// Input lines: {"workload", "messages"}. Both sides answer each prompt with independent draws; the gate's scorers score
-/// the answers. Better means that the 95 % lower bound of the mean gain is above 0. Nothing is recorded: this is no trial.
+/// Input lines: {"workload", "messages"} and, for the segments of the report, "tenant" and "language". Both sides answer each
+/// prompt with independent draws; the gate's scorers score the answers. Better means that the lower end of the 95 %
+/// confidence sequence of the mean gain is above gate.margin. Nothing is recorded: this is no trial.
 #[derive(Debug, Args)]
 pub struct Eval {
     /// A folder in Hugging Face layout, a .gguf file, or a hub id.
@@ -53,70 +52,22 @@ pub struct Eval {
     /// Print one JSON document.
     #[arg(long)]
     json: bool,
+    /// Also write the report as one HTML page.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
+/// One line of the input.
 #[derive(Deserialize)]
 struct WorkloadLine {
     #[serde(default)]
     workload: Option<String>,
+    #[serde(default)]
+    tenant: Option<String>,
+    #[serde(default)]
+    language: Option<String>,
     #[serde(flatten)]
     prompt: Prompt,
-}
-
-/// What came out.
-#[derive(Debug, Serialize)]
-struct Report {
-    prompts: usize,
-    samples: u64,
-    /// Mean score of each side, from 0 to 1.
-    adapter: f64,
-    against: f64,
-    gain: f64,
-    /// Bounds of the mean gain.
-    lower: f64,
-    upper: f64,
-    /// The evidence that the gate would have had from these prompts at its margin.
-    ln_wealth: f64,
-    better: bool,
-}
-
-impl Report {
-    fn new(adapter: &[f64], against: &[f64], samples: u64, margin: f64) -> anyhow::Result<Self> {
-        let gains: Vec<f64> = adapter.iter().zip(against).map(|(a, b)| a - b).collect();
-        let mut evidence = Evidence::new(margin)?;
-        for gain in &gains {
-            evidence.step(*gain)?;
-        }
-        let mean = |scores: &[f64]| scores.iter().sum::<f64>() / scores.len() as f64;
-        let gain = bounds(&gains, -1.0, 1.0, ALPHA);
-        Ok(Report {
-            prompts: gains.len(),
-            samples,
-            adapter: mean(adapter),
-            against: mean(against),
-            gain: gain.mean,
-            lower: gain.lower,
-            upper: gain.upper,
-            ln_wealth: evidence.ln_wealth(),
-            better: gain.lower > 0.0,
-        })
-    }
-
-    fn text(&self) -> String {
-        format!(
-            "{} prompts, {} answers of each side to each\nadapter  {:.3}\nagainst  {:.3}\ngain     {:+.3}  ({:+.3} to {:+.3} \
-             at 95 %), ln wealth {:.2}\n{}\n",
-            self.prompts,
-            self.samples,
-            self.adapter,
-            self.against,
-            self.gain,
-            self.lower,
-            self.upper,
-            self.ln_wealth,
-            if self.better { "better" } else { "not shown to be better" },
-        )
-    }
 }
 
 pub(super) fn run(global: &Global, args: &Eval, screen: &Screen) -> anyhow::Result<Exit> {
@@ -137,14 +88,32 @@ pub(super) fn run(global: &Global, args: &Eval, screen: &Screen) -> anyhow::Resu
         ours.extend(side.scores("adapter", Some(&adapter), lines, chunk * CHUNK)?);
         theirs.extend(side.scores("against", against.as_ref(), lines, chunk * CHUNK)?);
     }
-    let report = Report::new(&ours, &theirs, args.samples, config.gate.margin)?;
+    let pair = |((line, adapter), against): ((&WorkloadLine, &f64), &f64)| Pair {
+        adapter: *adapter,
+        against: *against,
+        segments: line.segments(),
+    };
+    let pairs: Vec<Pair> = lines.iter().zip(&ours).zip(&theirs).map(pair).collect();
+    let report = Comparison::new(&pairs, args.samples, config.gate.margin, args.seed)?;
+    if let Some(path) = &args.html {
+        let against = args.against.as_ref().map_or("the base".to_string(), |folder| folder.display().to_string());
+        durable::write(path, report.html(&format!("{} against {against}", args.adapter.display())).as_bytes())?;
+    }
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&report)?,
         false => out.text(&report.text())?,
     }
     out.flush()?;
-    Ok(if report.better { Exit::Done } else { Exit::Refused })
+    Ok(if report.all.better { Exit::Done } else { Exit::Refused })
+}
+
+impl WorkloadLine {
+    /// Returns the segments that the prompt belongs to.
+    fn segments(&self) -> Vec<String> {
+        let kinds = [("workload", &self.workload), ("tenant", &self.tenant), ("language", &self.language)];
+        kinds.iter().filter_map(|(kind, value)| Some(format!("{kind} {}", value.as_ref()?))).collect()
+    }
 }
 
 /// Loads the scorers, and refuses before the long work what they could not score after it.
@@ -210,21 +179,5 @@ fn item(line: &WorkloadLine, answer: Completion) -> Item {
         finish_reason: answer.finish_reason,
         prompt_ids: None,
         token_ids: Some(answer.token_ids),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn better_needs_more_than_a_higher_mean() {
-        let ours = [1.0, 1.0, 0.0, 1.0];
-        let few = Report::new(&ours, &[0.0, 1.0, 0.0, 1.0], 1, 0.005).unwrap();
-        assert!(few.gain > 0.0 && !few.better, "{few:?}");
-        let many = Report::new(&ours.repeat(50), &[0.0].repeat(200), 1, 0.005).unwrap();
-        assert!(many.better && many.lower > 0.0 && many.ln_wealth > 7.0, "{many:?}");
-        let same = Report::new(&[0.5; 200], &[0.5; 200], 1, 0.005).unwrap();
-        assert!(!same.better, "{same:?}");
     }
 }

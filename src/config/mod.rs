@@ -20,6 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::rewards::Scorer;
 use crate::table::{TableError, TableLocation, Tables};
 
 pub use keys::Key;
@@ -56,7 +57,29 @@ macro_rules! sections {
 
 impl Config {
     /// Returns what no section can see by itself.
-    fn across(&self) -> Option<String> {
+    fn across(&self) -> Vec<String> {
+        self.samples_for_method().into_iter().chain(self.independence()).collect()
+    }
+
+    /// The gate's score must hold something that training did not optimise.
+    ///
+    /// Exact rules are the specification and may stand on both sides, because the guardrail of quality is a scorer of its
+    /// own. Anything learned that stands on both sides needs another scorer beside it in the gate.
+    fn independence(&self) -> Option<String> {
+        let rewards = &self.rewards;
+        let learned = |scorer: &&Scorer| !scorer.is_specification();
+        let shared = rewards.gate.iter().filter(learned).find(|scorer| rewards.train.contains(scorer))?;
+        if rewards.gate.iter().any(|scorer| learned(&scorer) && !rewards.train.contains(scorer)) {
+            return None;
+        }
+        let name = shared.name();
+        Some(format!(
+            "rewards.gate names \"{name}\", which rewards.train optimises, and no scorer that it does not: take \"{name}\" out of \
+             one of the two, or add a scorer with other weights to rewards.gate"
+        ))
+    }
+
+    fn samples_for_method(&self) -> Option<String> {
         let method = self.tuning.method;
         let other = self.candidates.off_policy().filter(|_| method.needs_plain_samples())?;
         Some(format!(
@@ -89,6 +112,8 @@ sections! {
     tuning: crate::adapter::Settings,
     /// How challengers are judged.
     gate: crate::gate::Settings,
+    /// What may become served.
+    registry: crate::registry::Settings,
     /// The production endpoint.
     endpoint: crate::endpoint::Settings,
     /// The embedded endpoint (`taod serve`).

@@ -272,3 +272,16 @@ fn the_hash_changes_with_any_value() {
     assert_ne!(Config::default().hash(), changed.hash());
     assert_eq!(Config::default().hash().len(), 64);
 }
+
+#[test]
+fn the_gate_must_score_what_training_does_not() {
+    let problems = |train: &str, gate: &str| {
+        let config: Config = toml::from_str(&format!("[rewards]\ntrain = {train}\ngate = {gate}\n")).unwrap();
+        config.problems()
+    };
+    let shared = problems("['rules', 'similarity']", "['rules', 'similarity']");
+    assert_eq!(shared.len(), 1, "{shared:?}");
+    assert!(shared[0].starts_with("rewards.gate names \"similarity\", which rewards.train optimises"), "{shared:?}");
+    assert_eq!(problems("['rules']", "['rules', 'similarity']"), Vec::<String>::new());
+    assert_eq!(problems("['rules', 'similarity']", "['rules']"), Vec::<String>::new(), "rules are the specification");
+}

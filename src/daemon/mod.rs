@@ -24,6 +24,7 @@ use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
 use crate::metrics::{Metrics, Part, RoundOutcome};
+use crate::registry::Promotion;
 use crate::registry::Registry;
 use crate::round::{self, Outcome, Paths, Verdict};
 use crate::schedule::Schedule;
@@ -90,10 +91,14 @@ pub async fn night(config: &Config, launch: &round::child::Launch) -> Result<Nig
     let status = round::child::run(launch).await?;
     let verdict = round::book::newest_verdict(&paths)?.filter(|v| Some(&v.round) != before.as_ref());
     let verdict = verdict.with_context(|| format!("the round's process ended without a verdict ({status})"))?;
-    let promoted = match &verdict.outcome {
-        Outcome::Promote { .. } => {
+    let promoted = match (&verdict.outcome, config.registry.promotion) {
+        (Outcome::Promote { .. }, Promotion::Automatic) => {
             let model = load_model(config).await?;
-            Some(promotion::promote(config, &verdict, &model).await?)
+            Some(promotion::promote(config, &verdict, None, &model).await?)
+        }
+        (Outcome::Promote { trial, .. }, Promotion::Approval) => {
+            tracing::info!(trial, "waits for `taod gate approve` or `taod gate reject`");
+            None
         }
         _ => None,
     };

@@ -44,8 +44,20 @@ impl Promoted {
     }
 }
 
+/// A person's word that what the gate passed may be served.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Approval<'a> {
+    pub by: &'a str,
+    pub reason: &'a str,
+}
+
 /// Promotes what a round's verdict claims, after recomputing the claim from the tables.
-pub async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Result<Promoted> {
+pub async fn promote(
+    config: &Config,
+    verdict: &Verdict,
+    approval: Option<Approval<'_>>,
+    model: &Model,
+) -> Result<Promoted> {
     let paths = Paths::new(&config.state.dir);
     let tables = config.state.open_tables()?;
     let passed = book::prove(&tables, verdict, &config.gate).await?;
@@ -53,7 +65,7 @@ pub async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Resul
     let intent = registry.promote(&passed, now_us())?;
     let promoted = carry_out(config, &registry, &intent, model).await?;
     book::close_promoted(&tables, &passed).await?;
-    record(&tables, &intent, "promote", Some(passed.trial()), &promoted).await?;
+    record(&tables, &intent, ("promote", Some(passed.trial()), approval), &promoted).await?;
     Ok(promoted)
 }
 
@@ -68,7 +80,7 @@ pub async fn override_promote(
     let (registry, tables) = open(config)?;
     let intent = registry.override_promote(version, operator, reason, now_us())?;
     let promoted = carry_out(config, &registry, &intent, model).await?;
-    record(&tables, &intent, "override", None, &promoted).await?;
+    record(&tables, &intent, ("override", None, None), &promoted).await?;
     Ok(promoted)
 }
 
@@ -77,7 +89,7 @@ pub async fn rollback(config: &Config, reason: &str, model: &Model) -> Result<Pr
     let (registry, tables) = open(config)?;
     let intent = registry.rollback(reason, now_us())?;
     let promoted = carry_out(config, &registry, &intent, model).await?;
-    record(&tables, &intent, "rollback", None, &promoted).await?;
+    record(&tables, &intent, ("rollback", None, None), &promoted).await?;
     Ok(promoted)
 }
 
@@ -94,7 +106,7 @@ pub async fn recover(config: &Config, model: &Model) -> Result<()> {
         Ended::Done { proofs } => {
             tracing::info!(to = intent.to(), "an interrupted promotion was completed");
             let promoted = Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs };
-            record(&tables, &intent, "recovered", None, &promoted).await
+            record(&tables, &intent, ("recovered", None, None), &promoted).await
         }
         Ended::Undone => {
             tracing::info!(to = intent.to(), "an interrupted promotion was undone");
@@ -219,8 +231,7 @@ struct PromotionRow<'a> {
 async fn record(
     tables: &Tables,
     intent: &Intent,
-    action: &str,
-    trial: Option<&str>,
+    (action, trial, approval): (&str, Option<&str>, Option<Approval<'_>>),
     promoted: &Promoted,
 ) -> Result<()> {
     let row = PromotionRow {
@@ -230,10 +241,11 @@ async fn record(
         version: &promoted.to,
         previous: &promoted.from,
         trial,
-        detail: json!({ "proofs": promoted.proofs }),
+        detail: json!({ "proofs": promoted.proofs, "approval": approval }),
     };
     let app_id = format!("taod/promotions/{}", intent.promotion());
-    Ok(book::append_once(tables, Name::Promotions, &app_id, &[row]).await?)
+    book::append_once(tables, Name::Promotions, &app_id, &[row]).await?;
+    Ok(())
 }
 
 fn now_us() -> i64 {

@@ -200,7 +200,7 @@ async fn send_traffic(
 /// Promotes what the round found worth it, exactly as the daemon does, and returns the proof in words.
 async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Result<Option<String>> {
     match &verdict.outcome {
-        Outcome::Promote { .. } => Ok(Some(promotion::promote(config, verdict, model).await?.explain())),
+        Outcome::Promote { .. } => Ok(Some(promotion::promote(config, verdict, None, model).await?.explain())),
         _ => Ok(None),
     }
 }
@@ -208,7 +208,8 @@ async fn promote(config: &Config, verdict: &Verdict, model: &Model) -> Result<Op
 async fn evidence(tables: &Tables, paths: &Paths, verdict: &Verdict) -> Result<report::Evidence> {
     let Some((trial, _)) = verdict.outcome.trial() else { return Ok(report::Evidence::default()) };
     let steps: Vec<StepRow> = round::book::read(tables, Name::GateSteps).await?;
-    let mut steps: Vec<StepRow> = steps.into_iter().filter(|step| step.trial == trial).collect();
+    let mut steps: Vec<StepRow> =
+        steps.into_iter().filter(|step| step.trial == trial && step.suite.is_none()).collect();
     steps.sort_by_key(|step| step.step);
     let summary: crate::gate::Verdict =
         crate::durable::read_json(&paths.round(&verdict.round).join("gate-verdict.json"))?;

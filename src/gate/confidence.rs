@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// The largest part of the wealth that one value may lose.
 const STAKE_LIMIT: f64 = 0.75;
-/// Halvings of the unit interval: the bound is exact to about 1e-12 of the range.
-const HALVINGS: u32 = 40;
+/// How near a bound is to the exact one, in parts of the range, always on the safe side.
+const EXACT: f64 = 1e-12;
 
 /// The mean of some values with a lower and an upper bound, each of which holds at all times with probability
 /// 1 - alpha.
@@ -51,15 +51,30 @@ fn unit_value(x: f64, low: f64, high: f64) -> f64 {
 }
 
 /// Returns the lower bound of the mean of values in [0, 1].
+///
+/// The wealth falls as the candidate grows, so the bound is where it crosses 1/alpha. Each pair of steps is one by the secant and
+/// one by halving: about a dozen sums instead of forty, and never more than eighty.
 fn unit_lower(values: &[f64], alpha: f64) -> f64 {
     let stakes = stakes(values, alpha);
+    let excess = |candidate: f64| ln_wealth(values, &stakes, candidate) + alpha.ln();
     let (mut excluded, mut kept) = (0.0, 1.0);
-    for _ in 0..HALVINGS {
-        let candidate = (excluded + kept) / 2.0;
-        if ln_wealth(values, &stakes, candidate) >= -alpha.ln() {
-            excluded = candidate;
+    let (mut above, mut below) = (excess(excluded), excess(kept));
+    if above < 0.0 {
+        return 0.0;
+    }
+    for halve in [false, true].into_iter().cycle() {
+        if kept - excluded <= EXACT {
+            break;
+        }
+        let share = if halve || !above.is_finite() || !below.is_finite() { 0.5 } else { above / (above - below) };
+        // Half an EXACT into the bracket at least: a secant that always lands on one side would leave it wide.
+        let inner = (0.25 * EXACT / (kept - excluded)).min(0.25);
+        let candidate = excluded + (kept - excluded) * share.clamp(inner, 1.0 - inner);
+        let found = excess(candidate);
+        if found >= 0.0 {
+            (excluded, above) = (candidate, found);
         } else {
-            kept = candidate;
+            (kept, below) = (candidate, found);
         }
     }
     excluded
@@ -80,10 +95,18 @@ fn stakes(values: &[f64], alpha: f64) -> Vec<f64> {
 }
 
 /// Returns the wealth of betting that the mean is above `candidate`.
+///
+/// A logarithm for each of some values, not for each value: a bound takes a dozen such sums, and a guardrail several bounds at
+/// every look. A factor is between 0.25 and 8 (no stake exceeds 6), so a product of 32 is far from any limit.
 fn ln_wealth(values: &[f64], stakes: &[f64], candidate: f64) -> f64 {
+    const TOGETHER: usize = 32;
     // Zero only as the candidate "the mean is 0", against which any stake is safe.
     let cap = STAKE_LIMIT / candidate.max(f64::MIN_POSITIVE);
-    values.iter().zip(stakes).map(|(x, stake)| (stake.min(cap) * (x - candidate)).ln_1p()).sum()
+    let product = |(values, stakes): (&[f64], &[f64])| {
+        let factor = |(x, stake): (&f64, &f64)| 1.0 + stake.min(cap) * (x - candidate);
+        values.iter().zip(stakes).map(factor).product::<f64>().ln()
+    };
+    values.chunks(TOGETHER).zip(stakes.chunks(TOGETHER)).map(product).sum()
 }
 
 #[cfg(test)]

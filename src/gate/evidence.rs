@@ -58,7 +58,7 @@ impl Evidence {
     }
 
     /// Returns the stake for the next difference, known before it is seen.
-    fn stake(&self) -> f64 {
+    pub(super) fn stake(&self) -> f64 {
         let gain = self.mean() - self.margin;
         let variance = (PRIOR_SQUARED_DEVIATION + self.squared_deviations) / (self.n + 1) as f64;
         (gain / (variance + gain * gain)).clamp(0.0, STAKE_LIMIT / (1.0 + self.margin))
@@ -148,6 +148,42 @@ mod tests {
                 let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs().max(1.0);
                 assert!(close(step.lambda, *lambda), "{} {i}: {} {lambda}", sequence.name, step.lambda);
                 assert!(close(step.ln_wealth, *ln_wealth), "{} {i}: {} {ln_wealth}", sequence.name, step.ln_wealth);
+            }
+        }
+    }
+
+    /// The next word of SplitMix64, as the script that made the golden file has it.
+    fn split_mix(state: &mut u64) -> u64 {
+        *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (*state ^ (*state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    #[test]
+    fn it_agrees_on_ten_thousand_sequences() {
+        let golden = include_bytes!("../../tests/golden/gate_evidence_many.f64");
+        let golden: Vec<f64> = golden.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
+        assert_eq!(golden.len(), 30_000);
+        for (index, expected) in golden.chunks(3).enumerate() {
+            let mut state = index as u64;
+            let mut word = || split_mix(&mut state);
+            let margin = [0.0, 0.005, 0.02, 0.3][(word() % 4) as usize];
+            let length = 1 + word() % 90;
+            let centred = |word: u64, bits: u32| (word % (2 << bits)) as f64 - f64::from(1u32 << bits);
+            let shift = centred(word(), 19) / f64::from(1 << 20);
+            let pass_or_fail = word().is_multiple_of(2);
+            let mut evidence = Evidence::new(margin).unwrap();
+            let (mut highest, mut stakes) = (0.0f64, 0.0);
+            for _ in 0..length {
+                let x = (centred(word(), 20) / f64::from(1 << 20) / 2.0 + shift).clamp(-1.0, 1.0);
+                let coin = f64::from(u8::from(x > 0.25)) - f64::from(u8::from(x < -0.25));
+                let step = evidence.step(if pass_or_fail { coin } else { x }).unwrap();
+                highest = highest.max(step.ln_wealth);
+                stakes += step.lambda;
+            }
+            for (ours, theirs) in [evidence.ln_wealth(), highest, stakes].iter().zip(expected) {
+                assert!((ours - theirs).abs() <= 1e-9, "sequence {index}: {ours} {theirs}");
             }
         }
     }

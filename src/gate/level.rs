@@ -19,6 +19,16 @@ pub enum Mode {
     Strict,
 }
 
+impl Mode {
+    /// Returns the name in the config and in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Mode::Fdr => "fdr",
+            Mode::Strict => "strict",
+        }
+    }
+}
+
 /// The terms that a year's budget is spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Terms {

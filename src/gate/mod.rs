@@ -6,24 +6,35 @@
 //! [`confidence`] and [`guardrail`] (what must hold besides), [`trial`] (one challenger's whole test, stored in
 //! [`rows`]), [`verdict`] (the recomputation that alone makes a [`Passed`]).
 
+pub mod behaviour;
+pub mod comparison;
 pub mod confidence;
 pub mod evidence;
+pub mod forecast;
 pub mod guardrail;
+pub mod history;
+pub mod interval;
 pub mod level;
 pub mod order;
+pub mod picture;
 pub mod rows;
 pub mod settings;
+pub mod simulate;
+pub mod suite;
 pub mod trial;
 pub mod verdict;
 
 #[cfg(test)]
 mod simulations;
 
+pub use behaviour::Behaviour;
 pub use evidence::{Evidence, EvidenceStep, evidence_line, evidence_lines};
 pub use guardrail::{Finding, Guardrail, Outcome, Thresholds};
 pub use level::Mode;
+pub use order::Block;
 pub use rows::{Facts, Kl, LengthBounds, Observation, Side, State, StepRow, TrialRow, UsageRow};
 pub use settings::Settings;
+pub use suite::Suite;
 pub use trial::{Conditions, Decision, Opening, Trial, Waiting};
 pub use verdict::{Passed, Verdict, explain, verify};
 
@@ -52,6 +63,10 @@ pub enum GateError {
     NightsOver { trial: String, nights: u32 },
     #[error("cluster {cluster} was already used in trial {trial}: gate clusters are used once")]
     Reused { cluster: String, trial: String },
+    #[error("trial {trial} has ended ({state}): only an open one can be rejected")]
+    Ended { trial: String, state: &'static str },
+    #[error("trial {trial} is being driven by another process too: stop one of the two; what was stored first stands")]
+    Contended { trial: String },
     #[error("trial {trial} expects cluster {expected} at step {step} but got {found}: answer the next block in order")]
     Order { trial: String, step: u64, expected: String, found: String },
     #[error("no rows of trial {0} are stored")]

@@ -7,6 +7,29 @@
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use super::rows::UsageRow;
+
+/// The next clusters to judge, all or none of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    pub night: u32,
+    pub first_step: u64,
+    pub clusters: Vec<String>,
+}
+
+impl Block {
+    /// Returns the rows that reserve the block's clusters for `trial`; they are stored before anything is scored.
+    pub fn usage(&self, trial: &str) -> Vec<UsageRow> {
+        let row = |(step, cluster): (u64, &String)| UsageRow {
+            cluster: cluster.clone(),
+            trial: trial.to_string(),
+            night: self.night,
+            step,
+        };
+        (self.first_step..).zip(&self.clusters).map(row).collect()
+    }
+}
+
 /// Returns the clusters in the order of `seed`. The order they came in and repeats do not matter.
 pub fn permutation(mut clusters: Vec<String>, seed: u64) -> Vec<String> {
     clusters.sort();

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::GateError;
+use super::behaviour::Behaviour;
 use super::level::{Mode, Spent, Terms};
 use super::settings::Settings;
 
@@ -107,6 +109,12 @@ pub struct Detail {
     pub lengths: BTreeMap<String, LengthBounds>,
     /// The night's clusters in the order in which they are judged; empty except in the row that begins a night.
     pub order: Vec<String>,
+    /// Logged calls that all gate prompts of the night stand for; 0 where they were not counted.
+    #[serde(default)]
+    pub traffic: u64,
+    /// The clusters of each suite, in the row that opens the trial.
+    #[serde(default)]
+    pub suites: super::suite::Named,
     /// What the guardrails said, in the row that closes the trial.
     pub findings: Vec<super::Finding>,
 }
@@ -131,6 +139,10 @@ pub struct Side {
     pub quality: Option<f64>,
     /// Similarity of answer and question; for the report only.
     pub similarity: Option<f64>,
+    /// Tokens of the answer.
+    pub tokens: Option<f64>,
+    /// Ways of not answering.
+    pub behaviour: Option<Behaviour>,
 }
 
 /// Full-vocabulary divergence between the challenger and the base on one prompt, in nats.
@@ -166,15 +178,54 @@ pub struct Observation {
     pub workload: Option<String>,
     /// Logged calls that the cluster stands for.
     pub traffic: u64,
+    pub tenant: Option<String>,
+    /// ISO 639-3, where it could be told.
+    pub language: Option<String>,
+    /// Characters of the question (the last user turn).
+    pub question_chars: Option<f64>,
     pub new: Side,
     pub incumbent: Side,
+    /// Divergence from the base.
     pub kl: Option<Kl>,
+    /// Divergence from the incumbent.
+    pub kl_round: Option<Kl>,
 }
 
 impl Observation {
     /// Returns the difference that the evidence is made of.
     pub fn d(&self) -> f64 {
         self.new.score - self.incumbent.score
+    }
+
+    /// Refuses measurements that would poison a sum.
+    pub(super) fn check(&self) -> Result<(), GateError> {
+        let bad =
+            |field, value, expected| GateError::Measurement { field, cluster: self.cluster.clone(), value, expected };
+        for (side, name) in [(&self.new, "the new score"), (&self.incumbent, "the incumbent's score")] {
+            if !(0.0..=1.0).contains(&side.score) {
+                return Err(bad(name, side.score, "in [0, 1]"));
+            }
+            let lengths = [Some(side.words), Some(side.chars), side.tokens, self.question_chars];
+            if let Some(value) = lengths.into_iter().flatten().find(|x| !(x.is_finite() && *x >= 0.0)) {
+                return Err(bad("a length", value, "a number of 0 or more"));
+            }
+            if let Some(value) = [side.quality, side.similarity].into_iter().flatten().find(|x| !x.is_finite()) {
+                return Err(bad("quality or similarity", value, "finite"));
+            }
+            let rates = side.behaviour.iter().flat_map(Behaviour::rates);
+            if let Some(value) = rates.into_iter().find(|x| !(0.0..=1.0).contains(x)) {
+                return Err(bad("a rate of behaviour", value, "in [0, 1]"));
+            }
+        }
+        for kl in [self.kl, self.kl_round].into_iter().flatten() {
+            if !kl.mean.is_finite() {
+                return Err(bad("the divergence", kl.mean, "finite"));
+            }
+            if !(0.0..=1.0).contains(&kl.over) {
+                return Err(bad("the share of tokens over the limit", kl.over, "in [0, 1]"));
+            }
+        }
+        Ok(())
     }
 
     /// Returns the name under which reports list the workload.
@@ -211,6 +262,49 @@ pub struct StepRow {
     pub kl_over: Option<f64>,
     pub kl_tokens: Option<u32>,
     pub kl_forward: Option<f64>,
+    // What rows of earlier versions lack.
+    /// The suite that the row belongs to; `None` where it is evidence.
+    #[serde(default)]
+    pub suite: Option<String>,
+    #[serde(default)]
+    pub tenant: Option<String>,
+    #[serde(default)]
+    pub language: Option<String>,
+    #[serde(default)]
+    pub question_chars: Option<f64>,
+    #[serde(default)]
+    pub new_tokens: Option<f64>,
+    #[serde(default)]
+    pub incumbent_tokens: Option<f64>,
+    /// As a text of rates, in the order of [`Behaviour`] with a space between: a row is flat.
+    #[serde(default, with = "rates")]
+    pub new_behaviour: Option<Behaviour>,
+    #[serde(default, with = "rates")]
+    pub incumbent_behaviour: Option<Behaviour>,
+    #[serde(default)]
+    pub kl_round_mean: Option<f64>,
+    #[serde(default)]
+    pub kl_round_over: Option<f64>,
+}
+
+/// A behaviour as one flat value. A number is written so that it reads back the same.
+mod rates {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Behaviour;
+
+    pub(super) fn serialize<S: Serializer>(behaviour: &Option<Behaviour>, to: S) -> Result<S::Ok, S::Error> {
+        let text = |b: &Behaviour| b.rates().map(|rate| rate.to_string()).join(" ");
+        behaviour.as_ref().map(text).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Behaviour>, D::Error> {
+        let parse = |text: &str| {
+            let rates: Vec<f64> = text.split(' ').map(|rate| rate.parse().ok()).collect::<Option<_>>()?;
+            Some(Behaviour::from_rates(rates.try_into().ok()?))
+        };
+        Ok(Option::<String>::deserialize(from)?.as_deref().and_then(parse))
+    }
 }
 
 impl StepRow {
@@ -241,6 +335,16 @@ impl StepRow {
             kl_over: o.kl.map(|kl| kl.over),
             kl_tokens: o.kl.map(|kl| kl.tokens),
             kl_forward: o.kl.and_then(|kl| kl.forward),
+            suite: None,
+            tenant: o.tenant.clone(),
+            language: o.language.clone(),
+            question_chars: o.question_chars,
+            new_tokens: o.new.tokens,
+            incumbent_tokens: o.incumbent.tokens,
+            new_behaviour: o.new.behaviour,
+            incumbent_behaviour: o.incumbent.behaviour,
+            kl_round_mean: o.kl_round.map(|kl| kl.mean),
+            kl_round_over: o.kl_round.map(|kl| kl.over),
         }
     }
 
@@ -257,12 +361,17 @@ impl StepRow {
             prompt_hash: self.prompt_hash.clone(),
             workload: self.workload.clone(),
             traffic: self.traffic,
+            tenant: self.tenant.clone(),
+            language: self.language.clone(),
+            question_chars: self.question_chars,
             new: Side {
                 score: self.new_score,
                 words: self.new_words,
                 chars: self.new_chars,
                 quality: self.new_quality,
                 similarity: self.new_similarity,
+                tokens: self.new_tokens,
+                behaviour: self.new_behaviour,
             },
             incumbent: Side {
                 score: self.incumbent_score,
@@ -270,8 +379,16 @@ impl StepRow {
                 chars: self.incumbent_chars,
                 quality: self.incumbent_quality,
                 similarity: self.incumbent_similarity,
+                tokens: self.incumbent_tokens,
+                behaviour: self.incumbent_behaviour,
             },
             kl: self.kl_mean.map(kl),
+            kl_round: self.kl_round_mean.map(|mean| Kl {
+                mean,
+                over: self.kl_round_over.unwrap_or(1.0),
+                tokens: self.kl_tokens.unwrap_or(0),
+                forward: None,
+            }),
         }
     }
 }

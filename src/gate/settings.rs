@@ -24,13 +24,20 @@ pub struct Settings {
     pub block_size: u32,
     /// Nights that a challenger may stay in trial, 1 or more.
     pub max_nights: u32,
-    /// The logarithm of the wealth below which a challenger is dropped as hopeless, below 0.
+    /// The logarithm of the wealth below which, at the end of a night, a challenger is dropped as hopeless, below 0.
     pub futility: f64,
     /// Answers that each side gives to each gate prompt, 1 or more; their scores are averaged.
     pub samples: u32,
     /// Gate prompts of a trial, from its first, on which the divergence from the base is measured too; it takes an answer
     /// of its own at temperature 1. At least guardrails.min_prompts.
     pub kl_prompts: u32,
+    /// Gate prompts of the most traffic, of those that earlier trials used up, on which a challenger must not be worse
+    /// (guardrails.head_tolerance); 0 asks none. They are a guardrail and never evidence.
+    pub head_prompts: u32,
+    /// File of prompts on which a challenger must never be worse (guardrails.regression_tolerance): JSON lines {"messages",
+    /// "workload", "tools"}, each scored by the rules of its workload; empty = none. Trip wires and canaries are prompts
+    /// whose workload forbids the words. Another content voids an open trial.
+    pub suite: String,
     /// What must hold besides the evidence.
     pub guardrails: Thresholds,
 }
@@ -47,6 +54,8 @@ impl Default for Settings {
             futility: -2.0,
             samples: 1,
             kl_prompts: 100,
+            head_prompts: 50,
+            suite: String::new(),
             guardrails: Thresholds::default(),
         }
     }

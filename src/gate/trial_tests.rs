@@ -1,17 +1,31 @@
 use super::*;
-use crate::gate::rows::{Kl, Side};
+use crate::gate::behaviour::Behaviour;
+use crate::gate::rows::{Kl, Side, UsageRow};
 
 /// An observation with scores `new` and `incumbent` that every guardrail likes.
 pub(in crate::gate) fn observation(cluster: &str, new: f64, incumbent: f64) -> Observation {
-    let side = |score| Side { score, words: 40.0, chars: 200.0, quality: Some(-1.5), similarity: Some(0.5) };
+    let side = |score| Side {
+        score,
+        words: 40.0,
+        chars: 200.0,
+        quality: Some(-1.5),
+        similarity: Some(0.5),
+        tokens: Some(50.0),
+        behaviour: Some(Behaviour::default()),
+    };
+    let kl = Some(Kl { mean: 0.005, over: 0.0, tokens: 40, forward: None });
     Observation {
         cluster: cluster.to_string(),
         prompt_hash: format!("p-{cluster}"),
         workload: Some("w".to_string()),
         traffic: 1,
+        tenant: None,
+        language: None,
+        question_chars: Some(100.0),
         new: side(new),
         incumbent: side(incumbent),
-        kl: Some(Kl { mean: 0.005, over: 0.0, tokens: 40, forward: None }),
+        kl,
+        kl_round: kl,
     }
 }
 
@@ -29,6 +43,7 @@ pub(in crate::gate) fn opening() -> Opening {
         scorer_epoch: "scorers".into(),
         decoding: "decoding".into(),
         lengths: BTreeMap::new(),
+        suites: Default::default(),
         seed: 1,
     }
 }
@@ -55,11 +70,11 @@ impl Driven {
     /// Runs one night of `n` fresh clusters; `measure` makes the observation of a cluster.
     pub(in crate::gate) fn night(&mut self, n: usize, measure: impl Fn(&str) -> Observation) -> Decision {
         let fresh = clusters(self.trial.nights() + 1, n);
-        self.rows.push(self.trial.begin_night(fresh, 2).unwrap());
+        self.rows.push(self.trial.begin_night(fresh, 0, 2).unwrap());
         while let Some(block) = self.trial.next_block() {
             self.usage.extend(block.usage(self.trial.id()));
             let observations: Vec<Observation> = block.clusters.iter().map(|c| measure(c)).collect();
-            self.steps.extend(self.trial.absorb(&observations).unwrap());
+            self.steps.extend(self.trial.absorb(observations).unwrap());
             let decision = self.trial.decide();
             if decision.state() != State::Open {
                 return self.close(decision);
@@ -108,6 +123,7 @@ fn quick() -> Settings {
     settings.guardrails.workload_tolerance = 0.1;
     settings.guardrails.kl_mean_max = 0.2;
     settings.guardrails.quality_tolerance = 0.2;
+    settings.guardrails.behaviour_tolerance = 0.1;
     settings
 }
 
@@ -141,21 +157,22 @@ fn every_way_a_trial_can_end() {
     assert!(matches!(driven.night(100, longer), Decision::Refuse { guardrail: Guardrail::Length, .. }));
     assert_eq!(driven.rows.last().unwrap().guardrail.as_deref(), Some("length"));
     assert_eq!(driven.trial.state(), State::Refused);
-    assert!(driven.trial.begin_night(clusters(9, 5), 4).is_err() && driven.trial.next_block().is_none());
+    assert!(driven.trial.begin_night(clusters(9, 5), 0, 4).is_err() && driven.trial.next_block().is_none());
 }
 
 #[test]
 fn a_trial_whose_evidence_melts_is_futile() {
     let mut driven = Driven::open(opening(), &[], &quick());
-    driven.rows.push(driven.trial.begin_night(clusters(1, 400), 2).unwrap());
-    while driven.trial.decide().state() == State::Open {
+    driven.rows.push(driven.trial.begin_night(clusters(1, 400), 0, 2).unwrap());
+    while driven.trial.ln_wealth() >= -2.0 {
         let block = driven.trial.next_block().unwrap();
         // Win and loss in turn: each win raises the stake that the next loss takes.
         let in_turn = |(i, c): (usize, &String)| if i % 2 == 0 { better_than(c, 1.0) } else { better_than(c, 0.0) };
-        driven.trial.absorb(&block.clusters.iter().enumerate().map(in_turn).collect::<Vec<_>>()).unwrap();
+        driven.trial.absorb(block.clusters.iter().enumerate().map(in_turn).collect()).unwrap();
     }
-    assert_eq!(driven.trial.decide(), Decision::Futile);
-    assert!(driven.trial.ln_wealth() < -2.0 && driven.trial.steps() < 100);
+    assert!(driven.trial.steps() < 100);
+    assert_eq!(driven.trial.decide(), Decision::Continue(Waiting::Evidence), "the night is not over");
+    assert_eq!(driven.trial.end_night(), Decision::Futile);
     let row = driven.trial.close(&Decision::Futile, 3).unwrap();
     assert!(row.state == State::Futile && row.reason.contains("hopeless"), "{row:?}");
 }
@@ -172,7 +189,7 @@ fn a_killed_trial_goes_on_where_it_was() {
     assert_eq!((again.nights(), again.steps(), again.state()), (2, 56, State::Open));
     while again.decide() != Decision::Promote {
         let block = again.next_block().unwrap();
-        again.absorb(&block.clusters.iter().map(|c| better(c)).collect::<Vec<_>>()).unwrap();
+        again.absorb(block.clusters.iter().map(|c| better(c)).collect()).unwrap();
     }
     assert_eq!(again.row(State::Promoted, "", 0).ln_wealth, whole.trial.row(State::Promoted, "", 0).ln_wealth);
     assert_eq!(Trial::resume(whole.trial.id(), &whole.rows, &whole.steps).unwrap().state(), State::Promoted);
@@ -181,23 +198,24 @@ fn a_killed_trial_goes_on_where_it_was() {
 #[test]
 fn a_block_is_taken_whole_and_in_order() {
     let mut trial = Trial::open(opening(), &[], &settings()).unwrap();
-    trial.begin_night(clusters(1, 40), 2).unwrap();
+    trial.begin_night(clusters(1, 40), 0, 2).unwrap();
     let block: Vec<Observation> = trial.next_block().unwrap().clusters.iter().map(|c| equal(c)).collect();
     let mut swapped = block.clone();
     swapped.swap(0, 1);
     for bad in [&block[..15], &swapped[..], &[]] {
-        assert!(matches!(trial.absorb(bad), Err(GateError::Order { .. })));
+        assert!(matches!(trial.absorb(bad.to_vec()), Err(GateError::Order { .. })));
     }
     let mut odd = block.clone();
     odd[3].new.score = f64::NAN;
-    assert!(matches!(trial.absorb(&odd), Err(GateError::Measurement { .. })));
+    assert!(matches!(trial.absorb(odd), Err(GateError::Measurement { .. })));
     assert_eq!(trial.steps(), 0, "a refused block leaves nothing");
-    trial.absorb(&block).unwrap();
+    trial.absorb(block.clone()).unwrap();
     assert_eq!(trial.next_block().unwrap().first_step, 17);
-    trial.absorb(&trial.next_block().unwrap().clusters.iter().map(|c| equal(c)).collect::<Vec<_>>()).unwrap();
+    let next = trial.next_block().unwrap().clusters.iter().map(|c| equal(c)).collect();
+    trial.absorb(next).unwrap();
     assert_eq!(trial.next_block().unwrap().clusters.len(), 8, "the last block of a night may be short");
     // A cluster judged in this trial never comes back.
-    assert!(matches!(trial.begin_night(vec![block[0].cluster.clone()], 3), Err(GateError::Reused { .. })));
+    assert!(matches!(trial.begin_night(vec![block[0].cluster.clone()], 0, 3), Err(GateError::Reused { .. })));
 }
 
 #[test]

@@ -8,10 +8,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::GateError;
+use super::forecast::outlook;
 use super::guardrail::{Finding, Outcome};
+use super::history::last_rows;
 use super::rows::{State, StepRow, TrialRow, UsageRow, spent};
 use super::settings::Settings;
-use super::trial::{Decision, TOLERANCE, Trial, Waiting, last_rows};
+use super::trial::{Decision, TOLERANCE, Trial, Waiting};
 
 /// Proof that a challenger passed its trial. Its fields are private: only [`verify`] makes one.
 #[derive(Debug, Clone, PartialEq)]
@@ -151,8 +153,8 @@ pub fn reason(trial: &Trial, decision: &Decision) -> String {
         Decision::Refuse { guardrail, reason } => format!("guardrail {} fails: {reason}", guardrail.as_str()),
         Decision::Futile => format!("{wealth}, below {}: hopeless", trial.settings().futility),
         Decision::Expired => format!("{wealth} when the last of {} nights ended", trial.settings().max_nights),
-        Decision::Void(why) => why.clone(),
-        Decision::Continue(Waiting::Evidence) => format!("{wealth}; more prompts are needed"),
+        Decision::Void(why) | Decision::Reject(why) => why.clone(),
+        Decision::Continue(Waiting::Evidence) => format!("{wealth}; more prompts are needed: {}", outlook(trial)),
         Decision::Continue(Waiting::Guardrails(unsure)) => {
             let names: Vec<&str> = unsure.iter().map(|g| g.as_str()).collect();
             format!("{wealth}; not yet told by {}", names.join(", "))
@@ -177,6 +179,9 @@ pub struct Verdict {
     pub ln_wealth: f64,
     pub bar: f64,
     pub alpha: f64,
+    /// The share of the gate's traffic that the judged prompts stand for.
+    #[serde(default)]
+    pub traffic_share: Option<f64>,
     pub findings: Vec<Finding>,
 }
 
@@ -203,6 +208,7 @@ impl Verdict {
             ln_wealth: trial.ln_wealth(),
             bar: trial.bar(),
             alpha: facts.alpha,
+            traffic_share: trial.traffic_share(),
             findings: trial.findings(),
         }
     }
@@ -222,6 +228,7 @@ pub fn explain(verdict: &Verdict) -> String {
     let outcome = match verdict.state {
         State::Promoted => "is promoted",
         State::Open => "stays in trial",
+        State::Refused if verdict.guardrail.is_none() => "is refused by a person",
         State::Refused => "is refused by a guardrail",
         State::Futile => "is dropped: the evidence speaks against it",
         State::Expired => "is dropped: its nights are over",
@@ -242,6 +249,9 @@ pub fn explain(verdict: &Verdict) -> String {
             verdict.alpha
         ),
     ];
+    if let Some(share) = verdict.traffic_share {
+        lines.push(format!("  traffic: the prompts stand for {:.1} % of the gate's logged calls", 100.0 * share));
+    }
     for finding in &verdict.findings {
         let outcome = match finding.outcome {
             Outcome::Pass => "pass",

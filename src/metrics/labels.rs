@@ -111,8 +111,13 @@ label! {
     Guardrail as "guardrail" {
         Length = "length",
         Kl = "kl",
+        KlRound = "kl_round",
         Quality = "quality",
-        Workloads = "workloads",
+        Cost = "cost",
+        Behaviour = "behaviour",
+        Segments = "segments",
+        Head = "head",
+        Regression = "regression",
     }
 }
 

@@ -26,6 +26,8 @@ pub enum Happened {
     RolledBack { promotion: String, from: String, to: String, reason: String },
     Aborted { promotion: String, to: String, reason: String },
     Quarantined { version: String, reason: String },
+    Frozen { reason: String, by: String },
+    Thawed { reason: String, by: String },
 }
 
 impl Happened {
@@ -36,7 +38,10 @@ impl Happened {
             | Happened::Overridden { promotion, .. }
             | Happened::RolledBack { promotion, .. }
             | Happened::Aborted { promotion, .. } => Some(promotion),
-            Happened::Registered { .. } | Happened::Quarantined { .. } => None,
+            Happened::Registered { .. }
+            | Happened::Quarantined { .. }
+            | Happened::Frozen { .. }
+            | Happened::Thawed { .. } => None,
         }
     }
 }
@@ -79,7 +84,11 @@ pub(super) fn served_before(events: &[Event]) -> Vec<String> {
                 Some(place) => stack.truncate(place + 1),
                 None => stack.push(to.clone()),
             },
-            Happened::Registered { .. } | Happened::Aborted { .. } | Happened::Quarantined { .. } => {}
+            Happened::Registered { .. }
+            | Happened::Aborted { .. }
+            | Happened::Quarantined { .. }
+            | Happened::Frozen { .. }
+            | Happened::Thawed { .. } => {}
         }
     }
     stack.pop();

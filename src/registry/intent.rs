@@ -70,6 +70,9 @@ impl Registry {
     /// Opens the promotion of a challenger that passed its trial: the only gated way.
     pub fn promote(&self, passed: &Passed, time_us: i64) -> Result<Intent, RegistryError> {
         let _lock = self.lock()?;
+        if let Some(freeze) = self.frozen()? {
+            return Err(RegistryError::Frozen { by: freeze.by, reason: freeze.reason });
+        }
         let current = self.current()?.version;
         let trial = passed.trial().to_string();
         if current != passed.incumbent() {

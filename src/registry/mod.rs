@@ -6,6 +6,7 @@
 //! adapters/<version>/   the PEFT files, and manifest.json written last: without it the version does not exist
 //! current.json          what is served, changed by one rename; absent means the base
 //! intent.json           a promotion under way, removed when it is complete or aborted
+//! frozen.json           why nothing is promoted, while somebody's freeze holds
 //! quarantine/<sha>.json weights that may never be served again, under whatever name
 //! history.jsonl         every event, appended and fsynced
 //! ```
@@ -14,9 +15,11 @@
 //! registry that reads, with the intent still there to be completed or aborted.
 
 mod disk;
+mod freeze;
 mod history;
 mod intent;
 mod manifest;
+mod settings;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -24,9 +27,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
+pub use freeze::Freeze;
 pub use history::{Event, Happened};
 pub use intent::{Intent, Kind};
 pub use manifest::{Base, Lineage, Manifest, OffsetRange};
+pub use settings::{Promotion, Settings};
 
 /// The version name of the model without any adapter.
 pub const BASE: &str = "base";
@@ -56,6 +61,8 @@ pub enum RegistryError {
     OtherIncumbent { trial: String, incumbent: String, current: String },
     #[error("trial {trial} tried weights {tried} but version {version} has {registered}: the adapter was exchanged")]
     OtherWeights { trial: String, version: String, tried: String, registered: String },
+    #[error("promotions are frozen by {by} ({reason}): end it with `taod gate thaw` when the reason is gone")]
+    Frozen { by: String, reason: String },
     #[error("a promotion to {0} is under way: let the daemon complete it, or abort it")]
     Underway(String),
     #[error("the promotion to {0} is not the one under way")]

@@ -45,6 +45,8 @@ impl Desk {
             Happened::RolledBack { .. } => "rolled back",
             Happened::Aborted { .. } => "aborted",
             Happened::Quarantined { .. } => "quarantined",
+            Happened::Frozen { .. } => "frozen",
+            Happened::Thawed { .. } => "thawed",
         };
         self.registry.history().unwrap().iter().map(name).collect()
     }
@@ -226,4 +228,26 @@ fn a_torn_line_of_the_history_never_happened() {
     assert_eq!(desk.events(), ["registered", "registered"]);
     fs::write(&path, "garbage\n").unwrap();
     assert!(desk.registry.history().unwrap_err().to_string().contains("history.jsonl"));
+}
+
+#[test]
+fn a_freeze_stops_the_gate_and_not_the_operator() {
+    let desk = Desk::new();
+    let new = desk.register("new");
+    let key = passed_for(&new.version, &new.sha256, BASE);
+    desk.registry.freeze("the audit disagrees", "audit", 1).unwrap();
+    desk.registry.freeze("another reason", "someone", 2).unwrap();
+    assert_eq!(desk.registry.frozen().unwrap().unwrap().reason, "the audit disagrees");
+    let error = desk.registry.promote(&key, 3).unwrap_err();
+    assert!(error.to_string().contains("frozen by audit (the audit disagrees)"), "{error}");
+    desk.serve(&new.version);
+    let next = desk.register("next");
+    desk.registry.thaw("labelled again", "someone", 4).unwrap();
+    desk.registry.thaw("twice", "someone", 4).unwrap();
+    assert_eq!(desk.registry.frozen().unwrap(), None);
+    let key = passed_for(&next.version, &next.sha256, &new.version);
+    desk.registry.complete(&desk.registry.promote(&key, 7).unwrap(), 8).unwrap();
+    assert_eq!(desk.served(), next.version);
+    let events = desk.events();
+    assert_eq!(events.iter().filter(|e| ["frozen", "thawed"].contains(*e)).count(), 2, "{events:?}");
 }

@@ -30,6 +30,15 @@ impl Scorer {
         }
     }
 
+    /// Returns true where the score is what was asked for, exactly, and not a learned or rough measure of it; shortness counts
+    /// because it is asked for only to be refused.
+    pub fn is_specification(self) -> bool {
+        match self {
+            Scorer::Rules | Scorer::Brevity => true,
+            Scorer::Similarity => false,
+        }
+    }
+
     /// Returns the version of the scorer's definition; it grows whenever the same input may score differently.
     pub fn version(self) -> u32 {
         match self {

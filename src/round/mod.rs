@@ -14,8 +14,11 @@ use sha2::{Digest, Sha256};
 pub mod book;
 pub mod child;
 pub mod erase;
+mod judging;
+pub mod replay;
 mod rows;
 mod state;
+mod suites;
 mod train;
 mod trial;
 
@@ -31,7 +34,7 @@ use crate::engine::{EngineError, Model};
 use crate::gate::GateError;
 use crate::progress::Progress;
 use crate::record::derive_seed;
-use crate::registry::{Base, Lineage, OffsetRange, Registry, RegistryError};
+use crate::registry::{Base, Lineage, OffsetRange, Promotion, Registry, RegistryError};
 use crate::rewards::{RewardError, Rewards, Workload};
 use crate::table::{Name, TableError, Tables};
 use train::Trained;
@@ -51,6 +54,13 @@ pub enum RoundError {
     Spawn(std::io::Error),
     #[error("the stored verdict of {round} does not hold: {reason}")]
     Unproven { round: String, reason: String },
+    #[error("gate.suite {path}, line {line}: {why}")]
+    Suite { path: String, line: usize, why: String },
+    #[error(
+        "trial {trial} was judged by other scorers ({then}) than the config names now ({now}): replay it under the config of \
+         then"
+    )]
+    OtherScorers { trial: String, then: String, now: String },
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
@@ -269,6 +279,9 @@ impl Night<'_> {
     /// The order of a night: the dataset, the open trial, and only then a new adapter and its trial.
     fn pass(&mut self) -> Result<Outcome, RoundError> {
         self.state("planned", json!({ "seed": self.plan.seed, "control": self.plan.control }))?;
+        if let Some(reason) = self.frozen()? {
+            return Ok(Outcome::Skipped { reason });
+        }
         let dataset = self.freeze()?;
         if let Some(open) = trial::open_one(self)? {
             let outcome = trial::extend(self, open, &dataset)?;
@@ -281,6 +294,9 @@ impl Night<'_> {
             Ok(version) => version,
             Err(error) if error.is_not_found() => {
                 if let Some(reason) = trial::budget_spent(self)? {
+                    return Ok(Outcome::Skipped { reason });
+                }
+                if let Some(reason) = trial::too_few_prompts(self, &dataset)? {
                     return Ok(Outcome::Skipped { reason });
                 }
                 match train::train(self, &dataset)? {
@@ -298,13 +314,25 @@ impl Night<'_> {
         };
         crash::at("registered");
         self.state("registered", json!({ "version": challenger }))?;
-        match trial::open(self, &challenger) {
+        match trial::open(self, &challenger, &dataset) {
             // A second trial of the same weights would be a second chance; the night ends here, and the next one trains.
-            Err(RoundError::Gate(error @ GateError::AlreadyTried { .. })) => {
+            // And where another daemon has opened one meanwhile, there is one to finish first.
+            Err(RoundError::Gate(error @ (GateError::AlreadyTried { .. } | GateError::StillOpen(_)))) => {
                 Ok(Outcome::Skipped { reason: error.to_string() })
             }
             opened => trial::extend(self, opened?, &dataset),
         }
+    }
+
+    /// Returns why nothing may be promoted, so that no prompt and no hour is spent on what could not be.
+    fn frozen(&self) -> Result<Option<String>, RoundError> {
+        if self.config.registry.promotion == Promotion::Frozen {
+            return Ok(Some(
+                "registry.promotion is \"frozen\": the log is stored, and nothing is trained or judged".into(),
+            ));
+        }
+        let freeze = self.registry.frozen()?;
+        Ok(freeze.map(|f| RegistryError::Frozen { by: f.by, reason: f.reason }.to_string()))
     }
 
     fn freeze(&mut self) -> Result<dataset::Dataset, RoundError> {
@@ -371,6 +399,7 @@ impl Night<'_> {
     }
 
     fn append_once<T: Serialize>(&self, name: Name, app_id: &str, rows: &[T]) -> Result<(), RoundError> {
-        Ok(self.runtime.block_on(book::append_once(&self.tables, name, app_id, rows))?)
+        self.runtime.block_on(book::append_once(&self.tables, name, app_id, rows))?;
+        Ok(())
     }
 }

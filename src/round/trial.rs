@@ -11,25 +11,19 @@ use chrono::{Datelike, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::book::{self, stored};
-use super::rows::{Place, candidate_row};
-use super::train::item;
-use super::{Control, Night, Outcome, RoundError, StageReport};
-use crate::candidates::{self, Candidate, Draw, Stream};
+use super::{Control, Night, Outcome, RoundError, StageReport, book, judging, suites};
 use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
-use crate::engine::{Adapter, Policy, SamplingSettings, ScoreItem, WeightForm, divergence};
-use crate::gate::trial::{Block, open_trial};
+use crate::engine::Adapter;
+use crate::gate::history::open_trial;
 use crate::gate::{
-    self, Conditions, Decision, Kl, LengthBounds, Observation, Opening, Side, StepRow, Trial, TrialRow, UsageRow,
-    Waiting,
+    self, Block, Conditions, Decision, GateError, LengthBounds, Opening, StepRow, Trial, TrialRow, UsageRow, Waiting,
 };
-use crate::progress::{Progress, Step};
-use crate::record::derive_seed;
+use crate::progress::Step;
+use crate::rewards::Workload;
 use crate::rewards::rules::{Kind, Unit};
-use crate::rewards::{Item, Scored, Workload};
-use crate::table::{Name, TxnStep};
+use crate::table::Name;
 
 /// Which night of which trial a round is: written before the night begins, so that a resumed round begins no second one.
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,12 +36,6 @@ struct Tonight {
 
 /// Counts by reason.
 type LeftOut = BTreeMap<String, u64>;
-
-/// The two sides of a trial, loaded.
-struct Sides {
-    challenger: (String, Option<Adapter>),
-    incumbent: (String, Option<Adapter>),
-}
 
 /// Returns the trial that is open, if one is.
 pub(super) fn open_one(night: &mut Night<'_>) -> Result<Option<Trial>, RoundError> {
@@ -62,8 +50,15 @@ pub(super) fn budget_spent(night: &Night<'_>) -> Result<Option<String>, RoundErr
     Ok(night.config.gate.terms().next_level(&spent).err().map(|error| error.to_string()))
 }
 
+/// Returns why there are too few gate prompts for a trial, or `None` where there are enough: then nothing is trained.
+pub(super) fn too_few_prompts(night: &mut Night<'_>, dataset: &Dataset) -> Result<Option<String>, RoundError> {
+    let (fresh, left_out) = fresh_prompts(night, None, dataset)?;
+    let seen: Vec<i64> = dataset.gate.prompts().iter().map(|prompt| prompt.event_time_us).collect();
+    Ok(gate::forecast::shortage(fresh.len(), gate::forecast::nightly(&seen), &left_out, &night.config.gate))
+}
+
 /// Opens the trial of a newly registered adapter against the one being served, or returns the one this round opened.
-pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, RoundError> {
+pub(super) fn open(night: &mut Night<'_>, challenger: &str, dataset: &Dataset) -> Result<Trial, RoundError> {
     let rows = trial_rows(night)?;
     if let Some(mine) = rows.iter().find(|row| row.facts.challenger == challenger) {
         let steps: Vec<StepRow> = read(night, Name::GateSteps)?;
@@ -73,6 +68,7 @@ pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, Rou
         Some(Control::SameAdapter) => challenger.to_string(),
         _ => night.registry.current()?.version,
     };
+    let used: Vec<UsageRow> = read(night, Name::GateUsage)?;
     let opening = Opening {
         budget_year: Utc::now().year(),
         challenger_sha256: weights_hash(night, challenger)?,
@@ -80,12 +76,12 @@ pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, Rou
         challenger: challenger.to_string(),
         incumbent,
         scorer_epoch: night.rewards.gate_identity(),
-        decoding: decoding(night),
+        decoding: decoding(night)?,
+        suites: suites::named(night, dataset, &used)?,
         lengths: night.config.workload.iter().filter_map(|w| Some((w.name.clone(), length_bounds(w)?))).collect(),
         seed: night.plan.seed,
     };
-    let trial = Trial::open(opening, &rows, &night.config.gate)?;
-    store_trial(night, &trial.row(gate::State::Open, "opened", now_us()))?;
+    let trial = night.runtime.block_on(book::open_trial(&night.tables, &opening, &night.config.gate))?;
     crash::at("gate-opened");
     Ok(trial)
 }
@@ -93,6 +89,9 @@ pub(super) fn open(night: &mut Night<'_>, challenger: &str) -> Result<Trial, Rou
 /// Extends a trial with the night's fresh gate clusters until it is decided or they are used up.
 pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset) -> Result<Outcome, RoundError> {
     let started = Instant::now();
+    if let Some(ended) = ended(night, &trial)? {
+        return Ok(ended);
+    }
     if let Some(void) = void_reason(night, &trial)? {
         return close(night, &mut trial, Decision::Void(void));
     }
@@ -101,23 +100,29 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
         // Decided on an earlier night and not carried out, because the endpoint was down then: no fresh prompt is needed.
         decision => return close(night, &mut trial, decision),
     }
-    let (prompts, left_out) = fresh_prompts(night, &trial, dataset)?;
-    begin_night(night, &mut trial, &prompts, left_out)?;
+    let (prompts, left_out) = fresh_prompts(night, Some(trial.id()), dataset)?;
+    let all_traffic = dataset.gate.prompts().iter().map(|prompt| prompt.count).sum();
+    begin_night(night, &mut trial, &prompts, (left_out, all_traffic))?;
     crash::at("gate-night");
-    let sides = Sides {
+    let sides = judging::Sides {
         challenger: load_side(night, &trial.facts().challenger)?,
         incumbent: load_side(night, &trial.facts().incumbent)?,
     };
+    let mut tokens = suites::judge(night, &mut trial, dataset, &sides)?;
+    crash::at("gate-suites");
     let left = trial.next_block().map_or(0, |_| prompts.len() as u64);
     let progress = night.progress.clone();
     let mut step = progress.step(format!("gate {}", trial.id()), left, "prompts");
-    let (mut judged, mut tokens) = (0, 0);
+    let mut judged = 0;
     while let Some(block) = trial.next_block() {
-        reserve(night, &trial, &block)?;
+        if let Some(void) = reserve(night, &trial, &block)? {
+            return finish(night, &mut trial, Decision::Void(void), step, (judged, tokens, started));
+        }
         crash::at("gate-reserved");
-        let (observations, drawn) = play(night, &trial, &block, &prompts, &sides)?;
+        let batch = judging::Batch::of_block(&block, &prompts, night.config.gate.kl_prompts);
+        let (observations, drawn) = judging::play(night, &trial, &batch, &sides)?;
         crash::at("gate-answered");
-        let rows = trial.absorb(&observations)?;
+        let rows = trial.absorb(observations)?;
         tokens += drawn;
         judged += rows.len() as u64;
         store_steps(night, trial.id(), rows)?;
@@ -155,7 +160,7 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
         Decision::Continue(Waiting::Evidence | Waiting::Guardrails(_)) => {
             Ok(Outcome::Open { trial: id, challenger, reason })
         }
-        Decision::Refuse { .. } | Decision::Futile | Decision::Expired | Decision::Void(_) => {
+        Decision::Refuse { .. } | Decision::Reject(_) | Decision::Futile | Decision::Expired | Decision::Void(_) => {
             if let Some(row) = trial.close(&decision, now_us()) {
                 store_trial(night, &row)?;
             }
@@ -164,15 +169,29 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
     }
 }
 
+/// Returns the outcome of a trial that was closed before the round was killed, or `None` where it is open.
+fn ended(night: &Night<'_>, trial: &Trial) -> Result<Option<Outcome>, RoundError> {
+    if trial.state() == gate::State::Open {
+        return Ok(None);
+    }
+    let of_trial = |row: &&TrialRow| row.facts.trial == trial.id() && row.state == trial.state();
+    let reason = trial_rows(night)?.iter().find(of_trial).map(|row| row.reason.clone()).unwrap_or_default();
+    let (trial_id, challenger) = (trial.id().to_string(), trial.facts().challenger.clone());
+    Ok(Some(match trial.state() {
+        gate::State::Promoted => Outcome::Promote { trial: trial_id, challenger, reason },
+        _ => Outcome::Refused { trial: trial_id, challenger, reason },
+    }))
+}
+
 /// Returns the gate prompts no other trial has used, one for each cluster, that can be judged: covered by rules and short
 /// enough. Counts the others by reason.
 fn fresh_prompts(
     night: &mut Night<'_>,
-    trial: &Trial,
+    trial: Option<&str>,
     dataset: &Dataset,
 ) -> Result<(BTreeMap<String, Prompt>, LeftOut), RoundError> {
     let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
-    let others = |row: &&UsageRow| row.trial != trial.id();
+    let others = |row: &&UsageRow| Some(row.trial.as_str()) != trial;
     let spent: BTreeSet<String> = usage.iter().filter(others).map(|row| row.cluster.clone()).collect();
     let (new, limits) = (night.config.decoding.max_tokens, night.config.candidates.limits());
     let room = night.model.config().max_positions.saturating_sub(new);
@@ -200,7 +219,7 @@ fn begin_night(
     night: &mut Night<'_>,
     trial: &mut Trial,
     prompts: &BTreeMap<String, Prompt>,
-    left_out: LeftOut,
+    (left_out, all_traffic): (LeftOut, u64),
 ) -> Result<(), RoundError> {
     let path = night.folder.join(format!("tonight-{}.json", trial.id()));
     let tonight = match durable::read_json::<Tonight>(&path) {
@@ -217,172 +236,37 @@ fn begin_night(
     }
     let used: BTreeSet<&str> = trial.observations().iter().map(|o| o.cluster.as_str()).collect();
     let fresh = prompts.keys().filter(|cluster| !used.contains(cluster.as_str())).cloned().collect();
-    let row = trial.begin_night(fresh, now_us())?;
+    let row = trial.begin_night(fresh, all_traffic, now_us())?;
     store_trial(night, &row)
 }
 
-/// Draws and scores both sides' answers to a block; returns what was measured and how many tokens were drawn.
-fn play(
-    night: &Night<'_>,
-    trial: &Trial,
-    block: &Block,
-    prompts: &BTreeMap<String, Prompt>,
-    sides: &Sides,
-) -> Result<(Vec<Observation>, u64), RoundError> {
-    let block_prompts: Vec<&Prompt> = block.clusters.iter().filter_map(|cluster| prompts.get(cluster)).collect();
-    let new = draw(night, trial, "new", &sides.challenger, &block_prompts)?;
-    let old = draw(night, trial, "incumbent", &sides.incumbent, &block_prompts)?;
-    let [new, old] = judge(night, &block_prompts, [new, old])?;
-    let kl = divergences(night, trial, block, &block_prompts, &sides.challenger)?;
-    let tokens = new.iter().chain(&old).flat_map(|a| &a.drawn).map(|c| c.token_ids.len() as u64).sum();
-    store_answers(night, trial, block, &[("new", &new), ("incumbent", &old)])?;
-    let observations = block_prompts.iter().enumerate().map(|(i, prompt)| Observation {
-        cluster: prompt.cluster.clone(),
-        prompt_hash: prompt.prompt_hash.clone(),
-        workload: prompt.workload.clone(),
-        traffic: prompt.count,
-        new: new[i].side(),
-        incumbent: old[i].side(),
-        kl: kl[i],
-    });
-    Ok((observations.collect(), tokens))
-}
-
-/// One side's answers to one prompt, and what was measured on them.
-struct Answers {
-    drawn: Vec<Candidate>,
-    scored: Vec<Scored>,
-    quality: Vec<f64>,
-}
-
-impl Answers {
-    fn side(&self) -> Side {
-        let n = self.drawn.len().max(1) as f64;
-        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / n;
-        Side {
-            score: mean(&mut self.scored.iter().map(|s| s.total)),
-            words: mean(&mut self.drawn.iter().map(|c| c.text.split_whitespace().count() as f64)),
-            chars: mean(&mut self.drawn.iter().map(|c| c.text.chars().count() as f64)),
-            quality: Some(mean(&mut self.quality.iter().copied())),
-            similarity: None,
+/// Reserves a block's clusters; returns why the trial is void where one of them has been judged in another trial.
+fn reserve(night: &Night<'_>, trial: &Trial, block: &Block) -> Result<Option<String>, RoundError> {
+    match night.runtime.block_on(book::reserve(&night.tables, &block.usage(trial.id()))) {
+        Err(RoundError::Gate(error @ GateError::Reused { .. })) => {
+            Ok(Some(format!("{error}; another daemon judges on the same tables, stop one of the two")))
         }
+        reserved => reserved.map(|()| None),
     }
-}
-
-/// Draws one side's answers in production's decoding, from a stream of its own.
-fn draw(
-    night: &Night<'_>,
-    trial: &Trial,
-    side: &str,
-    (sampler, adapter): &(String, Option<Adapter>),
-    prompts: &[&Prompt],
-) -> Result<Vec<Vec<Candidate>>, RoundError> {
-    let name = format!("gate/{}/{side}", trial.id());
-    let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling = night.config.decoding.sampling();
-    let how = Draw {
-        samples: night.config.gate.samples as usize,
-        sampling,
-        limits: night.config.candidates.limits(),
-        strategies: Vec::new(),
-    };
-    let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
-    Ok(candidates::draw(&policy, prompts, &how, stream, &mut silent())?)
-}
-
-/// Scores both sides together, so that the quality measure reads each question once for both.
-fn judge(
-    night: &Night<'_>,
-    prompts: &[&Prompt],
-    sides: [Vec<Vec<Candidate>>; 2],
-) -> Result<[Vec<Answers>; 2], RoundError> {
-    let pairs = sides.iter().flat_map(|side| prompts.iter().zip(side));
-    let items: Vec<Item> = pairs.flat_map(|(prompt, group)| group.iter().map(|c| item(prompt, c))).collect();
-    let mut scored = night.rewards.gate(&items)?.into_iter();
-    let mut quality = night.rewards.quality(&items)?.into_iter();
-    let mut answers = |drawn: Vec<Candidate>| {
-        let n = drawn.len();
-        Answers { drawn, scored: scored.by_ref().take(n).collect(), quality: quality.by_ref().take(n).collect() }
-    };
-    Ok(sides.map(|side| side.into_iter().map(&mut answers).collect()))
-}
-
-/// Returns a step that nobody watches: the gate reports prompts, not tokens.
-fn silent() -> Step {
-    Progress::silent().step("gate answers", 0, "tokens")
-}
-
-/// Measures KL(new || base) on fresh temperature-1 samples of the challenger, for as many prompts as the gate asks.
-fn divergences(
-    night: &Night<'_>,
-    trial: &Trial,
-    block: &Block,
-    prompts: &[&Prompt],
-    (sampler, adapter): &(String, Option<Adapter>),
-) -> Result<Vec<Option<Kl>>, RoundError> {
-    let limit = u64::from(night.config.gate.kl_prompts);
-    let wanted = limit.saturating_sub(block.first_step - 1).min(prompts.len() as u64) as usize;
-    let name = format!("gate/{}/kl", trial.id());
-    let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let how = Draw { samples: 1, sampling, limits: night.config.candidates.limits(), strategies: Vec::new() };
-    let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
-    let drawn = candidates::draw(&policy, &prompts[..wanted], &how, stream, &mut silent())?;
-    let answers: Vec<&Candidate> = drawn.iter().flatten().collect();
-    let items: Vec<ScoreItem<'_>> =
-        answers.iter().map(|c| ScoreItem { prompt: &c.prompt_ids, completion: &c.token_ids }).collect();
-    let mut per_answer = divergence(night.model, adapter.as_ref(), None, &items)?.into_iter();
-    let token_limit = night.config.gate.guardrails.kl_token_limit;
-    let mut kl: Vec<Option<Kl>> = drawn
-        .iter()
-        .map(|group| group.first().and(per_answer.next()).and_then(|per_token| Kl::of(&per_token, token_limit)))
-        .collect();
-    kl.resize(prompts.len(), None);
-    Ok(kl)
-}
-
-fn reserve(night: &mut Night<'_>, trial: &Trial, block: &Block) -> Result<(), RoundError> {
-    let known: Vec<UsageRow> = read(night, Name::GateUsage)?;
-    let rows: Vec<UsageRow> = block.usage(trial.id()).into_iter().filter(|row| !known.contains(row)).collect();
-    if rows.is_empty() {
-        return Ok(());
-    }
-    const APP_ID: &str = "taod/gate_usage";
-    night.runtime.block_on(async {
-        let mut table = night.tables.open_one(Name::GateUsage).await?;
-        let last = table.txn(APP_ID).await?;
-        let step = TxnStep { app_id: APP_ID.to_string(), expect: last, set: last.unwrap_or(0) + 1 };
-        let rows: Vec<_> = rows.into_iter().map(stored).collect();
-        table.append_rows(&rows, &[step]).await
-    })?;
-    Ok(())
-}
-
-fn store_answers(
-    night: &Night<'_>,
-    trial: &Trial,
-    block: &Block,
-    sides: &[(&str, &[Answers])],
-) -> Result<(), RoundError> {
-    let mut rows = Vec::new();
-    for (side, answers) in sides {
-        let place = Place::Trial { trial: trial.id(), side };
-        for a in answers.iter() {
-            let row = |(c, s): (&Candidate, &Scored)| candidate_row(place, c, s.total, s.passed, &s.parts);
-            rows.extend(a.drawn.iter().zip(&a.scored).map(row));
-        }
-    }
-    night.append_once(Name::Candidates, &format!("taod/candidates/{}/{}", trial.id(), block.first_step), &rows)
 }
 
 fn store_steps(night: &Night<'_>, trial: &str, rows: Vec<StepRow>) -> Result<(), RoundError> {
-    let first = rows.first().map_or(0, |row| row.step);
-    let rows: Vec<_> = rows.into_iter().map(stored).collect();
-    night.append_once(Name::GateSteps, &format!("taod/gate_steps/{trial}/{first}"), &rows)
+    night.runtime.block_on(book::store_steps(&night.tables, trial, rows))
+}
+
+/// Stores the rows of a suite.
+pub(super) fn store_suite(
+    night: &Night<'_>,
+    trial: &str,
+    suite: gate::Suite,
+    rows: Vec<StepRow>,
+) -> Result<(), RoundError> {
+    let rows: Vec<_> = rows.into_iter().map(book::stored).collect();
+    night.append_once(Name::GateSteps, &format!("taod/gate_steps/{trial}/{}", suite.as_str()), &rows)
 }
 
 fn store_trial(night: &Night<'_>, row: &TrialRow) -> Result<(), RoundError> {
-    Ok(night.runtime.block_on(book::store_trial(&night.tables, row))?)
+    night.runtime.block_on(book::store_trial(&night.tables, row))
 }
 
 fn trial_rows(night: &Night<'_>) -> Result<Vec<TrialRow>, RoundError> {
@@ -400,7 +284,7 @@ fn void_reason(night: &Night<'_>, trial: &Trial) -> Result<Option<String>, Round
         _ => night.registry.current()?.version,
     };
     let incumbent_sha256 = weights_hash(night, &served)?;
-    let (scorer_epoch, decoding) = (night.rewards.gate_identity(), decoding(night));
+    let (scorer_epoch, decoding) = (night.rewards.gate_identity(), decoding(night)?);
     let today = Conditions {
         incumbent_sha256: &incumbent_sha256,
         scorer_epoch: &scorer_epoch,
@@ -435,11 +319,15 @@ fn length_bounds(workload: &Workload) -> Option<LengthBounds> {
     bound.then_some(bounds)
 }
 
-/// Returns the identity of all that shapes an answer besides the adapter.
-fn decoding(night: &Night<'_>) -> String {
+/// Returns the identity of all that shapes an answer besides the adapter, and of the questions that are always asked.
+fn decoding(night: &Night<'_>) -> Result<String, RoundError> {
     let base = night.model.identity();
     let version = env!("CARGO_PKG_VERSION");
-    json!({ "engine": version, "base": base, "decoding": night.config.decoding }).to_string()
+    let mut identity = json!({ "engine": version, "base": base, "decoding": night.config.decoding });
+    if let Some(suite) = suites::hash(night)? {
+        identity["suite"] = json!(suite);
+    }
+    Ok(identity.to_string())
 }
 
 fn weights_hash(night: &Night<'_>, version: &str) -> Result<String, RoundError> {

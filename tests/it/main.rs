@@ -18,6 +18,7 @@ mod crash;
 mod dashboards;
 mod docs;
 mod erase;
+mod gate;
 mod hub;
 mod ingest;
 mod kafka_bad_input;

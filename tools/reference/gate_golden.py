@@ -2,6 +2,8 @@
 """Makes the gate's golden numbers a second time, from the formulas alone.
 
 tests/golden/gate_evidence.json: the e-process in 50 digits, multiplying the wealth itself instead of adding logarithms.
+tests/golden/gate_evidence_many.f64: for each of 10,000 generated sequences, ln W at its end, the highest ln W on the
+way, and the sum of its stakes, as little-endian doubles. The sequences come from a generator that the test writes out too.
 tests/golden/gate_order.json: seeded permutations by a ChaCha20 written out here. Needs mpmath. Run it from the root of
 the repository:
 
@@ -40,6 +42,53 @@ def evidence(values, margin):
         squares += (d[i - 1] - mu[i]) ** 2
         out.append([float(mp.nstr(stake, 12)), float(mp.nstr(log(wealth), 13))])
     return out
+
+
+def split_mix(seed):
+    """Yields 64-bit words (Steele, Lea and Flood 2014)."""
+    mask = 2**64 - 1
+    while True:
+        seed = (seed + 0x9E3779B97F4A7C15) & mask
+        z = seed
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        yield z ^ (z >> 31)
+
+
+MARGINS = [0.0, 0.005, 0.02, 0.3]
+
+
+def generated(index):
+    """Returns the margin and the differences of a sequence: a length, a shift and a kind, then one word a difference.
+
+    Every difference is a multiple of 2^-20, so that both sides begin with the same number.
+    """
+    words = split_mix(index)
+    margin = MARGINS[next(words) % 4]
+    length = 1 + next(words) % 90
+    shift = (next(words) % 2**20 - 2**19) / 2**20
+    pass_or_fail = next(words) % 2 == 0
+    out = []
+    for _ in range(length):
+        x = (next(words) % 2**21 - 2**20) / 2**20
+        x = max(-1.0, min(1.0, x / 2 + shift))
+        out.append((x > 0.25) - (x < -0.25) + 0.0 if pass_or_fail else x)
+    return margin, out
+
+
+def many(count):
+    """Returns [ln W at the end, highest ln W, sum of the stakes] of each generated sequence."""
+    for index in range(count):
+        margin, values = generated(index)
+        d, m = [mpf(x) for x in values], mpf(repr(margin))
+        wealth, highest, stakes, total, squares = mpf(1), mpf(1), mpf(0), mpf(0), mpf(0)
+        for i, x in enumerate(d):
+            mu, v = total / (i + 1), (PRIOR + squares) / (i + 1)
+            stake = min(max((mu - m) / (v + (mu - m) ** 2), mpf(0)), C / (1 + m))
+            wealth *= 1 + stake * (x - m)
+            highest, stakes, total = max(highest, wealth), stakes + stake, total + x
+            squares += (x - total / (i + 2)) ** 2
+        yield [float(log(wealth)), float(log(highest)), float(stakes)]
 
 
 def chacha20(key):
@@ -100,6 +149,9 @@ def main():
         out.write("[\n" + ",\n".join(json.dumps(o, separators=(",", ":")) for o in orders) + "\n]\n")
     with open("tests/golden/gate_evidence.json", "w") as out:
         out.write("[\n" + ",\n".join(json.dumps(s, separators=(",", ":")) for s in document) + "\n]\n")
+    with open("tests/golden/gate_evidence_many.f64", "wb") as out:
+        for numbers in many(10_000):
+            out.write(struct.pack("<3d", *numbers))
 
 
 if __name__ == "__main__":
