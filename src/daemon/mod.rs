@@ -24,8 +24,7 @@ use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
 use crate::metrics::{Metrics, Part, RoundOutcome};
-use crate::registry::Promotion;
-use crate::registry::Registry;
+use crate::registry::{Promotion, Registry};
 use crate::round::{self, Outcome, Paths, Verdict};
 use crate::schedule::Schedule;
 

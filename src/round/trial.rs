@@ -101,6 +101,10 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
         decision => return close(night, &mut trial, decision),
     }
     let (prompts, left_out) = fresh_prompts(night, Some(trial.id()), dataset)?;
+    if trial.nights() == 0 && prompts.is_empty() {
+        // The trial before it ended tonight and has used up the night: its own first night comes with its first prompts.
+        return close(night, &mut trial, Decision::Continue(Waiting::Evidence));
+    }
     let all_traffic = dataset.gate.prompts().iter().map(|prompt| prompt.count).sum();
     begin_night(night, &mut trial, &prompts, (left_out, all_traffic))?;
     crash::at("gate-night");

@@ -6,7 +6,7 @@ use rand_chacha::rand_core::SeedableRng;
 use super::world::{Noise, Truth, observe};
 use super::{Law, Years};
 use crate::gate::rows::{State, StepRow, TrialRow, UsageRow};
-use crate::gate::{Decision, GateError, Opening, Trial, verify};
+use crate::gate::{Decision, GateError, Opening, Trial, Waiting, verify};
 use crate::record::derive_seed;
 
 /// What a year came to.
@@ -77,6 +77,10 @@ impl Running {
         noise: Noise,
         rng: &mut ChaCha8Rng,
     ) -> Result<Decision, GateError> {
+        if pool.is_empty() && self.trial.nights() == 0 {
+            // As in a round: its first night comes with its first prompts.
+            return Ok(Decision::Continue(Waiting::Evidence));
+        }
         self.rows.push(self.trial.begin_night(std::mem::take(pool), 0, 0)?);
         while let Some(block) = self.trial.next_block() {
             let mut measured = Vec::with_capacity(block.clusters.len());
