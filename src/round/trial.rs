@@ -52,6 +52,10 @@ pub(super) fn budget_spent(night: &Night<'_>) -> Result<Option<String>, RoundErr
 
 /// Returns why there are too few gate prompts for a trial, or `None` where there are enough: then nothing is trained.
 pub(super) fn too_few_prompts(night: &mut Night<'_>, dataset: &Dataset) -> Result<Option<String>, RoundError> {
+    if dataset.manifest.shortfall().is_some() {
+        // There is nothing to train on either, which training says.
+        return Ok(None);
+    }
     let (fresh, left_out) = fresh_prompts(night, None, dataset)?;
     let seen: Vec<i64> = dataset.gate.prompts().iter().map(|prompt| prompt.event_time_us).collect();
     Ok(gate::forecast::shortage(fresh.len(), gate::forecast::nightly(&seen), &left_out, &night.config.gate))
