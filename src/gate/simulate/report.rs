@@ -20,7 +20,7 @@ pub fn years_table(rows: &[Tally]) -> String {
         "FDR",
         "power",
         "nights, median (9 of 10)",
-        "true gain a year",
+        "expected gain a year",
     ];
     let line = |t: &Tally| {
         let nights = match (t.nights_median, t.nights_ninth) {
@@ -51,7 +51,7 @@ pub fn years_table(rows: &[Tally]) -> String {
 
 /// Returns the table of naive rules: averages a year.
 pub fn naive_table(rows: &[NaiveRow]) -> String {
-    let head = ["scenario", "rule", "promoted", "false", "harmful", "true gain", "gain it saw"];
+    let head = ["scenario", "rule", "promoted", "false", "harmful", "expected gain", "gain it saw"];
     let line = |r: &NaiveRow| {
         vec![
             r.scenario.to_string(),
