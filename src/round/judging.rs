@@ -166,8 +166,7 @@ fn divergences(night: &Night<'_>, trial: &Trial, batch: &Batch<'_>, sides: &Side
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let how =
-        Draw { samples: 1, sampling, limits: night.config.candidates.limits(), strategies: Vec::new() };
+    let how = Draw { samples: 1, sampling, limits: night.config.candidates.limits(), strategies: Vec::new() };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
     let drawn = candidates::draw(&policy, wanted, &how, stream, &mut silent())?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();
