@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make bench-soak    memory of an ingestion over an hour, after a backlog'
 	@echo 'make bench-engine  sampling, scoring and training against transformers, PEFT and llama.cpp'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
+	@echo 'make bench-dataset  1 million prompts clustered and split: seconds and memory'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
 	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
@@ -93,6 +94,12 @@ bench-ingest: models
 	$(CARGO) build $(FLAGS) --bin taod --example consume
 	$(CACHE)/bench-python/bin/python tools/bench/ingest.py --taod $(BIN) --consume $(dir $(BIN))examples/consume \
 		--models $(CACHE)/models --out $(dir $(BIN))bench-ingest.md $(ARGS)
+
+# 1 million generated prompts, and 20,000 more the night after; needs 4 GiB of disk.
+bench-dataset: setup
+	$(CARGO) build $(FLAGS) --example dataset
+	rm -rf $(CACHE)/bench/dataset
+	$(dir $(BIN))examples/dataset 1000000 20000 $(CACHE)/bench/dataset
 
 fuzz: setup
 	tools/fuzz $(or $(SECONDS),60)
