@@ -128,6 +128,7 @@ azurite() {
 }
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
+  environment datasets tools/datasets.txt
   environment spark tools/spark.txt
   delta_jars
   azurite

@@ -20,14 +20,21 @@ pub struct Run {}
 /// Run one round as the scheduler does. Exit code 0 when it promoted or had nothing to do, 1 when training was given up,
 /// 2 when the gate refused, 3 when the trial is still open.
 #[derive(Debug, Args)]
-#[group(id = "way", required = true, multiple = false, args = ["once", "resume"])]
+#[group(skip)]
+#[command(group(clap::ArgGroup::new("way").required(true)))]
 pub struct Round {
     /// Go on with the unfinished round, or begin a new one.
-    #[arg(long)]
+    #[arg(long, group = "way")]
     pub once: bool,
     /// Only go on with the unfinished round; an error where there is none.
-    #[arg(long)]
+    #[arg(long, group = "way")]
     pub resume: bool,
+    /// Only tell what a round would train on, what each filter would leave out, tokens, time and cost; store nothing.
+    #[arg(long, group = "way")]
+    pub dry_run: bool,
+    /// With --dry-run: what an hour of this machine costs, in any currency.
+    #[arg(long, value_name = "PRICE", requires = "dry_run")]
+    pub price_per_hour: Option<f64>,
     /// Go on with a round that was begun under another number of threads, other settings or another version.
     #[arg(long)]
     pub allow_drift: bool,
@@ -82,6 +89,16 @@ pub(super) fn run(global: &Global, _: &Run) -> anyhow::Result<Exit> {
 
 pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
+    if args.dry_run {
+        let forecast = round::forecast(&config)?;
+        let mut out = Output::stdout();
+        match args.json {
+            true => out.line(&forecast)?,
+            false => out.text(&forecast.explain(args.price_per_hour))?,
+        }
+        out.flush()?;
+        return Ok(Exit::Done);
+    }
     let launch = Launch {
         config: global.config.clone(),
         resume: args.resume,

@@ -49,6 +49,8 @@ macro_rules! sections {
                     problems.push(format!("{}.{problem}", stringify!($section)));
                 })*
                 problems.extend(self.across());
+                // Matchers and rules: what they hold is known when they are made ready.
+                problems.extend(crate::rewards::Workloads::compile(&self.workload).err().map(|error| error.to_string()));
                 problems
             }
         }

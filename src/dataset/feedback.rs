@@ -9,9 +9,8 @@ use std::collections::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::record::{Coordinates, Kind};
-
-use super::QueryRow;
+use super::census::Row;
+use super::text::hash;
 
 /// Most feedback that a prompt carries; the newest counts.
 const MAX_PER_PROMPT: usize = 32;
@@ -24,39 +23,126 @@ pub struct Feedback {
     pub value: Value,
 }
 
-/// Feedback and the calls that it is on.
+/// A row with feedback: a record of its own, or a call with something beside it.
+#[derive(Debug, Clone)]
+pub(super) struct Said {
+    names: Names,
+    /// True where it stands beside its call.
+    is_beside: bool,
+    said: Feedback,
+}
+
+/// The ids that tie feedback to a call, as hashes.
+#[derive(Debug, Clone, Copy)]
+struct Names {
+    request: Option<u64>,
+    trace: Option<u64>,
+    conversation: Option<u64>,
+    tenant: Option<u64>,
+    /// Topic, partition, offset and index.
+    place: (u64, i32, i64, i32),
+}
+
+/// A call that feedback may mean.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    names: Names,
+    event_time_us: i64,
+    /// Its prompt, where the call may be used.
+    entry: Option<u32>,
+}
+
+/// Feedback, and the calls that it may be on.
 #[derive(Debug, Default)]
 pub(super) struct Joined {
-    by_call: HashMap<Coordinates, Vec<Feedback>>,
-    matched: HashSet<Coordinates>,
+    said: Vec<Said>,
+    wanted: HashSet<u64>,
+    places: HashSet<(u64, i32, i64, i32)>,
+    calls: Vec<Call>,
+}
+
+/// What became of the feedback.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// By the entry of the prompt.
+    pub(super) by_prompt: HashMap<u32, Vec<Feedback>>,
+    /// Records of feedback that found a call, and those that did not.
+    pub(super) matched: u64,
+    pub(super) unmatched: u64,
+}
+
+impl Names {
+    fn of(row: &Row<'_>) -> Self {
+        Names {
+            request: row.request_id.map(hash),
+            trace: row.trace_id.map(hash),
+            conversation: row.conversation_id.map(hash),
+            tenant: row.tenant.map(hash),
+            place: (hash(row.topic), row.partition, row.offset, row.record_index),
+        }
+    }
+
+    fn ids(&self) -> impl Iterator<Item = u64> {
+        [self.request, self.trace, self.conversation].into_iter().flatten()
+    }
+}
+
+impl Said {
+    /// Reads a row's feedback, given as the text of the column.
+    pub(super) fn of(row: &Row<'_>, text: &str) -> Self {
+        let value = serde_json::from_str(text).unwrap_or_else(|_| text.into());
+        let said = Feedback { event_time_us: row.event_time_us, value };
+        Said { names: Names::of(row), is_beside: row.kind == crate::record::Kind::Call, said }
+    }
+}
+
+impl Call {
+    pub(super) fn of(row: &Row<'_>, entry: Option<u32>) -> Self {
+        Call { names: Names::of(row), event_time_us: row.event_time_us, entry }
+    }
 }
 
 impl Joined {
-    /// Joins rows in the order of the log.
-    pub(super) fn of(rows: &[QueryRow]) -> Self {
-        let mut joined = Joined::default();
-        // Most logs have no feedback of its own: then nothing need be looked up.
-        let has_late = rows.iter().any(|row| row.kind == Kind::Feedback);
-        let calls = Calls::of(if has_late { rows } else { &[] });
-        for row in rows {
-            let Some(feedback) = read(row) else { continue };
-            let call = if row.kind == Kind::Call { Some(row) } else { calls.of_feedback(row) };
-            if let Some(call) = call {
-                joined.by_call.entry(call.coordinates.clone()).or_default().push(feedback);
-                joined.matched.insert(row.coordinates.clone());
+    /// Takes all feedback; then the calls are asked for.
+    pub(super) fn new(said: Vec<Said>) -> Self {
+        let late = said.iter().filter(|said| !said.is_beside);
+        let wanted = late.flat_map(|said| said.names.ids()).collect();
+        let places = said.iter().filter(|said| said.is_beside).map(|said| said.names.place).collect();
+        Joined { said, wanted, places, calls: Vec::new() }
+    }
+
+    /// Returns true where a call may be one that feedback means. Most logs have little feedback: nearly all calls are not.
+    pub(super) fn asks_for(&self, row: &Row<'_>) -> bool {
+        if self.said.is_empty() {
+            return false;
+        }
+        let names = Names::of(row);
+        names.ids().any(|id| self.wanted.contains(&id)) || self.places.contains(&names.place)
+    }
+
+    pub(super) fn add(&mut self, call: Call) {
+        self.calls.push(call);
+    }
+
+    /// Joins what was said to the calls, whatever order they came in.
+    pub(super) fn finish(mut self) -> Found {
+        self.calls.sort_by_key(|call| call.names.place);
+        self.said.sort_by_key(|said| said.names.place);
+        let calls = Calls::of(&self.calls);
+        let mut found = Found::default();
+        for Said { names, is_beside, said } in self.said {
+            let call = if is_beside { calls.by_place.get(&names.place).copied() } else { calls.meant(&names, &said) };
+            match call {
+                Some(_) if is_beside => {}
+                Some(_) => found.matched += 1,
+                None if is_beside => {}
+                None => found.unmatched += 1,
+            }
+            if let Some(entry) = call.and_then(|call| call.entry) {
+                found.by_prompt.entry(entry).or_default().push(said);
             }
         }
-        joined
-    }
-
-    /// Returns true where this row of feedback has found its call.
-    pub(super) fn is_matched(&self, row: &QueryRow) -> bool {
-        self.matched.contains(&row.coordinates)
-    }
-
-    /// Takes the feedback on a call.
-    pub(super) fn take(&mut self, call: &QueryRow) -> Vec<Feedback> {
-        self.by_call.remove(&call.coordinates).unwrap_or_default()
+        found
     }
 }
 
@@ -66,52 +152,48 @@ pub(super) fn newest(mut feedback: Vec<Feedback>) -> Vec<Feedback> {
     feedback.split_off(feedback.len().saturating_sub(MAX_PER_PROMPT))
 }
 
-fn read(row: &QueryRow) -> Option<Feedback> {
-    let text = row.feedback.as_deref()?;
-    let value = serde_json::from_str(text).unwrap_or_else(|_| text.into());
-    Some(Feedback { event_time_us: row.event_time_us, value })
-}
-
 /// Calls by what feedback may name.
 struct Calls<'a> {
-    by_request: HashMap<&'a str, Vec<&'a QueryRow>>,
-    by_trace: HashMap<&'a str, Vec<&'a QueryRow>>,
-    by_conversation: HashMap<&'a str, Vec<&'a QueryRow>>,
+    by_request: HashMap<u64, Vec<&'a Call>>,
+    by_trace: HashMap<u64, Vec<&'a Call>>,
+    by_conversation: HashMap<u64, Vec<&'a Call>>,
+    by_place: HashMap<(u64, i32, i64, i32), &'a Call>,
 }
 
 impl<'a> Calls<'a> {
-    fn of(rows: &'a [QueryRow]) -> Self {
-        let by = |key: fn(&QueryRow) -> Option<&str>| {
-            let mut found: HashMap<&str, Vec<&QueryRow>> = HashMap::new();
-            for row in rows.iter().filter(|row| row.kind == Kind::Call) {
-                if let Some(key) = key(row) {
-                    found.entry(key).or_default().push(row);
+    fn of(calls: &'a [Call]) -> Self {
+        let by = |key: fn(&Names) -> Option<u64>| {
+            let mut found: HashMap<u64, Vec<&Call>> = HashMap::new();
+            for call in calls {
+                if let Some(key) = key(&call.names) {
+                    found.entry(key).or_default().push(call);
                 }
             }
             found
         };
         Calls {
-            by_request: by(|row| row.request_id.as_deref()),
-            by_trace: by(|row| row.trace_id.as_deref()),
-            by_conversation: by(|row| row.conversation_id.as_deref()),
+            by_request: by(|names| names.request),
+            by_trace: by(|names| names.trace),
+            by_conversation: by(|names| names.conversation),
+            by_place: calls.iter().map(|call| (call.names.place, call)).collect(),
         }
     }
 
     /// Returns the call that feedback means. Ids of two tenants never meet.
-    fn of_feedback(&self, feedback: &QueryRow) -> Option<&'a QueryRow> {
+    fn meant(&self, names: &Names, said: &Feedback) -> Option<&'a Call> {
         let named = [
-            (&self.by_request, feedback.request_id.as_deref()),
-            (&self.by_trace, feedback.trace_id.as_deref()),
-            (&self.by_conversation, feedback.conversation_id.as_deref()),
+            (&self.by_request, names.request),
+            (&self.by_trace, names.trace),
+            (&self.by_conversation, names.conversation),
         ];
-        let same_tenant = |call: &QueryRow| match (&call.tenant, &feedback.tenant) {
+        let same_tenant = |call: &Call| match (call.names.tenant, names.tenant) {
             (Some(ours), Some(theirs)) => ours == theirs,
             _ => true,
         };
         // Clocks differ: where no call is older than its feedback, any may be meant.
-        let order = |call: &QueryRow| (call.event_time_us <= feedback.event_time_us, call.event_time_us);
+        let order = |call: &Call| (call.event_time_us <= said.event_time_us, call.event_time_us);
         named.into_iter().find_map(|(calls, id)| {
-            let calls = calls.get(id?)?.iter().copied().filter(|call| same_tenant(call));
+            let calls = calls.get(&id?)?.iter().copied().filter(|call| same_tenant(call));
             calls.max_by_key(|call| order(call))
         })
     }

@@ -1,234 +1,300 @@
 //! Freezing: the tables in, a dataset's files out.
 //!
 //! Decisions about new prompts are stored in `splits` before anything can use them. Every writer of `splits` moves one
-//! position by one, so of two that decide at once the second finds out, reads again and follows the first.
+//! position by one, so of two that decide at once the second finds out, reads again and follows the first. New prompts are
+//! placed in batches, each stored by a commit of its own: what a kill costs is one batch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Int32Type, Int64Type, TimeUnit};
+use serde::Serialize;
 
-use crate::record::{Coordinates, Kind};
-use crate::table::{Name, Suppressions, Table, Tables, TxnStep};
+use crate::record::Coordinates;
+use crate::table::{Name, Suppressions, Table, Tables, TxnStep, batch_of};
 
+use super::catalogue::Catalogue;
+use super::feedback::{self, Found};
+use super::history::History;
+use super::index::{Index, Record};
 use super::manifest::{self, Inputs};
-use super::{Dataset, DatasetError, QueryRow, Settings, SplitRow, WorkloadView, assemble, load};
+use super::place::{self, Prepared};
+use super::select::{Choice, Chosen, Selected};
+use super::text::{Boilerplate, Lines, Templates};
+use super::workload::{Workloads, system_of};
+use super::{
+    Assembled, Dataset, DatasetError, Manifest, Prompt, Settings, Split, SplitOf, SplitRow, TrainSplit, WorkloadView,
+    load, read, secrets,
+};
 
 /// The position that all writers of `splits` move.
 const POSITION: &str = "taod/splits";
 
-/// The reason under which rows are counted that an erasure has yet to take out.
-const ERASED: &str = "erased";
-
 /// How often a decision that another writer overtook is made again.
 const ATTEMPTS: usize = 5;
 
-/// What is read of `queries`.
-const QUERY: &str = r#"select topic, partition, "offset", record_index, kind, ingest_date, event_time, request_id,
-    trace_id, conversation_id, workload, tenant, feedback, prompt_hash, messages, tools, train_ok, reason, redacted,
-    truncated, user_hash from t"#;
+/// Prompts that are placed and stored at once.
+const BATCH: usize = 50_000;
+
+/// How many of the newest known prompts are read again to tell what tonight's share with them.
+const WINDOW: usize = 20_000;
+
+/// What freezing is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Freezing<'a> {
+    pub round: &'a str,
+    pub settings: &'a Settings,
+    pub workloads: &'a [WorkloadView],
+    pub seed: u64,
+    /// Folder of the index of prompts, which is made where there is none.
+    pub index: &'a Path,
+}
 
 /// Freezes a round's dataset into `out`. Where one is there already, a resumed round gets that one.
-pub async fn freeze(
-    tables: &Tables,
-    round: &str,
-    settings: &Settings,
-    workloads: &[WorkloadView],
-    seed: u64,
-    out: &Path,
-) -> Result<Dataset, DatasetError> {
+pub async fn freeze(tables: &Tables, freezing: Freezing<'_>, out: &Path) -> Result<Dataset, DatasetError> {
     if manifest::exists(out) {
         return load(out);
     }
     for _ in 0..ATTEMPTS {
-        let erased = Suppressions::load(tables).await?;
-        let queries = tables.open_one(Name::Queries).await?;
-        let mut splits = tables.open_one(Name::Splits).await?;
-        let position = splits.txn(POSITION).await?;
-        let known: Vec<SplitRow> = splits.rows(None).await?;
-        let (rows, hidden) = read(&queries, &erased).await?;
-        let mut inputs = Inputs::of(BTreeMap::from([("queries".to_owned(), queries.version())]), &rows);
-        let mut assembled = assemble(rows, known, workloads, settings, round, seed);
-        if hidden > 0 {
-            assembled.excluded.insert(ERASED.to_owned(), hidden);
-            assembled.rows += hidden;
-        }
-        if !assembled.new_splits.is_empty() {
-            let next = TxnStep { app_id: POSITION.to_owned(), expect: position, set: position.unwrap_or(0) + 1 };
-            match splits.append_rows(&assembled.new_splits, &[next]).await {
-                Ok(_) => {}
-                Err(error) if error.is_restart() => continue,
-                Err(error) => return Err(error.into()),
+        match attempt(tables, freezing, Mode::Store).await {
+            Ok((inputs, assembled)) => {
+                return manifest::store(out, freezing.round, inputs, assembled, freezing.settings, freezing.seed);
             }
+            Err(DatasetError::Table(error)) if error.is_restart() => {}
+            Err(error) => return Err(error),
         }
-        inputs.tables.insert("splits".to_owned(), splits.version());
-        return manifest::store(out, round, inputs, assembled, settings, seed);
     }
     Err(DatasetError::Contended { attempts: ATTEMPTS })
 }
 
-/// Returns the rows that may be looked at, and how many an erasure under way has yet to take out.
-async fn read(queries: &Table, erased: &Suppressions) -> Result<(Vec<QueryRow>, u64), DatasetError> {
-    let batches = queries.query(QUERY).await?;
-    let mut rows = Vec::with_capacity(batches.iter().map(RecordBatch::num_rows).sum());
-    let mut hidden = 0;
-    for batch in &batches {
-        let columns = Columns::of(batch)?;
-        let whose = ["user_hash", "request_id"].map(|name| column(batch, name, &[DataType::Utf8]));
-        let [users, requests] = whose;
-        let (users, requests) = (users?, requests?);
-        let text = |array: &ArrayRef, i| array.is_valid(i).then(|| array.as_string::<i32>().value(i).to_owned());
-        for i in 0..batch.num_rows() {
-            if !erased.is_empty() && erased.hides_call(text(&users, i).as_deref(), text(&requests, i).as_deref()) {
-                hidden += 1;
-                continue;
+/// Whether decisions are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Store,
+    /// They are made as they would be, and forgotten.
+    Preview,
+}
+
+/// Returns the manifest that a round would freeze now, without its files' hashes, and the prompts that would train. Nothing
+/// is decided by it, and what it says holds until the log or the tables grow.
+pub async fn preview(tables: &Tables, freezing: Freezing<'_>) -> Result<(Manifest, TrainSplit), DatasetError> {
+    let (inputs, assembled) = attempt(tables, freezing, Mode::Preview).await?;
+    Ok((manifest::draft(freezing.round, inputs, &assembled, freezing.settings, freezing.seed), assembled.train))
+}
+
+async fn attempt(tables: &Tables, freezing: Freezing<'_>, mode: Mode) -> Result<(Inputs, Assembled), DatasetError> {
+    let erased = Suppressions::load(tables).await?;
+    let queries = tables.open_one(Name::Queries).await?;
+    let mut splits = tables.open_one(Name::Splits).await?;
+    let mut templates = tables.open_one(Name::Templates).await?;
+    let history = History::read(tables).await?;
+    let workloads = Workloads::of(freezing.workloads);
+    let (mut catalogue, numbers) = read::catalogue(&splits, queries.count().await? as usize).await?;
+    let (mut census, said, bursts) =
+        read::census(&queries, &erased, &mut catalogue, &workloads, freezing.settings).await?;
+    let mut index = Index::open(freezing.index, freezing.settings)?;
+    read::catch_up(&mut index, &splits, numbers, &catalogue).await?;
+    let mut known = read::templates(&templates).await?;
+    let pending = pending(&catalogue);
+    if !pending.is_empty() {
+        let new = new_templates(&queries, &pending, &known, &catalogue, &workloads, freezing.settings).await?;
+        if mode == Mode::Store {
+            store_templates(&mut templates, &mut splits, &new, freezing.round).await?;
+        }
+        let again = concerned(&catalogue, &workloads, &new);
+        for (workload, lines) in new {
+            known.entry(workload).or_default().extend(lines);
+        }
+        let house_rules = workloads.iter().map(|w| (w.name.as_str(), w.house_rules.as_str()));
+        let boilerplate = Boilerplate::new(known, house_rules);
+        let reading = Reading { queries: &queries, workloads: &workloads, boilerplate: &boilerplate };
+        // What is not stored is not found by a later batch either: then there is one.
+        let size = if mode == Mode::Store { BATCH } else { usize::MAX };
+        for batch in again.chunks(BATCH).chain(pending.chunks(size)) {
+            let (rows, records) = place_batch(reading, &index, &mut catalogue, batch, freezing).await?;
+            if mode == Mode::Store && !rows.is_empty() {
+                let step = next(&mut splits).await?;
+                splits.append(&[batch_of(Name::Splits.spec(), &rows)?], &[step]).await?;
+                index.append(&records, |at| rows[at].split != Split::None)?;
             }
-            rows.push(columns.row(i)?);
         }
     }
-    Ok((rows, hidden))
-}
-
-/// The columns of a batch. Readers may hand out text in several layouts, so each is brought into one.
-struct Columns {
-    text: BTreeMap<&'static str, ArrayRef>,
-    numbers: BTreeMap<&'static str, ArrayRef>,
-    flags: BTreeMap<&'static str, ArrayRef>,
-}
-
-impl Columns {
-    fn of(batch: &RecordBatch) -> Result<Self, DatasetError> {
-        let all = |names: &[&'static str], types: &[DataType]| -> Result<BTreeMap<_, _>, DatasetError> {
-            names.iter().map(|&name| Ok((name, column(batch, name, types)?))).collect()
-        };
-        let ids = ["topic", "kind", "request_id", "trace_id", "conversation_id", "workload", "tenant", "prompt_hash"];
-        let text = [&ids[..], &["feedback", "messages", "tools", "reason"]].concat();
-        let micros = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
-        let mut numbers = all(&["partition", "offset", "record_index"], &[DataType::Int64])?;
-        numbers.extend(all(&["ingest_date"], &[DataType::Date32, DataType::Int32])?);
-        numbers.extend(all(&["event_time"], &[micros, DataType::Int64])?);
-        Ok(Columns {
-            text: all(&text, &[DataType::Utf8])?,
-            numbers,
-            flags: all(&["train_ok", "redacted", "truncated"], &[DataType::Boolean])?,
-        })
-    }
-
-    fn row(&self, i: usize) -> Result<QueryRow, DatasetError> {
-        Ok(QueryRow {
-            coordinates: Coordinates {
-                topic: self.required("topic", i)?,
-                partition: self.narrow("partition", i)?,
-                offset: self.number("offset", i)?,
-                record_index: self.narrow("record_index", i)?,
-            },
-            kind: if self.required("kind", i)? == Kind::Feedback.as_str() { Kind::Feedback } else { Kind::Call },
-            ingest_day: self.number("ingest_date", i)? as i32,
-            event_time_us: self.number("event_time", i)?,
-            request_id: self.optional("request_id", i),
-            trace_id: self.optional("trace_id", i),
-            conversation_id: self.optional("conversation_id", i),
-            workload: self.optional("workload", i),
-            tenant: self.optional("tenant", i),
-            feedback: self.optional("feedback", i),
-            prompt_hash: self.required("prompt_hash", i)?,
-            messages: self.required("messages", i)?,
-            tools: self.optional("tools", i),
-            train_ok: self.flag("train_ok", i)?,
-            reason: self.optional("reason", i),
-            redacted: self.flag("redacted", i)?,
-            truncated: self.flag("truncated", i)?,
-        })
-    }
-
-    fn optional(&self, name: &'static str, i: usize) -> Option<String> {
-        let column = self.text.get(name)?;
-        column.is_valid(i).then(|| column.as_string::<i32>().value(i).to_owned())
-    }
-
-    fn required(&self, name: &'static str, i: usize) -> Result<String, DatasetError> {
-        self.optional(name, i).ok_or_else(|| null(name))
-    }
-
-    fn number(&self, name: &'static str, i: usize) -> Result<i64, DatasetError> {
-        let column = self.numbers.get(name).filter(|column| column.is_valid(i)).ok_or_else(|| null(name))?;
-        Ok(match column.data_type() {
-            DataType::Int32 => column.as_primitive::<Int32Type>().value(i).into(),
-            _ => column.as_primitive::<Int64Type>().value(i),
-        })
-    }
-
-    fn narrow(&self, name: &'static str, i: usize) -> Result<i32, DatasetError> {
-        let value = self.number(name, i)?;
-        i32::try_from(value).map_err(|_| DatasetError::Column { column: name, why: format!("holds {value}") })
-    }
-
-    fn flag(&self, name: &'static str, i: usize) -> Result<bool, DatasetError> {
-        let column = self.flags.get(name).filter(|column| column.is_valid(i)).ok_or_else(|| null(name))?;
-        Ok(column.as_boolean().value(i))
-    }
-}
-
-/// Returns a column after casting it through the types given.
-fn column(batch: &RecordBatch, name: &'static str, types: &[DataType]) -> Result<ArrayRef, DatasetError> {
-    let missing = || DatasetError::Column { column: name, why: "is missing".to_owned() };
-    let found = batch.column_by_name(name).cloned().ok_or_else(missing)?;
-    let misfit = |e: arrow::error::ArrowError| DatasetError::Column { column: name, why: e.to_string() };
-    types.iter().try_fold(found, |array, wanted| cast(&array, wanted).map_err(misfit))
-}
-
-fn null(column: &'static str) -> DatasetError {
-    DatasetError::Column { column, why: "is null in a row".to_owned() }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use arrow::array::{
-        BooleanArray, Date32Array, DictionaryArray, Int32Array, Int64Array, LargeStringArray, StringArray,
-        StringViewArray, TimestampMicrosecondArray,
+    let (settings, seed) = (freezing.settings, freezing.seed);
+    let choice = Choice { catalogue: &catalogue, workloads: &workloads, history: &history, settings, seed };
+    let selected = choice.select(&mut census.excluded);
+    let tables = [("queries", &queries), ("splits", &splits), ("templates", &templates)];
+    let mut tables: BTreeMap<String, u64> = tables.map(|(name, table)| (name.to_owned(), table.version())).into();
+    tables.extend(history.version.map(|version| ("candidates".to_owned(), version)));
+    let inputs = Inputs { tables, offsets: std::mem::take(&mut census.offsets) };
+    let [train, gate, audit] = prompts(&queries, &catalogue, &workloads, &selected, said).await?;
+    let assembled = Assembled {
+        train: SplitOf::new(train),
+        gate: SplitOf::new(gate),
+        audit: SplitOf::new(audit),
+        excluded: census.excluded.0,
+        rows: census.rows,
+        masked: selected.masked.0,
+        drawn: selected.drawn.0,
+        quarantine: bursts.named(),
     };
-    use arrow::datatypes::Int32Type;
+    Ok((inputs, assembled))
+}
 
-    use super::*;
+/// Returns the prompts that wait to be placed, in the order of the log: new ones, and those that an older taod decided on
+/// without a sketch.
+fn pending(catalogue: &Catalogue) -> Vec<u32> {
+    read::in_order(catalogue, |at| {
+        let entry = &catalogue.entries[at as usize];
+        !entry.is_indexed && (entry.decision.is_some() || entry.rows.as_ref().is_some_and(|rows| rows.usable > 0))
+    })
+}
 
-    #[test]
-    fn rows_are_read_from_any_text_layout() {
-        let words: DictionaryArray<Int32Type> = vec!["calls"].into_iter().collect();
-        let batch = RecordBatch::try_from_iter([
-            ("topic", Arc::new(words) as ArrayRef),
-            ("partition", Arc::new(Int32Array::from(vec![3]))),
-            ("offset", Arc::new(Int64Array::from(vec![1i64 << 40]))),
-            ("record_index", Arc::new(Int32Array::from(vec![1]))),
-            ("kind", Arc::new(StringViewArray::from(vec!["call"]))),
-            ("ingest_date", Arc::new(Date32Array::from(vec![20_000]))),
-            ("event_time", Arc::new(TimestampMicrosecondArray::from(vec![1_772_366_400_250_000]).with_timezone("UTC"))),
-            ("request_id", Arc::new(StringArray::from(vec!["r"]))),
-            ("trace_id", Arc::new(StringArray::from(vec![None::<&str>]))),
-            ("conversation_id", Arc::new(StringArray::from(vec![None::<&str>]))),
-            ("feedback", Arc::new(StringArray::from(vec![r#"{"thumb":"up"}"#]))),
-            ("workload", Arc::new(LargeStringArray::from(vec!["w"]))),
-            ("tenant", Arc::new(StringArray::from(vec![None::<&str>]))),
-            ("prompt_hash", Arc::new(StringArray::from(vec!["h"]))),
-            ("messages", Arc::new(StringViewArray::from(vec!["[]"]))),
-            ("tools", Arc::new(StringArray::from(vec![None::<&str>]))),
-            ("train_ok", Arc::new(BooleanArray::from(vec![false]))),
-            ("reason", Arc::new(StringArray::from(vec!["self"]))),
-            ("redacted", Arc::new(BooleanArray::from(vec![false]))),
-            ("truncated", Arc::new(BooleanArray::from(vec![true]))),
-        ])
-        .unwrap();
-        let row = Columns::of(&batch).unwrap().row(0).unwrap();
-        let place = Coordinates { topic: "calls".into(), partition: 3, offset: 1 << 40, record_index: 1 };
-        assert_eq!((row.coordinates, row.ingest_day, row.event_time_us), (place, 20_000, 1_772_366_400_250_000));
-        assert_eq!((row.workload.as_deref(), row.tenant, row.reason.as_deref()), (Some("w"), None, Some("self")));
-        assert_eq!((row.request_id.as_deref(), row.feedback.as_deref()), (Some("r"), Some(r#"{"thumb":"up"}"#)));
-        assert!(!row.train_ok && row.truncated);
-        let fewer = batch.project(&[0, 1]).unwrap();
-        let error = Columns::of(&fewer).err().unwrap().to_string();
-        assert!(error.contains("offset") && error.contains("missing"), "{error}");
+/// Finds the lines that have become templates: among the new prompts and as many of the newest known ones.
+async fn new_templates(
+    queries: &Table,
+    pending: &[u32],
+    known: &Templates,
+    catalogue: &Catalogue,
+    workloads: &Workloads,
+    settings: &Settings,
+) -> Result<Templates, DatasetError> {
+    let mut lines = Lines::default();
+    let time = |at: &u32| catalogue.entries[*at as usize].rows.as_ref().map_or(0, |rows| rows.event_time_us);
+    let mut window = read::in_order(catalogue, |at| catalogue.entries[at as usize].is_indexed);
+    if window.len() > WINDOW {
+        window.select_nth_unstable_by_key(WINDOW, |at| std::cmp::Reverse((time(at), *at)));
+        window.truncate(WINDOW);
     }
+    for batch in window.chunks(BATCH).chain(pending.chunks(BATCH)) {
+        let texts = read::texts(queries, batch, catalogue, |entry, text| Some((entry, text.read()?.0))).await?;
+        for (entry, messages) in texts.into_iter().flatten() {
+            let by_row = catalogue.rows(entry).map_or(0, |rows| rows.workloads);
+            let view = workloads.find(by_row, system_of(&messages));
+            lines.add(view.map(|view| view.name.as_str()), &messages);
+        }
+    }
+    let mut found = lines.templates(settings);
+    for (workload, lines) in &mut found {
+        lines.retain(|line| !known.get(workload).is_some_and(|known| known.contains(line)));
+    }
+    found.retain(|_, lines| !lines.is_empty());
+    Ok(found)
+}
+
+/// Returns the known prompts whose text may be compared otherwise once these lines are templates. They keep their
+/// decisions and get new sketches, else a new prompt near one of them would not be found.
+fn concerned(catalogue: &Catalogue, workloads: &Workloads, new: &Templates) -> Vec<u32> {
+    if new.is_empty() {
+        return Vec::new();
+    }
+    read::in_order(catalogue, |at| {
+        let workload = catalogue.workload(at, workloads).map_or("", |view| view.name.as_str());
+        catalogue.entries[at as usize].is_indexed && new.contains_key(workload)
+    })
+}
+
+/// A row of the table `templates`.
+#[derive(Debug, Serialize)]
+struct TemplateRow<'a> {
+    workload: &'a str,
+    line: i64,
+    round: &'a str,
+    detail: Option<&'a str>,
+}
+
+/// Stores templates. The position of `splits` is moved first: so of two that freeze at once one does all of it.
+async fn store_templates(
+    table: &mut Table,
+    splits: &mut Table,
+    new: &Templates,
+    round: &str,
+) -> Result<(), DatasetError> {
+    let row = |workload, line: &u64| TemplateRow { workload, line: *line as i64, round, detail: None };
+    let rows: Vec<TemplateRow<'_>> =
+        new.iter().flat_map(|(workload, lines)| lines.iter().map(|line| row(workload.as_str(), line))).collect();
+    if !rows.is_empty() {
+        let step = next(splits).await?;
+        splits.append(&[], &[step]).await?;
+        table.append(&[batch_of(Name::Templates.spec(), &rows)?], &[]).await?;
+    }
+    Ok(())
+}
+
+/// Returns the step that the next decision makes.
+async fn next(splits: &mut Table) -> Result<TxnStep, DatasetError> {
+    let position = splits.txn(POSITION).await?;
+    Ok(TxnStep { app_id: POSITION.to_owned(), expect: position, set: position.unwrap_or(0) + 1 })
+}
+
+/// What the text of a prompt is read with.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    queries: &'a Table,
+    workloads: &'a Workloads,
+    boilerplate: &'a Boilerplate,
+}
+
+/// Places one batch; its rows must be stored before its records are added to the index.
+async fn place_batch(
+    reading: Reading<'_>,
+    index: &Index,
+    catalogue: &mut Catalogue,
+    batch: &[u32],
+    freezing: Freezing<'_>,
+) -> Result<(Vec<SplitRow>, Vec<Record>), DatasetError> {
+    let Reading { queries, workloads, boilerplate } = reading;
+    let prepare = |entry, text: place::Text<'_>| place::prepare(entry, text, catalogue, workloads, boilerplate);
+    let mut prepared: Vec<Prepared> =
+        read::texts(queries, batch, catalogue, prepare).await?.into_iter().flatten().collect();
+    let order: HashMap<u32, usize> = batch.iter().enumerate().map(|(at, entry)| (*entry, at)).collect();
+    prepared.sort_unstable_by_key(|prepared| order.get(&prepared.entry).copied());
+    place::place(prepared, index, catalogue, freezing.settings, freezing.round)
+}
+
+/// Reads the texts of the chosen prompts.
+async fn prompts(
+    queries: &Table,
+    catalogue: &Catalogue,
+    workloads: &Workloads,
+    selected: &Selected,
+    mut said: Found,
+) -> Result<[Vec<Prompt>; 3], DatasetError> {
+    let mut parts = [Vec::new(), Vec::new(), Vec::new()];
+    for (part, chosen) in parts.iter_mut().zip([&selected.train, &selected.gate, &selected.audit]) {
+        let wanted: Vec<u32> = chosen.iter().map(|chosen| chosen.entry).collect();
+        let texts = read::texts(queries, &wanted, catalogue, |entry, text| (entry, text.read())).await?;
+        let mut texts: HashMap<u32, _> = texts.into_iter().collect();
+        for Chosen { entry, count } in chosen {
+            let mut feedback = said.by_prompt.remove(entry).unwrap_or_default();
+            // A correction may quote what the prompt itself does not hold.
+            feedback.retain(|feedback| secrets::kinds(&feedback.value.to_string()).is_empty());
+            let feedback = feedback::newest(feedback);
+            // It was read when it was placed, so it can be read again.
+            let text = texts.remove(entry).flatten();
+            part.extend(text.and_then(|(messages, tools)| {
+                let known = &catalogue.entries[*entry as usize];
+                let rows = known.rows.as_ref()?;
+                let name = |word| catalogue.words.name(word).map(str::to_owned);
+                Some(Prompt {
+                    prompt_hash: catalogue.hash(*entry),
+                    cluster: catalogue.hash(known.decision?.cluster),
+                    workload: catalogue.workload(*entry, workloads).map(|view| view.name.clone()),
+                    tenant: name(rows.tenant),
+                    messages,
+                    tools,
+                    first_seen: Coordinates {
+                        topic: name(rows.place.topic)?,
+                        partition: rows.place.partition,
+                        offset: rows.place.offset,
+                        record_index: rows.place.record_index,
+                    },
+                    event_time_us: rows.event_time_us,
+                    language: name(known.language),
+                    is_forward: rows.event_time_us >= selected.forward_from_us,
+                    count: *count,
+                    feedback,
+                })
+            }));
+        }
+    }
+    Ok(parts)
 }

@@ -10,9 +10,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::durable;
-use crate::record::Coordinates;
 
-use super::{Assembled, Dataset, DatasetError, Prompt, QueryRow, Settings, SplitOf};
+use super::{Assembled, Burst, Dataset, DatasetError, Prompt, Settings, SplitOf};
 
 const MANIFEST: &str = "manifest.json";
 
@@ -53,24 +52,20 @@ pub struct Manifest {
     pub rows: u64,
     /// Rows left out, by reason.
     pub excluded: BTreeMap<String, u64>,
+    /// Rows left out for secrets and personal data, by kind; a row with two kinds counts under both.
+    #[serde(default)]
+    pub masked: BTreeMap<String, u64>,
+    /// Training prompts, by why they were drawn.
+    #[serde(default)]
+    pub drawn: BTreeMap<String, u64>,
+    /// Users and hours whose calls were left out as `burst`, the largest first.
+    #[serde(default)]
+    pub quarantine: Vec<Burst>,
     pub train: Part,
     pub gate: Part,
     pub audit: Part,
     /// SHA-256 of this manifest with an empty hash.
     pub hash: String,
-}
-
-impl Inputs {
-    /// Takes the offset ranges from rows.
-    pub fn of(tables: BTreeMap<String, u64>, rows: &[QueryRow]) -> Self {
-        let mut offsets: BTreeMap<String, OffsetRange> = BTreeMap::new();
-        for QueryRow { coordinates: Coordinates { topic, partition, offset, .. }, .. } in rows {
-            let range = OffsetRange { first: *offset, last: *offset };
-            let seen = offsets.entry(format!("{topic}/{partition}")).or_insert(range);
-            *seen = OffsetRange { first: seen.first.min(*offset), last: seen.last.max(*offset) };
-        }
-        Inputs { tables, offsets }
-    }
 }
 
 impl Manifest {
@@ -93,6 +88,35 @@ pub(super) fn exists(out: &Path) -> bool {
     out.join(MANIFEST).exists()
 }
 
+/// Returns the manifest of a dataset whose files are not written yet: without any hash.
+pub(super) fn draft(round: &str, inputs: Inputs, assembled: &Assembled, settings: &Settings, seed: u64) -> Manifest {
+    Manifest {
+        round: round.to_owned(),
+        seed,
+        settings: settings.clone(),
+        inputs,
+        rows: assembled.rows,
+        excluded: assembled.excluded.clone(),
+        masked: assembled.masked.clone(),
+        drawn: assembled.drawn.clone(),
+        quarantine: assembled.quarantine.clone(),
+        train: part(&assembled.train),
+        gate: part(&assembled.gate),
+        audit: part(&assembled.audit),
+        hash: String::new(),
+    }
+}
+
+/// Counts the prompts of one split.
+fn part<P>(split: &SplitOf<P>) -> Part {
+    Part {
+        prompts: split.len() as u64,
+        clusters: split.clusters().len() as u64,
+        rows: split.iter().map(|prompt| prompt.count).sum(),
+        sha256: String::new(),
+    }
+}
+
 /// Writes a dataset's files into `out`, the manifest last. The same input gives the same bytes.
 pub fn store(
     out: &Path,
@@ -102,22 +126,13 @@ pub fn store(
     settings: &Settings,
     seed: u64,
 ) -> Result<Dataset, DatasetError> {
-    let Assembled { train, gate, audit, excluded, rows, .. } = assembled;
     durable::create_folder(out)?;
-    let mut manifest = Manifest {
-        round: round.to_owned(),
-        seed,
-        settings: settings.clone(),
-        inputs,
-        rows,
-        excluded,
-        train: write_part(out, "train", &train)?,
-        gate: write_part(out, "gate", &gate)?,
-        audit: write_part(out, "audit", &audit)?,
-        hash: String::new(),
-    };
+    let mut manifest = draft(round, inputs, &assembled, settings, seed);
+    manifest.train = write_part(out, "train", &assembled.train)?;
+    manifest.gate = write_part(out, "gate", &assembled.gate)?;
+    manifest.audit = write_part(out, "audit", &assembled.audit)?;
     manifest.hash = manifest.own_hash()?;
-    let dataset = checked(out, manifest, train, gate, audit)?;
+    let dataset = checked(out, manifest, assembled.train, assembled.gate, assembled.audit)?;
     durable::write_json(&out.join(MANIFEST), &dataset.manifest)?;
     Ok(dataset)
 }
@@ -140,12 +155,7 @@ fn write_part<P>(out: &Path, name: &str, split: &SplitOf<P>) -> Result<Part, Dat
     let path = out.join(format!("{name}.jsonl"));
     let prompts: Vec<&Prompt> = split.iter().collect();
     durable::write_json_lines(&path, &prompts)?;
-    Ok(Part {
-        prompts: split.len() as u64,
-        clusters: split.clusters().len() as u64,
-        rows: split.iter().map(|prompt| prompt.count).sum(),
-        sha256: durable::sha256_file(&path)?,
-    })
+    Ok(Part { sha256: durable::sha256_file(&path)?, ..part(split) })
 }
 
 fn read_part(out: &Path, name: &str, part: &Part) -> Result<Vec<Prompt>, DatasetError> {

@@ -196,7 +196,7 @@ fn request(call: &Call, model: &str, max_tokens: usize, temperature: f64, seed: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rewards::Match;
+    use crate::dataset::Match;
 
     fn workloads() -> Vec<Workload> {
         let named = |name: &str| Workload {

@@ -31,7 +31,7 @@ use crate::engine::{EngineError, Model};
 use crate::record::{FinishReason, Message, last_user_text};
 
 pub use settings::{Scorer, Settings};
-pub use workload::{Match, NamedCheck, Workload, Workloads};
+pub use workload::{NamedCheck, Workload, Workloads};
 
 /// Words at which shortness is worth one half.
 const BREVITY_WORDS: f64 = 20.0;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RewardError;
 use super::rules::{Check, Rule};
+use crate::dataset::{MOST_WORKLOADS as MOST, Match, WorkloadView};
 use crate::json::Value;
 use crate::record::Message;
 
@@ -29,20 +30,14 @@ pub struct Workload {
     pub rules: Vec<Rule>,
 }
 
-/// How a logged call is assigned to a workload.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Match {
-    /// The record's workload field equals the workload's name.
-    #[default]
-    Name,
-}
-
 impl Workload {
-    /// Returns true where a call whose record carries this workload field belongs here.
-    pub fn takes(&self, field: Option<&str>) -> bool {
-        match self.matching {
-            Match::Name => field == Some(self.name.as_str()),
+    /// Returns what a dataset needs to know of the workload.
+    pub fn view(&self) -> WorkloadView {
+        WorkloadView {
+            name: self.name.clone(),
+            matching: self.matching.clone(),
+            house_rules: self.house_rules.clone(),
+            has_rules: !self.rules.is_empty(),
         }
     }
 
@@ -106,14 +101,21 @@ impl Workloads {
                 let reason = "it is defined twice; rename or remove one".into();
                 return Err(RewardError::Workload { name: name.clone(), reason });
             }
+            if let Err(reason) = workload.matching.validate() {
+                return Err(RewardError::Workload { name: name.clone(), reason: format!("match: {reason}") });
+            }
+            if compiled.len() == MOST {
+                let reason = format!("it is one more than the {MOST} that there may be; join some");
+                return Err(RewardError::Workload { name: name.clone(), reason });
+            }
             compiled.push((workload.clone(), compile_rules(workload)?));
         }
         Ok(Workloads(compiled))
     }
 
-    /// Returns the workload of a record's workload field, and its rules.
-    pub fn find(&self, field: Option<&str>) -> Option<(&Workload, &[NamedCheck])> {
-        let found = self.0.iter().find(|(workload, _)| workload.takes(field))?;
+    /// Returns the workload of this name, and its rules. Which workload a logged call is of, a dataset has decided.
+    pub fn find(&self, name: Option<&str>) -> Option<(&Workload, &[NamedCheck])> {
+        let found = self.0.iter().find(|(workload, _)| name == Some(workload.name.as_str()))?;
         Some((&found.0, &found.1))
     }
 
@@ -175,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_workload_takes_the_calls_that_carry_its_name() {
+    fn a_workload_is_found_by_its_name() {
         let both = Workloads::compile(&[workload("name = 'a'"), workload("name = 'b'\nmatch = 'name'")]).unwrap();
         assert_eq!(both.find(Some("b")).unwrap().0.name, "b");
         assert!(both.find(Some("c")).is_none() && both.find(None).is_none());

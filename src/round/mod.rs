@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 pub mod book;
 pub mod child;
+mod dry_run;
 pub mod erase;
 mod judging;
 pub mod replay;
@@ -22,13 +23,14 @@ mod suites;
 mod train;
 mod trial;
 
+pub use dry_run::{Forecast, forecast};
 pub use state::{Control, Paths, Plan};
 
 use crate::adapter::TuneError;
 use crate::candidates::CandidateError;
 use crate::config::Config;
 use crate::crash;
-use crate::dataset::{self, DatasetError, WorkloadView};
+use crate::dataset::{self, DatasetError};
 use crate::durable::{self, FileError};
 use crate::engine::{EngineError, Model};
 use crate::gate::GateError;
@@ -259,11 +261,6 @@ fn settings_hash(config: &Config) -> Result<String, RoundError> {
     Ok(hex::encode(Sha256::digest(bytes)))
 }
 
-/// Returns what the dataset stage needs to know of a workload.
-fn view(workload: &Workload) -> WorkloadView {
-    WorkloadView { name: workload.name.clone(), house_rules: workload.house_rules.clone() }
-}
-
 /// Returns a dataset's range of offsets (both included) as the registry's (end excluded).
 fn offset_range((name, range): (&String, &dataset::OffsetRange)) -> Option<OffsetRange> {
     let (topic, partition) = name.rsplit_once('/')?;
@@ -341,10 +338,15 @@ impl Night<'_> {
         let dataset = if out.join("manifest.json").exists() {
             dataset::load(&out)?
         } else {
-            let views: Vec<_> = self.config.workload.iter().filter(|w| !w.rules.is_empty()).map(view).collect();
-            let (round, settings, seed) = (self.plan.round.clone(), &self.config.dataset, self.plan.seed);
-            let freezing = dataset::freeze(&self.tables, &round, settings, &views, seed, &out);
-            self.runtime.block_on(freezing)?
+            let views: Vec<_> = self.config.workload.iter().map(Workload::view).collect();
+            let freezing = dataset::Freezing {
+                round: &self.plan.round,
+                settings: &self.config.dataset,
+                workloads: &views,
+                seed: self.plan.seed,
+                index: &Paths::new(&self.config.state.dir).prompts(),
+            };
+            self.runtime.block_on(dataset::freeze(&self.tables, freezing, &out))?
         };
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
         self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started))?;

@@ -25,6 +25,11 @@ impl Paths {
         Paths { root: root.into() }
     }
 
+    /// Folder of the index of prompts; all of it can be made anew from the table `splits`.
+    pub fn prompts(&self) -> PathBuf {
+        self.root.join("prompts")
+    }
+
     /// Root of the adapter registry.
     pub fn registry(&self) -> PathBuf {
         self.root.join("registry")

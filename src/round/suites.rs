@@ -103,6 +103,8 @@ fn regression(night: &Night<'_>) -> Result<Vec<Prompt>, RoundError> {
             tools: line.tools,
             first_seen: Coordinates { topic: "suite".into(), partition: 0, offset: index as i64, record_index: 0 },
             event_time_us: 0,
+            language: None,
+            is_forward: false,
             count: 1,
             feedback: Vec::new(),
         })

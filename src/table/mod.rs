@@ -41,6 +41,7 @@ pub use columns::{Columns, batch_of};
 pub use commit::{Appended, Table, TxnStep};
 pub use location::TableLocation;
 pub use maintain::Upkeep;
+pub use read::Scan;
 pub use retain::{Retained, Retention, retain};
 pub use rewrite::{Found, Hunt, Taken};
 pub use schema::TableSpec;

@@ -2,6 +2,7 @@
 
 use arrow::array::RecordBatch;
 use deltalake::DeltaTable;
+use deltalake::datafusion::execution::SendableRecordBatchStream;
 use deltalake::datafusion::prelude::SessionContext;
 use deltalake::delta_datafusion::{create_session, create_session_state_with_spill_config};
 use deltalake::kernel::Snapshot;
@@ -24,6 +25,19 @@ pub(super) struct ListedFile {
     pub(super) vector: bool,
 }
 
+/// The batches of a query, as they are read.
+pub struct Scan {
+    stream: SendableRecordBatchStream,
+    table: String,
+}
+
+impl Scan {
+    /// Returns the next batch, or nothing after the last.
+    pub async fn next(&mut self) -> Result<Option<RecordBatch>, TableError> {
+        self.stream.try_next().await.map_err(|e| TableError::store("cannot query", &self.table, e))
+    }
+}
+
 impl Table {
     /// Runs SQL over this version of the table, which the query calls `t`.
     pub async fn query(&self, sql: &str) -> Result<Vec<RecordBatch>, TableError> {
@@ -42,6 +56,17 @@ impl Table {
         context.register_table("t", provider.await.map_err(fail)?).map_err(fail)?;
         let batches = context.sql(sql).await.map_err(fail)?.collect().await.map_err(fail)?;
         rows::from_batches(self.name(), self.spec, &batches)
+    }
+
+    /// Runs SQL over this version, which the query calls `t`, and returns its batches one after the other, however many
+    /// they are. Large sorts and groups go to disk.
+    pub async fn scan(&self, sql: &str) -> Result<Scan, TableError> {
+        let fail = |e| TableError::store("cannot query", self.name(), e);
+        let provider = DeltaTable::new(self.log.clone()).table_provider().with_table_version(self.version);
+        let context = SessionContext::new_with_state(create_session_state_with_spill_config(Some(SPILL_BYTES), None));
+        context.register_table("t", provider.await.map_err(fail)?).map_err(fail)?;
+        let stream = context.sql(sql).await.map_err(fail)?.execute_stream().await.map_err(fail)?;
+        Ok(Scan { stream, table: self.name().to_owned() })
     }
 
     /// Returns the rows of this version, or those for which `sql_where` holds, in no particular order.

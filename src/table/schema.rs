@@ -1,4 +1,4 @@
-//! The ten tables: their columns, and what readers and writers must know about each column.
+//! The tables: their columns, and what readers and writers must know about each column.
 //!
 //! One [`TableSpec`] is the only description of a table. The Arrow schema, the Delta schema, the writer's settings and
 //! the statistics follow from it. Structure that is rich and small lives as JSON text in a column of its own.
@@ -138,6 +138,33 @@ pub static SPLITS: TableSpec = TableSpec {
         required("prompt_hash", Kind::Id),
         required("cluster", Kind::Id),
         required("split", Kind::Word),
+        required("round", Kind::Word),
+        // Since 0.2: what later prompts are compared with. Rows without a number are placed again under the same decision.
+        optional("number", Kind::Long),
+        optional("twin", Kind::Id),
+        optional("context", Kind::Long),
+        optional("text", Kind::Long),
+        optional("conversation", Kind::Long),
+        optional("start", Kind::Long),
+        optional("tail", Kind::Long),
+        optional("sketch", Kind::Bytes),
+        optional("chars", Kind::Long),
+        optional("fault", Kind::Word),
+        optional("masked", Kind::Word),
+        optional("language", Kind::Word),
+        optional("has_tools", Kind::Bool),
+        optional("system", Kind::Long),
+        optional("scan", Kind::Long),
+        optional("detail", Kind::Rest),
+    ],
+};
+
+/// The lines that a workload's prompts share, as hashes: they are not compared.
+pub static TEMPLATES: TableSpec = TableSpec {
+    name: "templates",
+    columns: &[
+        required("workload", Kind::Word),
+        required("line", Kind::Long),
         required("round", Kind::Word),
         optional("detail", Kind::Rest),
     ],

@@ -14,6 +14,7 @@ pub enum Name {
     Queries,
     DeadLetters,
     Splits,
+    Templates,
     GateUsage,
     Candidates,
     TuningSteps,
@@ -26,10 +27,11 @@ pub enum Name {
 
 impl Name {
     /// All names, in the order of the flow.
-    pub const ALL: [Name; 11] = [
+    pub const ALL: [Name; 12] = [
         Name::Queries,
         Name::DeadLetters,
         Name::Splits,
+        Name::Templates,
         Name::GateUsage,
         Name::Candidates,
         Name::TuningSteps,
@@ -46,6 +48,7 @@ impl Name {
             Name::Queries => &schema::QUERIES,
             Name::DeadLetters => &schema::DEAD_LETTERS,
             Name::Splits => &schema::SPLITS,
+            Name::Templates => &schema::TEMPLATES,
             Name::GateUsage => &schema::GATE_USAGE,
             Name::Candidates => &schema::CANDIDATES,
             Name::TuningSteps => &schema::TUNING_STEPS,

@@ -172,3 +172,21 @@ fn a_secret_of_the_environment_is_in_no_output() {
         assert!(!format!("{}{}", outcome.out, outcome.err).contains("hunter2"), "{arguments:?}");
     }
 }
+
+#[test]
+fn a_filter_and_a_matcher_that_cannot_be_used_are_told_by_the_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |filter: &str, matching: &str| {
+        let text = format!("[dataset]\nfilter = \"{filter}\"\n[[workload]]\nname = \"w\"\nmatch = {matching}\n");
+        std::fs::write(folder.path().join("taod.toml"), text).unwrap();
+        taod_in(folder.path(), &["config", "check", "--config", "taod.toml"], &[])
+    };
+    check("model like 'llama%' and status = 200", "{ tag = 'mail' }").code(0);
+    check("", "'default'").code(0);
+    let said = check("modle = 'x'", "{ field = { at = 'user', equals = 'x' } }").code(64).err;
+    assert!(
+        said.contains("dataset.filter is no condition") && said.to_lowercase().contains("did you mean 'model'"),
+        "{said}"
+    );
+    assert!(said.contains("workload \"w\": match: field at is \"user\""), "{said}");
+}
