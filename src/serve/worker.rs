@@ -95,8 +95,8 @@ impl<'m> Engine<'m> {
 
     fn load(&self, folder: &Path) -> Result<Arc<Adapter>, String> {
         let adapter = Adapter::load(folder, self.model).map_err(|e| e.to_string())?;
-        match adapter.spec.rank > self.settings.max_lora_rank {
-            true => Err(rank_too_high(adapter.spec.rank, self.settings.max_lora_rank)),
+        match adapter.largest_rank() > self.settings.max_lora_rank {
+            true => Err(rank_too_high(adapter.largest_rank(), self.settings.max_lora_rank)),
             false => Ok(Arc::new(adapter)),
         }
     }

@@ -101,7 +101,7 @@ fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize
 /// A step on one group: forward, backward, AdamW, with the mean negative log-likelihood as loss.
 fn step(model: &Model, form: WeightForm, samples: usize, prompt: usize, new: usize) -> Result<()> {
     let base = Base::new(model.config(), model.weights(), form)?;
-    let spec = LoraSpec { rank: 16, alpha: 32.0, targets: Linear::ALL.to_vec(), use_rslora: false };
+    let spec = LoraSpec::default();
     let mut lora = LoraMatrices::fresh(model.config(), &spec, 1);
     let mut optimizer = AdamW::new(&lora.values);
     let prompt = ids(0, prompt);
