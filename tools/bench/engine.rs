@@ -12,8 +12,7 @@ use taod::adapter::optimizer::AdamW;
 use taod::adapter::{Sample, Settings, tune};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
 use taod::engine::{
-    BatchLimits, Group, Linear, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate,
-    logprobs,
+    BatchLimits, Group, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate, logprobs,
 };
 use taod::progress::Progress;
 
