@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 /// Receives what a long step reports. Implementations must be cheap: steps report after every chunk.
 pub trait Observer: Send + Sync {
     /// A step begins: its name, how many units it has (0 = unknown) and what a unit is (`tokens`, `prompts`).
@@ -12,6 +14,33 @@ pub trait Observer: Send + Sync {
     fn advance(&self, step: &str, done: u64, note: &str);
     /// The step is over.
     fn end(&self, step: &str, note: &str);
+    /// Numbers were found that a metric shows. Most observers have no use for them.
+    fn measured(&self, _: &Measure) {}
+}
+
+/// Numbers for metrics, which a process without metrics tells the one that has them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "measure", rename_all = "snake_case")]
+pub enum Measure {
+    /// One optimizer step of training.
+    Step {
+        /// Completion tokens.
+        tokens: u64,
+        samples: u64,
+        /// A token, in nats, like the next two.
+        loss: f32,
+        kl: f32,
+        entropy: f32,
+        /// Mean ratio of the policy to the one that training began from.
+        ratio: f32,
+        /// Share of the tokens whose ratio was clipped.
+        clipped: f32,
+        /// Before clipping.
+        grad_norm: f32,
+        learning_rate: f32,
+        /// Effective sample size of the run as a share of its samples; 1 where the method weighs none.
+        effective: f32,
+    },
 }
 
 /// A handle to an [`Observer`], or to nobody.
@@ -29,6 +58,21 @@ impl Progress {
         Progress(None)
     }
 
+    /// Reports to `other` too.
+    pub fn also(&self, other: Arc<dyn Observer>) -> Self {
+        match &self.0 {
+            Some(first) => Progress::to(Arc::new(Both(first.clone(), other))),
+            None => Progress::to(other),
+        }
+    }
+
+    /// Tells numbers for metrics.
+    pub fn measured(&self, measure: &Measure) {
+        if let Some(observer) = &self.0 {
+            observer.measured(measure);
+        }
+    }
+
     /// Begins a step; drop of the returned [`Step`] ends it.
     pub fn step(&self, name: impl Into<String>, total: u64, unit: &str) -> Step {
         let step = Step { progress: self.clone(), name: name.into(), done: 0, note: String::new() };
@@ -36,6 +80,27 @@ impl Progress {
             observer.begin(&step.name, total, unit);
         }
         step
+    }
+}
+
+/// Two observers in place of one.
+struct Both(Arc<dyn Observer>, Arc<dyn Observer>);
+
+impl Observer for Both {
+    fn begin(&self, step: &str, total: u64, unit: &str) {
+        [&self.0, &self.1].into_iter().for_each(|observer| observer.begin(step, total, unit));
+    }
+
+    fn advance(&self, step: &str, done: u64, note: &str) {
+        [&self.0, &self.1].into_iter().for_each(|observer| observer.advance(step, done, note));
+    }
+
+    fn end(&self, step: &str, note: &str) {
+        [&self.0, &self.1].into_iter().for_each(|observer| observer.end(step, note));
+    }
+
+    fn measured(&self, measure: &Measure) {
+        [&self.0, &self.1].into_iter().for_each(|observer| observer.measured(measure));
     }
 }
 

@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::optimizer::AdamW;
-use super::{Sample, Settings, StepLog, TuneError};
+use super::{Frozen, Sample, Settings, StepLog, TuneError};
 use crate::durable::{self, FileError};
 use crate::engine::train::{LoraMatrices, Matrix};
-use crate::engine::{LoraSpec, ModelIdentity, WeightForm};
+use crate::engine::{Adapter, Hold, LoraSpec, WeightForm};
 
 const MANIFEST: &str = "manifest.json";
+const PEFT_CONFIG: &str = "adapter_config.json";
 const FRESH: &str = "give another output folder, or delete this one";
 
 /// Everything that a run's bytes depend on.
@@ -39,32 +40,39 @@ pub struct Origin {
     /// The form of the frozen weights, which `auto` chooses by the processor.
     #[serde(default)]
     pub form: WeightForm,
+    /// Matrices that are widened part by part are summed in another order.
+    #[serde(default)]
+    pub hold: Hold,
 }
 
 impl Origin {
     /// Describes a run before it starts, and refuses a start that is of another base or shape.
     pub fn new(
-        base: &ModelIdentity,
+        frozen: Frozen,
         settings: &Settings,
         seed: u64,
         samples: &[Sample],
         start: Option<&Checkpoint>,
     ) -> Result<Self, TuneError> {
+        let hold = frozen.weights.hold();
         let origin = Origin {
-            base: base.sha256.clone(),
+            base: frozen.identity.sha256.clone(),
             lora: settings.lora(),
             settings: hash(settings)?,
             seed,
             samples: hash(samples)?,
             start: start.map(|start| start.sha256.clone()),
             threads: rayon::current_num_threads(),
-            form: settings.precision.form(),
+            form: settings.precision.form_of_training(hold),
+            hold,
         };
         if let Some(start) = start {
-            let remedy = "start from a checkpoint of the same base and LoRA settings, or from none";
-            let path = format!("start checkpoint {}", start.sha256);
+            let remedy = "start from a run or an adapter of the same base and LoRA settings, or from none";
+            let path = format!("the start {}", start.sha256);
             differs(&path, "the base", &start.origin.base, &origin.base, remedy)?;
-            differs(&path, "the LoRA shape", &start.origin.lora, &origin.lora, remedy)?;
+            if !start.origin.lora.computes_as(&origin.lora) {
+                differs(&path, "the LoRA shape", &start.origin.lora, &origin.lora, remedy)?;
+            }
         }
         Ok(origin)
     }
@@ -79,7 +87,8 @@ impl Origin {
         differs(&path, "the hash of the samples", &self.samples, &other.samples, FRESH)?;
         differs(&path, "the start", &self.start, &other.start, FRESH)?;
         differs(&path, "the thread count", &self.threads, &other.threads, "set the same limit of threads")?;
-        differs(&path, "the precision", &self.form, &other.form, "set tuning.precision as it was")
+        differs(&path, "the precision", &self.form, &other.form, "set tuning.precision as it was")?;
+        differs(&path, "the hold of the model", &self.hold, &other.hold, "set model.hold as it was")
     }
 }
 
@@ -158,6 +167,31 @@ impl Checkpoint {
         }
     }
 
+    /// Reads what a run starts from: the folder of an earlier run, whose moments go on too, or a PEFT adapter of whatever making,
+    /// whose moments begin anew.
+    pub fn load_start(folder: &Path, frozen: Frozen) -> Result<Self, TuneError> {
+        let own = folder.join(super::CHECKPOINT);
+        if own.join(MANIFEST).exists() || !folder.join(PEFT_CONFIG).exists() {
+            return Self::load(&own);
+        }
+        let adapter = Adapter::read(folder, frozen.config, frozen.identity)?;
+        let tensors = adapter.tensors(frozen.config)?;
+        let origin = Origin {
+            base: frozen.identity.sha256.clone(),
+            lora: adapter.spec.clone(),
+            settings: String::new(),
+            seed: 0,
+            samples: String::new(),
+            start: None,
+            threads: 0,
+            form: WeightForm::default(),
+            hold: Hold::default(),
+        };
+        let tensors = tensors.into_iter().map(|(key, tensor)| (format!("value.{key}"), tensor)).collect();
+        let (sha256, known) = (adapter.sha256, Known::default());
+        Ok(Checkpoint { origin, sha256, steps: Vec::new(), known, updates: 0, tensors })
+    }
+
     /// Returns the matrices by PEFT key.
     pub fn matrices(&self) -> BTreeMap<String, Tensor> {
         let matrix =
@@ -165,8 +199,11 @@ impl Checkpoint {
         self.tensors.iter().filter_map(matrix).collect()
     }
 
-    /// Returns the optimizer's state for these matrices.
+    /// Returns the optimizer's state for these matrices; an adapter's is that of none.
     pub fn optimizer(&self, lora: &LoraMatrices) -> Result<AdamW, TuneError> {
+        if self.updates == 0 && !self.tensors.keys().any(|key| key.starts_with("first.")) {
+            return Ok(AdamW::new(&lora.values));
+        }
         let read = |kind: &str| -> Result<Vec<Vec<f32>>, TuneError> {
             let values = |matrix: &Matrix| {
                 let name = format!("{kind}.{}", matrix.key);

@@ -19,7 +19,7 @@ use serde_json::json;
 use super::batches::{self, Chosen, Selection};
 use super::checkpoint::Origin;
 use super::losses::drift;
-use super::{ADAPTER, OUTCOME, Outcome, Sample, Settings, TuneError, check, finished, program};
+use super::{ADAPTER, Frozen, OUTCOME, Outcome, Sample, Settings, TuneError, check, finished, program};
 use crate::durable::{self, FileError};
 use crate::engine::{Adapter, Linear, Model, ScoreItem, logprobs};
 use crate::progress::Progress;
@@ -55,7 +55,7 @@ pub(super) fn tune(
 ) -> Result<Outcome, TuneError> {
     check(settings, model.config())?;
     let selection = batches::select(samples, settings, model.config())?;
-    let origin = Origin::new(model.identity(), settings, seed, samples, None)?;
+    let origin = Origin::new(Frozen::of(model), settings, seed, samples, None)?;
     let dataset = out.join(DATASET);
     match durable::read_json::<Manifest>(&dataset.join(MANIFEST)) {
         Ok(found) => found.origin.expect(&origin, &dataset)?,

@@ -1,24 +1,30 @@
 //! What training will hold in memory, told before it starts: a night that is killed half-way is a night lost.
 //!
 //! The parts are what the passes really keep (`engine/train`); a tenth is added for what comes and goes. On SmolLM2-135M
-//! with 568 and 1,016 rows, in f32 and in 16 bits, that is within a tenth of the largest resident set.
+//! with 568 and 1,016 rows, in f32 and in 16 bits, that is within a tenth of the largest resident set. From the same
+//! numbers follows whether activations are kept or made again.
 
 use std::path::Path;
 
+use super::settings::Keep;
 use super::{Settings, TuneError};
-use crate::engine::{Linear, ModelConfig, WeightForm};
+use crate::engine::train::Activations;
+use crate::engine::{Factor, Linear, LoraSpec, ModelConfig, Module, WeightForm};
 
 /// Rows whose logits are held at once (`ops::token_logprobs`).
 const LOGIT_ROWS: usize = 256;
 
-/// Bytes by what they are for.
+/// What a run will hold in memory, in bytes by what they are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Estimate {
-    /// The model in f32, which is loaded before training starts.
+pub struct Estimate {
+    /// The model's matrices as they are held, which are loaded before training starts.
     weights: u64,
     /// Both rounded copies.
     rounded: u64,
-    activations: u64,
+    /// All activations of a pass.
+    kept: u64,
+    /// The inputs of all layers, and what two layers make of theirs and of the gradients.
+    again: u64,
     logits: u64,
     /// The adapter, its gradients and both moments.
     adapter: u64,
@@ -26,73 +32,124 @@ pub(super) struct Estimate {
 }
 
 impl Estimate {
-    /// Estimates a run whose longest prompt with an answer has so many tokens.
-    pub(super) fn new(config: &ModelConfig, settings: &Settings, longest: usize) -> Self {
+    /// Estimates a run over matrices that take `weights` bytes and are multiplied in `form`; its longest prompt with an answer has
+    /// so many tokens.
+    pub fn new(config: &ModelConfig, settings: &Settings, longest: usize, form: WeightForm, weights: u64) -> Self {
         let rows = settings.batch_tokens.max(longest);
         let layers = config.layers.len();
-        let linears: usize = Linear::ALL.iter().map(|linear| product(linear.shape(config))).sum();
         let table = config.vocab * config.hidden_size;
-        let tables = if config.tied { table } else { 2 * table };
         // Inputs of both halves and their sum, queries and what attention gives, keys and values, gate and up.
         let kept =
             3 * config.hidden_size + 2 * config.query_size() + 2 * config.kv_size() + 2 * config.intermediate_size;
-        let pair = |linear: &Linear| {
-            let (ins, outs) = linear.shape(config);
-            settings.rank * (ins + outs)
-        };
-        let adapter: usize = settings.lora().targets.iter().map(pair).sum();
-        let rounded = match settings.precision.form() {
+        let adapter = adapter_values(config, &settings.lora());
+        let rounded = match form {
             WeightForm::F32 => 0,
             // Two bytes each and a scale of four for 64 of them, for either pass.
-            WeightForm::Int16 | WeightForm::Int8 => (layers * linears + table) as u64 * 33 / 8,
+            WeightForm::Int16 | WeightForm::Int8 => (layers * linears(config) + table) as u64 * 33 / 8,
         };
         let floats = |count: usize| count as u64 * 4;
         Estimate {
-            weights: floats(layers * linears + tables),
+            weights,
             rounded,
-            activations: floats(rows * layers * kept),
+            kept: floats(rows * layers * kept),
+            again: floats(rows * (layers * config.hidden_size + 2 * kept)),
             logits: floats(rows.min(LOGIT_ROWS) * config.vocab),
-            adapter: floats(4 * layers * adapter),
+            adapter: floats(4 * adapter),
             rows,
         }
     }
 
-    fn total(&self) -> u64 {
-        (self.weights + self.rounded + self.activations + self.logits + self.adapter) * 11 / 10
+    /// Returns how many bytes all activations take, kept or made again.
+    pub fn activations(&self, activations: Activations) -> u64 {
+        match activations {
+            Activations::Kept => self.kept,
+            Activations::Again => self.again,
+        }
     }
 
-    /// Refuses a run that does not fit into the operator's budget. Without one, a run that may not fit into what is free is
-    /// only warned of: what this process keeps for itself counts as taken, so that it may fit after all.
-    pub(super) fn expect_room(&self, budget_mib: u64, free: Option<u64>) -> Result<(), TuneError> {
-        if budget_mib > 0 {
-            let problem = self.problem(self.total(), budget_mib << 20, "tuning.memory_mib");
-            return problem.map_or(Ok(()), |problem| Err(TuneError::Memory(problem)));
+    /// Returns the bytes of the model as it is held, of its rounded copies, of logits, and of the adapter with its optimizer.
+    pub fn parts(&self) -> [u64; 4] {
+        [self.weights, self.rounded, self.logits, self.adapter]
+    }
+
+    /// Returns the bytes of all, and a tenth more.
+    pub fn total(&self, activations: Activations) -> u64 {
+        (self.weights + self.rounded + self.activations(activations) + self.logits + self.adapter) * 11 / 10
+    }
+
+    /// Returns what becomes of activations, and refuses a run that does not fit into the operator's budget. Without one, a run
+    /// that may not fit into what is free is only warned of: what this process keeps for itself counts as taken, so that it may
+    /// fit after all.
+    pub(super) fn decide(&self, keep: Keep, budget_mib: u64, free: Option<u64>) -> Result<Activations, TuneError> {
+        let problem = |activations: Activations| match (budget_mib, free) {
+            (0, None) => None,
+            (0, Some(free)) => self.problem(activations, self.total(activations) - self.weights, free, "free"),
+            (budget, _) => self.problem(activations, self.total(activations), budget << 20, "tuning.memory_mib"),
+        };
+        let activations = match keep {
+            Keep::Keep => Activations::Kept,
+            Keep::Recompute => Activations::Again,
+            Keep::Auto if problem(Activations::Kept).is_some() => Activations::Again,
+            Keep::Auto => Activations::Kept,
+        };
+        match problem(activations) {
+            Some(problem) if budget_mib > 0 => return Err(TuneError::Memory(problem)),
+            Some(problem) => tracing::warn!("{problem}"),
+            None => (),
         }
-        if let Some(problem) = free.and_then(|free| self.problem(self.total() - self.weights, free, "free")) {
-            tracing::warn!("{problem}");
-        }
-        Ok(())
+        Ok(activations)
     }
 
     /// Says what is needed, part by part, and what can be done, where there is less room.
-    fn problem(&self, needed: u64, room: u64, what: &str) -> Option<String> {
+    fn problem(&self, activations: Activations, needed: u64, room: u64, what: &str) -> Option<String> {
         if needed <= room {
             return None;
         }
         let mib = |bytes: u64| bytes >> 20;
-        let Estimate { weights, rounded, activations, logits, adapter, rows } = *self;
+        let Estimate { weights, rounded, logits, adapter, rows, .. } = *self;
+        let how = match activations {
+            Activations::Kept => "set tuning.activations to auto, ",
+            Activations::Again => "",
+        };
         Some(format!(
             "training needs about {} MiB and there are {} ({what}): weights {}, rounded copies {}, activations of {rows} rows {}, \
-             logits {}, adapter {}; lower tuning.batch_tokens or tuning.rank, set tuning.precision to f32, or give it more",
+             logits {}, adapter {}; {how}lower tuning.batch_tokens or tuning.rank, set tuning.precision to f32, or give it more",
             mib(needed),
             mib(room),
             mib(weights),
             mib(rounded),
-            mib(activations),
+            mib(self.activations(activations)),
             mib(logits),
             mib(adapter)
         ))
     }
+}
+
+/// Returns how many weights the matrices of a model have.
+pub fn weights(config: &ModelConfig) -> u64 {
+    let table = config.vocab * config.hidden_size;
+    let tables = if config.tied { table } else { 2 * table };
+    (config.layers.len() * linears(config) + tables) as u64
+}
+
+/// Returns how many weights the linear layers of one layer have.
+fn linears(config: &ModelConfig) -> usize {
+    Linear::ALL.iter().map(|linear| product(linear.shape(config))).sum()
+}
+
+/// Returns how many numbers all matrices of an adapter hold.
+fn adapter_values(config: &ModelConfig, lora: &LoraSpec) -> usize {
+    let modules = Module::targeted(config, &lora.targets);
+    let pairs = (0..config.layers.len()).flat_map(|layer| modules.iter().map(move |module| (layer, module)));
+    let values = |(layer, module): (usize, &Module)| {
+        let rank = lora.rank_of(&module.path(layer));
+        [Factor::A, Factor::B]
+            .map(|factor| module.shape(config, factor, rank))
+            .iter()
+            .map(|[a, b]| a * b)
+            .sum::<usize>()
+    };
+    pairs.map(values).sum()
 }
 
 fn product((a, b): (usize, usize)) -> usize {
@@ -140,7 +197,7 @@ mod tests {
 
     fn estimate(rows: usize, precision: Precision) -> Estimate {
         let settings = Settings { batch_tokens: 8, precision, ..Settings::default() };
-        Estimate::new(&smollm2(), &settings, rows)
+        Estimate::new(&smollm2(), &settings, rows, precision.form(), 4 * weights(&smollm2()))
     }
 
     /// The largest resident sets of `make bench-engine`'s steps, in KiB.
@@ -152,7 +209,7 @@ mod tests {
             (568, Precision::Int16, 1_804_700),
             (1016, Precision::Int16, 2_095_040),
         ] {
-            let ratio = (measured << 10) as f64 / estimate(rows, precision).total() as f64;
+            let ratio = (measured << 10) as f64 / estimate(rows, precision).total(Activations::Kept) as f64;
             assert!((0.9..1.1).contains(&ratio), "{rows} rows, {precision:?}: {ratio}");
         }
     }
@@ -160,17 +217,35 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_with_its_parts_and_the_remedy() {
         let estimate = estimate(568, Precision::F32);
-        let total = estimate.total();
-        let refused = |budget: u64, free: Option<u64>| estimate.expect_room(budget, free).map_err(|e| e.to_string());
-        assert_eq!((refused(0, None), refused(0, Some(0))), (Ok(()), Ok(())), "warned of");
-        assert_eq!(refused((total >> 20) + 1, Some(0)), Ok(()), "the operator's word holds");
-        let error = refused(1000, None).unwrap_err();
-        for words in ["1000 (tuning.memory_mib)", "activations of 568 rows 411", "lower tuning.batch_tokens"] {
+        let total = estimate.total(Activations::Kept);
+        let kept =
+            |budget: u64, free: Option<u64>| estimate.decide(Keep::Keep, budget, free).map_err(|e| e.to_string());
+        assert_eq!((kept(0, None), kept(0, Some(0))), (Ok(Activations::Kept), Ok(Activations::Kept)), "warned of");
+        assert_eq!(kept((total >> 20) + 1, Some(0)), Ok(Activations::Kept), "the operator's word holds");
+        let error = kept(1000, None).unwrap_err();
+        for words in ["1000 (tuning.memory_mib)", "activations of 568 rows 411", "set tuning.activations to auto"] {
             assert!(error.contains(words), "{error}");
         }
         let needed = total - estimate.weights;
-        assert_eq!(estimate.problem(needed, needed, "free"), None);
-        assert!(estimate.problem(needed, needed - 1, "free").is_some_and(|problem| problem.contains("(free)")));
+        let problem = |room: u64| estimate.problem(Activations::Kept, needed, room, "free");
+        assert_eq!(problem(needed), None);
+        assert!(problem(needed - 1).is_some_and(|problem| problem.contains("(free)")));
+    }
+
+    #[test]
+    fn activations_are_made_again_where_keeping_them_would_not_fit() {
+        let estimate = estimate(568, Precision::F32);
+        let decide = |keep, budget, free| estimate.decide(keep, budget, free).map_err(|e| e.to_string());
+        let [kept, again] = [Activations::Kept, Activations::Again].map(|activations| estimate.total(activations));
+        assert!(again + (300 << 20) < kept, "{again} {kept}");
+        assert_eq!(decide(Keep::Auto, (kept >> 20) + 1, None), Ok(Activations::Kept));
+        assert_eq!(decide(Keep::Auto, kept >> 20, None), Ok(Activations::Again));
+        assert_eq!(decide(Keep::Recompute, 0, Some(u64::MAX)), Ok(Activations::Again));
+        let free = kept - estimate.weights;
+        assert_eq!(decide(Keep::Auto, 0, Some(free)), Ok(Activations::Kept));
+        assert_eq!(decide(Keep::Auto, 0, Some(free - 1)), Ok(Activations::Again));
+        let error = decide(Keep::Auto, (again >> 20) - 1, None).unwrap_err();
+        assert!(error.contains("activations of 568 rows 64") && !error.contains("tuning.activations"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub mod checkpoint;
 mod command;
 mod known;
 pub mod losses;
-mod memory;
+pub mod memory;
 pub mod optimizer;
 mod program;
 pub mod settings;
@@ -119,7 +119,9 @@ impl Outcome {
 pub enum TuneError {
     #[error("tuning.{0}")]
     Settings(String),
-    #[error("rank {rank} is above the width {width} of {layer}; set tuning.rank to {width} or less")]
+    #[error(
+        "rank {rank} is above the width {width} of {layer}; set tuning.rank, or tuning.rank_pattern for it, to {width} or less"
+    )]
     Rank { rank: usize, width: usize, layer: &'static str },
     #[error("sample {index} (group {group}): {problem}; {remedy}")]
     Sample { index: usize, group: String, problem: String, remedy: &'static str },
@@ -159,6 +161,13 @@ pub enum TuneError {
     File(#[from] FileError),
 }
 
+impl<'a> Frozen<'a> {
+    /// Borrows what tuning needs of a loaded model.
+    pub fn of(model: &'a Model) -> Self {
+        Frozen { config: model.config(), weights: model.weights(), identity: model.identity() }
+    }
+}
+
 impl TuneError {
     /// Returns true where the samples were usable but none is better than its siblings: an ordinary outcome of a night.
     pub fn is_nothing_to_learn(&self) -> bool {
@@ -193,8 +202,8 @@ pub struct Frozen<'a> {
 
 /// Trains an adapter on scored samples and writes it to `out/adapter` as a PEFT folder, `out/outcome.json` last.
 ///
-/// `start` is the `out` folder of the iteration before, whose matrices and moments this one continues; without it the
-/// adapter starts from no change. A run that was killed goes on from `out/checkpoint`; one that is finished returns
+/// `start` is the `out` folder of the iteration before, whose matrices and moments this one continues, or a PEFT folder, whose
+/// matrices it does; without it the adapter starts from no change. A run that was killed goes on from `out/checkpoint`; one that is finished returns
 /// its outcome at once.
 pub fn tune(
     model: &Model,
@@ -208,8 +217,7 @@ pub fn tune(
     if !settings.command.is_empty() {
         return command::tune(model, samples, start, settings, seed, out, progress);
     }
-    let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
-    tune_frozen(frozen, samples, start, settings, seed, out, progress)
+    tune_frozen(Frozen::of(model), samples, start, settings, seed, out, progress)
 }
 
 /// Does what [`tune`] does, for weights that come without a tokenizer.
@@ -224,8 +232,8 @@ pub fn tune_frozen(
 ) -> Result<Outcome, TuneError> {
     check(settings, frozen.config)?;
     let selection = batches::select(samples, settings, frozen.config)?;
-    let start = start.map(|before| Checkpoint::load(&before.join(CHECKPOINT))).transpose()?;
-    let origin = Origin::new(frozen.identity, settings, seed, samples, start.as_ref())?;
+    let start = start.map(|before| Checkpoint::load_start(before, frozen)).transpose()?;
+    let origin = Origin::new(frozen, settings, seed, samples, start.as_ref())?;
     let folder = out.join(CHECKPOINT);
     let resumed = Checkpoint::load_if_there(&folder)?;
     if let Some(resumed) = &resumed {
@@ -235,11 +243,14 @@ pub fn tune_frozen(
         }
     }
     let longest = selection.groups.iter().map(|group| group.prompt.len()).max().unwrap_or_default() + selection.longest;
-    memory::Estimate::new(frozen.config, settings, longest).expect_room(settings.memory_mib, memory::free())?;
+    let form = settings.precision.form_of_training(frozen.weights.hold());
+    let held = frozen.weights.bytes(frozen.config);
+    let estimate = memory::Estimate::new(frozen.config, settings, longest, form, held);
+    let activations = estimate.decide(settings.activations, settings.memory_mib, memory::free())?;
     durable::create_folder(&folder)?;
-    let form = settings.precision.form();
-    tracing::info!(method = %settings.method, ?form, "training");
-    let base = Base::new(frozen.config, frozen.weights, form)?;
+    tracing::info!(method = %settings.method, ?form, ?activations, "training");
+    let mut base = Base::new(frozen.config, frozen.weights, form)?;
+    base.activations = activations;
     let mut run = Run::new(base, settings, &selection, origin, &folder, seed, resumed, start)?;
     run.train(progress)?;
     durable::write_json_lines(&out.join(STEPS), run.logs())?;
@@ -267,16 +278,34 @@ fn finished(out: &Path) -> Result<Option<Outcome>, TuneError> {
 fn check(settings: &Settings, config: &ModelConfig) -> Result<(), TuneError> {
     settings.validate().map_err(TuneError::Settings)?;
     Module::check_targets(config, &settings.targets)?;
-    for linear in settings.lora().targets {
-        let (ins, outs) = linear.shape(config);
-        let width = ins.min(outs);
-        if settings.rank > width {
-            return Err(TuneError::Rank { rank: settings.rank, width, layer: linear.peft_name() });
+    let lora = settings.lora();
+    let paths = lora.paths(config);
+    for (key, idle) in
+        [("rank_pattern", lora.rank_pattern.idle(&paths)), ("alpha_pattern", lora.alpha_pattern.idle(&paths))]
+    {
+        if let Some(pattern) = idle {
+            let example = paths.first().map_or("", String::as_str);
+            return Err(TuneError::Settings(format!(
+                "{key} {pattern:?} matches no layer that is adapted; give the end of a path such as {example}, or take it out"
+            )));
+        }
+    }
+    let modules = Module::targeted(config, &lora.targets);
+    for (path, module) in paths.iter().zip(modules.iter().cycle()) {
+        let rank = lora.rank_of(path);
+        for linear in module.parts {
+            let (ins, outs) = linear.shape(config);
+            let width = ins.min(outs);
+            if rank > width {
+                return Err(TuneError::Rank { rank, width, layer: linear.peft_name() });
+            }
         }
     }
     Ok(())
 }
 
+#[cfg(test)]
+mod lora_tests;
 #[cfg(test)]
 mod method_tests;
 #[cfg(test)]

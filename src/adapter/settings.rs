@@ -1,9 +1,24 @@
 //! What an operator sets about tuning.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::losses::Method;
-use crate::engine::{Linear, LoraSpec, Precision};
+use crate::engine::{Linear, LoraSpec, Patterns, Precision};
+
+/// What becomes of activations between the forward and the backward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Keep {
+    /// `recompute` where keeping all would not fit into `memory_mib`, or without a limit into what is free; else `keep`.
+    #[default]
+    Auto,
+    /// All that the way back reads.
+    Keep,
+    /// The input of each layer.
+    Recompute,
+}
 
 /// How an adapter is trained from scored samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -43,6 +58,14 @@ pub struct Settings {
     /// Linear layers that are adapted: any of q, k, v, o, gate, up, down. Phi-3 keeps q, k and v in one matrix, and gate and
     /// up: name all of one or none.
     pub targets: Vec<Linear>,
+    /// Ranks of layers that have another one, by PEFT's patterns of module paths: `"down_proj" = 32` is every layer's,
+    /// `"layers.0.self_attn.q_proj" = 4` one. Patterns are regular expressions for the end of a path, tried in alphabetical order.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Alphas of layers that have another one, likewise.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Share of the adapter's inputs that a step leaves out, others each time (LoRA dropout). In [0, 1); 0 for methods whose
+    /// ratios to the sampler it would blur (policy gradients, `oapl`, `rebel`).
+    pub dropout: f64,
     /// Learning rate after the warm-up; it then falls linearly to 0. Above 0.
     pub learning_rate: f64,
     /// Optimizer steps of linear warm-up, in each iteration.
@@ -58,6 +81,9 @@ pub struct Settings {
     /// Rows (tokens) that one forward and backward pass holds; a step with more is split, with the same result.
     /// Memory grows by about 0.7 MB per row for a model of 135M parameters. At least 1.
     pub batch_tokens: usize,
+    /// What a pass keeps of its activations for the way back: all, or what they can be made from again, to the same bits, in a tenth
+    /// of the memory and a third more time.
+    pub activations: Keep,
     /// Memory that training may take, in MiB, the model included; what would take more is refused before it starts. 0 = no
     /// limit; what may not fit into the free memory of the machine and the control group is warned of.
     pub memory_mib: u64,
@@ -89,6 +115,9 @@ impl Default for Settings {
             alpha: 32.0,
             use_rslora: false,
             targets: Linear::ALL.to_vec(),
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            dropout: 0.0,
             learning_rate: 2e-4,
             warmup_steps: 5,
             weight_decay: 0.0,
@@ -96,6 +125,7 @@ impl Default for Settings {
             epochs: 2,
             batch_samples: 8,
             batch_tokens: 1024,
+            activations: Keep::Auto,
             memory_mib: 0,
             best_per_prompt: 2,
             min_reward: 0.0,
@@ -110,7 +140,15 @@ impl Settings {
     /// Returns the shape of the adapter that these settings train.
     pub fn lora(&self) -> LoraSpec {
         let targets = Linear::ALL.into_iter().filter(|linear| self.targets.contains(linear)).collect();
-        LoraSpec { rank: self.rank, alpha: self.alpha, targets, use_rslora: self.use_rslora }
+        LoraSpec {
+            rank: self.rank,
+            alpha: self.alpha,
+            targets,
+            use_rslora: self.use_rslora,
+            rank_pattern: Patterns::from(&self.rank_pattern),
+            alpha_pattern: Patterns::from(&self.alpha_pattern),
+            dropout: self.dropout,
+        }
     }
 
     /// Refuses values that cannot work, naming the key, the value and the remedy.
@@ -163,6 +201,37 @@ impl Settings {
         if self.targets.is_empty() {
             return Err("targets is empty; name at least one of q, k, v, o, gate, up, down".to_string());
         }
+        self.validate_lora()
+    }
+
+    fn validate_lora(&self) -> Result<(), String> {
+        if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, rank)| **rank == 0) {
+            return Err(format!("rank_pattern {pattern:?} is 0; set it to 1 or more"));
+        }
+        if let Some((pattern, alpha)) =
+            self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite() || **alpha <= 0.0)
+        {
+            return Err(format!("alpha_pattern {pattern:?} is {alpha}; set it to a number above 0"));
+        }
+        let lora = self.lora();
+        for (key, broken) in
+            [("rank_pattern", lora.rank_pattern.broken()), ("alpha_pattern", lora.alpha_pattern.broken())]
+        {
+            if let Some((pattern, problem)) = broken {
+                return Err(format!(
+                    "{key} {pattern:?} cannot be read ({problem}); give a path's end, or a regular expression without look-around"
+                ));
+            }
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(format!("dropout is {}; it is a share, so set it from 0 to below 1", self.dropout));
+        }
+        if self.dropout > 0.0 && self.method.needs_old() {
+            return Err(format!(
+                "dropout is {}, which would make the ratios of {} noise; set it to 0, or method to raft or dpo",
+                self.dropout, self.method
+            ));
+        }
         Ok(())
     }
 }
@@ -175,7 +244,14 @@ mod tests {
     fn the_defaults_are_valid_and_each_bound_bites() {
         assert_eq!(Settings::default().validate(), Ok(()));
         type Breaking = fn(&mut Settings);
-        let broken: [(&str, Breaking); 11] = [
+        let broken: [(&str, Breaking); 16] = [
+            ("dropout is 1", |s| s.dropout = 1.0),
+            ("dropout is 0.1, which would make the ratios of grpo noise", |s| {
+                (s.dropout, s.method) = (0.1, Method::Grpo)
+            }),
+            ("rank_pattern \"q_proj\" is 0", |s| s.rank_pattern = [("q_proj".into(), 0)].into()),
+            ("alpha_pattern \"q_proj\" is -1", |s| s.alpha_pattern = [("q_proj".into(), -1.0)].into()),
+            ("rank_pattern \"(\" cannot be read", |s| s.rank_pattern = [("(".into(), 1)].into()),
             ("beta is -0.1", |s| s.beta = -0.1),
             ("clip_low is 1", |s| s.clip_low = 1.0),
             ("max_sampler_gap is 0", |s| s.max_sampler_gap = 0.0),

@@ -12,8 +12,8 @@ use super::losses::{Batch, Loss, Member, drift};
 use super::optimizer::{AdamW, clip, learning_rate};
 use super::{Mismatch, Outcome, Settings, StepLog, TuneError, known};
 use crate::crash;
-use crate::engine::train::{Base, LoraMatrices};
-use crate::progress::{self, Progress};
+use crate::engine::train::{Base, DropoutSeeds, GroupTokens, LoraMatrices};
+use crate::progress::{self, Measure, Progress};
 use crate::record::derive_seed;
 
 /// A run under way.
@@ -27,6 +27,7 @@ pub(super) struct Run<'a> {
     steps: Vec<Step>,
     lora: LoraMatrices,
     adam: AdamW,
+    seed: u64,
     logs: Vec<StepLog>,
     /// By the index of the chosen sample.
     known: Known,
@@ -74,7 +75,7 @@ impl<'a> Run<'a> {
         let (logs, known) = resumed.map_or_else(Default::default, |r| (r.steps, r.known));
         let loss = Loss::new(settings);
         let mismatch = None;
-        Ok(Run { base, settings, loss, selection, origin, folder, steps, lora, adam, logs, known, mismatch })
+        Ok(Run { base, settings, loss, selection, origin, folder, steps, lora, adam, seed, logs, known, mismatch })
     }
 
     /// Trains to the end of the plan, leaving a checkpoint of the last step.
@@ -87,7 +88,7 @@ impl<'a> Run<'a> {
         let left = self.steps[self.logs.len().min(self.steps.len())..].iter().map(tokens).sum();
         let mut report = progress.step("tuning", left, "tokens");
         while self.logs.len() < self.steps.len() {
-            self.step(&mut report)?;
+            self.step(&mut report, progress)?;
             if self.logs.len().is_multiple_of(self.settings.checkpoint_steps) || self.logs.len() == self.steps.len() {
                 self.save()?;
                 crash::at("adapter-checkpoint");
@@ -96,7 +97,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn step(&mut self, report: &mut progress::Step) -> Result<(), TuneError> {
+    fn step(&mut self, report: &mut progress::Step, progress: &Progress) -> Result<(), TuneError> {
         let began = Instant::now();
         let index = self.logs.len();
         let step = self.steps[index].clone();
@@ -124,9 +125,26 @@ impl<'a> Run<'a> {
         self.adam.update(&mut self.lora.values, &sums.gradients, rate, self.settings.weight_decay);
         let speed = log.tokens as f64 / began.elapsed().as_secs_f64();
         let (step, total, loss, kl) = (log.step, self.steps.len(), log.loss, log.kl_sample);
+        progress.measured(&self.measure(&log));
         report.advance(log.tokens as u64, format!("step {step}/{total}, loss {loss:.4}, KL {kl:.4}, {speed:.0} tok/s"));
         self.logs.push(log);
         Ok(())
+    }
+
+    /// Returns what metrics show of a step.
+    fn measure(&self, log: &StepLog) -> Measure {
+        Measure::Step {
+            tokens: log.tokens as u64,
+            samples: log.samples as u64,
+            loss: log.loss,
+            kl: log.kl_sample,
+            entropy: log.entropy,
+            ratio: log.ratio,
+            clipped: log.clipped,
+            grad_norm: log.grad_norm,
+            learning_rate: log.learning_rate,
+            effective: self.mismatch.map_or(1.0, |mismatch| mismatch.effective),
+        }
     }
 
     /// Runs the forward and backward passes of a step.
@@ -150,7 +168,8 @@ impl<'a> Run<'a> {
         let is_cut =
             |part: &&Part| self.groups(step).any(|group| (1..group.samples.len()).contains(&within(part, group)));
         for part in parts.iter().filter(is_cut) {
-            let pass = self.base.forward(&self.lora, &part.groups)?;
+            let dropout = self.dropout(step, part);
+            let pass = self.base.forward_dropping(&self.lora, &part.groups, dropout.as_ref())?;
             ahead.extend(part.split(pass.logprobs()).map(|(sample, own)| (sample.index, own.to_vec())));
         }
         Ok(ahead)
@@ -164,7 +183,8 @@ impl<'a> Run<'a> {
         ahead: &Ahead,
         sums: &mut Sums,
     ) -> Result<(), TuneError> {
-        let pass = self.base.forward(&self.lora, &part.groups)?;
+        let dropout = self.dropout(step, part);
+        let pass = self.base.forward_dropping(&self.lora, &part.groups, dropout.as_ref())?;
         let here: HashMap<usize, &[f32]> = part.split(pass.logprobs()).map(|(s, own)| (s.index, own)).collect();
         let mut slopes: HashMap<usize, Vec<f32>> = HashMap::new();
         for group in self.groups(step).filter(|group| group.samples.iter().any(|s| here.contains_key(&s.index))) {
@@ -186,6 +206,25 @@ impl<'a> Run<'a> {
         sums.entropy += pass.entropies().iter().map(|e| f64::from(*e)).sum::<f64>();
         sums.tokens += slopes.len();
         Ok(pass.backward(&slopes, &mut sums.gradients)?)
+    }
+
+    /// Returns what this step leaves out of a part. The prompt of a group that was cut meets the same in each of its parts.
+    fn dropout(&self, step: &Step, part: &Part) -> Option<DropoutSeeds> {
+        let rate = self.lora.spec.dropout as f32;
+        if rate == 0.0 {
+            return None;
+        }
+        let now = self.logs.len().to_string();
+        let seed = |kind: &str, sample: usize| derive_seed(self.seed, &["dropout", &now, kind, &sample.to_string()]);
+        let first =
+            |index: usize| self.groups(step).find(|group| group.holds(index)).map_or(index, |g| g.samples[0].index);
+        let mut samples = part.samples.iter().map(|sample| sample.index);
+        let group = |tokens: &GroupTokens| {
+            let own: Vec<usize> = samples.by_ref().take(tokens.completions.len()).collect();
+            let prompt = own.first().map_or(0, |sample| seed("prompt", first(*sample)));
+            (prompt, own.into_iter().map(|sample| seed("sample", sample)).collect())
+        };
+        Some(DropoutSeeds { rate, groups: part.groups.iter().map(group).collect() })
     }
 
     fn member<'m>(&'m self, sample: &'m Chosen, policy: &'m [f32]) -> Member<'m> {

@@ -105,7 +105,7 @@ pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
         allow_drift: args.allow_drift,
         ..Default::default()
     };
-    let night = block_on(daemon::night(&config, &launch))??;
+    let night = block_on(daemon::night(&config, &launch, &|_| ()))??;
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&serde_json::json!({ "verdict": night.verdict, "promoted": night.promoted }))?,
@@ -125,7 +125,7 @@ pub(super) fn run_worker(global: &Global, args: &RoundWorker, screen: &Screen) -
     child::end_with_parent();
     let config = global.load()?.config;
     let options = Options { control: args.control, resume: args.resume, allow_drift: args.allow_drift };
-    let verdict = round::run(&config, &options, &screen.progress())?;
+    let verdict = round::run(&config, &options, &child::telling(&screen.progress()))?;
     Ok(exit_of(&verdict.outcome))
 }
 

@@ -12,6 +12,7 @@ mod config;
 mod daemon;
 mod dataset;
 mod engine;
+mod estimate;
 mod eval;
 mod gate;
 mod ingest;
@@ -93,6 +94,7 @@ pub enum Command {
     Logprobs(engine::Logprobs),
     Score(score::Score),
     Tune(tune::Tune),
+    Estimate(estimate::Estimate),
     Eval(eval::Eval),
     /// The gate's evidence alone, or a trial in words.
     #[command(subcommand)]
@@ -146,6 +148,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Logprobs(args) => engine::run_logprobs(args, screen),
         Command::Score(args) => score::run(global, args),
         Command::Tune(args) => tune::run(global, args, screen),
+        Command::Estimate(args) => estimate::run(global, args),
         Command::Eval(args) => eval::run(global, args, screen),
         Command::Gate(command) => gate::run(global, command),
         Command::Adapters(command) => adapters::run(global, command),

@@ -27,8 +27,8 @@ pub struct Tune {
     /// Where the checkpoint, the log of steps and the adapter go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// The `--out` of an earlier run on the same model: its adapter is continued, with its optimizer. Without it a fresh
-    /// adapter is trained.
+    /// The `--out` of an earlier run on the same model: its adapter is continued, with its optimizer. Or the folder of any PEFT
+    /// adapter of the model, with the LoRA settings of the config. Without it a fresh adapter is trained.
     #[arg(long, value_name = "DIR")]
     start: Option<PathBuf>,
     /// Changes the order of the samples and the adapter's first values.
@@ -73,7 +73,7 @@ impl ScoredLine {
 pub(super) fn run(global: &Global, args: &Tune, screen: &Screen) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let lines: Vec<ScoredLine> = args.input.read_all()?;
-    let model = Model::load(&args.model)?;
+    let model = Model::load_held(&args.model, config.model.hold)?;
     let sample = |(index, line): (usize, ScoredLine)| line.sample(&model, index);
     let samples: Vec<Sample> = lines.into_iter().enumerate().map(sample).collect::<anyhow::Result<_>>()?;
     let (start, progress) = (args.start.as_deref(), screen.progress());

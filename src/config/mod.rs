@@ -20,6 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::engine::Hold;
 use crate::rewards::Scorer;
 use crate::table::{TableError, TableLocation, Tables};
 
@@ -178,11 +179,13 @@ impl StateSettings {
 pub struct ModelSettings {
     /// A folder in Hugging Face layout, a .gguf file, or a hub id with an optional revision ("org/name@revision").
     pub path: String,
+    /// How its large matrices are held in memory. The numbers are the same.
+    pub hold: Hold,
 }
 
 impl Default for ModelSettings {
     fn default() -> Self {
-        ModelSettings { path: "HuggingFaceTB/SmolLM2-135M-Instruct".into() }
+        ModelSettings { path: "HuggingFaceTB/SmolLM2-135M-Instruct".into(), hold: Hold::F32 }
     }
 }
 

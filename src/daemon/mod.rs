@@ -24,6 +24,7 @@ use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
 use crate::metrics::{Metrics, Part, RoundOutcome};
+use crate::progress::Measure;
 use crate::registry::{Promotion, Registry};
 use crate::round::{self, Outcome, Paths, Verdict};
 use crate::schedule::Schedule;
@@ -83,11 +84,16 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     }
 }
 
-/// Runs one night as the schedule does: the round in its child process, then the promotion it earned.
-pub async fn night(config: &Config, launch: &round::child::Launch) -> Result<Night> {
+/// Runs one night as the schedule does: the round in its child process, then the promotion it earned. `measured` gets the
+/// numbers for metrics that the child tells meanwhile.
+pub async fn night(
+    config: &Config,
+    launch: &round::child::Launch,
+    measured: &(dyn Fn(&Measure) + Sync),
+) -> Result<Night> {
     let paths = Paths::new(&config.state.dir);
     let before = round::book::newest_verdict(&paths)?.map(|v| v.round);
-    let status = round::child::run(launch).await?;
+    let status = round::child::run(launch, measured).await?;
     let verdict = round::book::newest_verdict(&paths)?.filter(|v| Some(&v.round) != before.as_ref());
     let verdict = verdict.with_context(|| format!("the round's process ended without a verdict ({status})"))?;
     let promoted = match (&verdict.outcome, config.registry.promotion) {
@@ -114,8 +120,8 @@ pub struct Night {
 
 /// Loads the base model off the async threads.
 pub async fn load_model(config: &Config) -> Result<Model> {
-    let path = config.model.path.clone();
-    Ok(tokio::task::spawn_blocking(move || Model::load(&path)).await??)
+    let (path, hold) = (config.model.path.clone(), config.model.hold);
+    Ok(tokio::task::spawn_blocking(move || Model::load_held(&path, hold)).await??)
 }
 
 /// Waits for each due time and runs a night while this process owns the lease; a failure is logged, shown, and over with: the next night tries again.
@@ -148,8 +154,9 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
         last_start = Some(Utc::now());
         daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
         let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
+        let measured = |measure: &Measure| watch::measure(&daemon.metrics, measure);
         let result = tokio::select! {
-            result = night(&daemon.config, &launch) => result,
+            result = night(&daemon.config, &launch, &measured) => result,
             () = owner.lost() => {
                 tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
                 settled = false;

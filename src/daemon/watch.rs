@@ -14,6 +14,7 @@ use super::TURN;
 use crate::health::Health;
 use crate::ingest::Counters;
 use crate::metrics::{Commit, Metrics, Reason, Stage};
+use crate::progress::Measure;
 use crate::round::Verdict;
 
 /// How often counts become metrics, and how often the watchdog is fed.
@@ -86,6 +87,29 @@ fn raise(counter: &IntCounter, total: u64) {
     counter.inc_by(total.saturating_sub(counter.get()));
 }
 
+/// Shows what a round's process tells while it runs.
+pub(super) fn measure(metrics: &Metrics, measure: &Measure) {
+    let m = &metrics.training;
+    match *measure {
+        Measure::Step { tokens, samples, loss, kl, entropy, ratio, clipped, grad_norm, learning_rate, effective } => {
+            m.steps.inc();
+            m.tokens.inc_by(tokens);
+            m.length.set(tokens as f64 / samples.max(1) as f64);
+            let gauges = [
+                (&m.loss, loss),
+                (&m.kl, kl),
+                (&m.entropy, entropy),
+                (&m.ratio, ratio),
+                (&m.clipped, clipped),
+                (&m.gradient, grad_norm),
+                (&m.learning_rate, learning_rate),
+                (&m.effective, effective),
+            ];
+            gauges.into_iter().for_each(|(gauge, value)| gauge.set(f64::from(value)));
+        }
+    }
+}
+
 /// Shows the stages of a finished round.
 pub(super) fn measure_round(metrics: &Metrics, verdict: &Verdict) {
     let mut seconds: BTreeMap<&'static str, (Stage, f64)> = BTreeMap::new();
@@ -113,5 +137,44 @@ pub(super) fn stopping() {
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_of_training_is_shown_number_by_number() {
+        let metrics = Metrics::new().unwrap();
+        let step = |loss| Measure::Step {
+            tokens: 30,
+            samples: 4,
+            loss,
+            kl: 0.25,
+            entropy: 1.5,
+            ratio: 1.125,
+            clipped: 0.0625,
+            grad_norm: 3.0,
+            learning_rate: 0.5,
+            effective: 0.75,
+        };
+        [step(2.0), step(1.0)].iter().for_each(|step| measure(&metrics, step));
+        let text = metrics.render().unwrap();
+        for line in [
+            "steps_total 2",
+            "tokens_total 60",
+            "loss_nats 1",
+            "kl_nats 0.25",
+            "entropy_nats 1.5",
+            "policy_ratio 1.125",
+            "clipped_ratio 0.0625",
+            "gradient_norm 3",
+            "learning_rate 0.5",
+            "effective_sample_ratio 0.75",
+            "answer_tokens 7.5",
+        ] {
+            assert!(text.contains(&format!("\ntaod_training_{line}\n")), "{line} is not in {text}");
+        }
     }
 }

@@ -88,7 +88,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
 
     let launch =
         round::child::Launch { config: Some(config_file.clone()), control: options.control, ..Default::default() };
-    let status = round::child::run(&launch).await?;
+    let status = round::child::run(&launch, &|_| ()).await?;
     let Some(verdict) = round::book::newest_verdict(&paths)? else {
         bail!("the round's process ended without a verdict ({status}); its messages stand above");
     };

@@ -3,13 +3,13 @@
 //! A forward pass takes *runs*: pieces of several sequences, one token long in decoding and a prompt long in prefill,
 //! and multiplies all their rows by each weight matrix at once. Only attention looks at which row belongs to which.
 
-use candle_core::{CpuStorage, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::attention::View;
 use super::cache::{Cache, Pool, Shape};
 use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
+use super::held::Held;
 use super::lora::{Adapter, Linear, LoraPair};
 use super::low_rank::{LoraPack, Part, Site, add_low_rank, parts};
 use super::math;
@@ -65,22 +65,15 @@ struct Row {
     offset: usize,
 }
 
-/// The `[vocab, hidden]` embedding as the model holds it: f32, on the CPU, row-major.
-struct Embedding(Tensor);
+/// The `[vocab, hidden]` embedding as the model holds it.
+struct Embedding(Held);
 
 impl Embedding {
-    fn new(weight: &Tensor) -> Result<Self, EngineError> {
-        let weight = weight.to_dtype(candle_core::DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
-        Ok(Embedding(weight))
-    }
-
-    /// Copies the row of each token.
-    fn read<'a>(&self, tokens: impl Iterator<Item = &'a u32>, hidden: usize, x: &mut [f32]) {
-        let (storage, layout) = self.0.storage_and_layout();
-        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else { unreachable!("made so by Embedding::new") };
-        let values = &values[layout.start_offset()..];
-        for (x, token) in x.chunks_exact_mut(hidden).zip(tokens) {
-            x.copy_from_slice(&values[*token as usize * hidden..][..hidden]);
+    /// Copies the row of each token, which is in the vocabulary: every entrance checks it.
+    fn read<'a>(&self, tokens: impl Iterator<Item = &'a u32>, x: &mut [f32]) {
+        match self.0.gather(tokens.map(|token| *token as usize)) {
+            Ok(rows) => x.copy_from_slice(&rows),
+            Err(_) => x.fill(f32::NAN),
         }
     }
 }
@@ -105,10 +98,10 @@ impl Decoder {
         let layers = weights.layers.par_iter().enumerate().map(layer).collect::<Result<_, EngineError>>()?;
         Ok(Decoder {
             config: config.clone(),
-            embed: Embedding::new(&weights.embed)?,
+            embed: Embedding(weights.embed.clone()),
             layers,
             norm: flat(&weights.norm)?,
-            head: Matrix::new(form, &[&weights.lm_head])?,
+            head: Matrix::new(form, std::slice::from_ref(&weights.lm_head))?,
             ropes: ropes.iter().map(tables).collect::<Result<_, _>>()?,
         })
     }
@@ -134,7 +127,7 @@ impl Decoder {
             run.cache.reserve(run.tokens.len(), pool);
         }
         let mut x = vec![0.0; rows.len() * hidden];
-        self.embed.read(runs.iter().flat_map(|r| r.tokens), hidden, &mut x);
+        self.embed.read(runs.iter().flat_map(|r| r.tokens), &mut x);
         if let Some(scale) = self.config.embedding_scale {
             x.iter_mut().for_each(|x| *x *= scale);
         }
@@ -306,10 +299,10 @@ impl Layer {
         form: WeightForm,
         pair: impl Fn(Linear) -> Option<&'a LoraPair>,
     ) -> Result<Self, EngineError> {
-        let matrix = |parts: &[(&Tensor, Linear)]| {
-            let merged = |(weight, linear): &(&Tensor, Linear)| merged(weight, pair(*linear));
-            let parts: Vec<Tensor> = parts.iter().map(merged).collect::<Result<_, _>>()?;
-            Matrix::new(form, &parts.iter().collect::<Vec<_>>())
+        let matrix = |parts: &[(&Held, Linear)]| {
+            let merged = |(weight, linear): &(&Held, Linear)| merged(weight, pair(*linear));
+            let parts: Vec<Held> = parts.iter().map(merged).collect::<Result<_, _>>()?;
+            Matrix::new(form, &parts)
         };
         let flat = |t: &candle_core::Tensor| t.flatten_all()?.to_vec1::<f32>();
         let optional = |t: &Option<candle_core::Tensor>| t.as_ref().map(flat).transpose();
@@ -335,9 +328,9 @@ impl Layer {
 }
 
 /// Returns `W + scale * B A`.
-fn merged(weight: &Tensor, pair: Option<&LoraPair>) -> Result<Tensor, EngineError> {
+fn merged(weight: &Held, pair: Option<&LoraPair>) -> Result<Held, EngineError> {
     match pair {
         None => Ok(weight.clone()),
-        Some(LoraPair { a, b, scale, .. }) => Ok((weight + (b.matmul(a)? * *scale)?)?),
+        Some(LoraPair { a, b, scale, .. }) => Ok(Held::from((weight.tensor()? + (b.matmul(a)? * *scale)?)?)),
     }
 }

@@ -4,11 +4,13 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::gguf_file::{Content, Value as GgufValue};
+use candle_core::quantized::QTensor;
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as GgufValue};
 use candle_core::{Device, Tensor};
 
 use super::config::{ModelConfig, Norms};
 use super::error::EngineError;
+use super::held::Held;
 
 const DOWNLOAD_AGAIN: &str = "download or convert the file again";
 
@@ -43,18 +45,40 @@ impl Gguf {
     pub(crate) fn tensor(&self, name: &str, config: &ModelConfig) -> Result<Option<Tensor>, EngineError> {
         let own = own_name(name, config.block.norms);
         let Some(tensor) = self.read(&own)? else { return Ok(None) };
+        Ok(Some(match self.interleaved(&own, config) {
+            Some(heads) => unpermute(&tensor, heads)?,
+            None => tensor,
+        }))
+    }
+
+    /// Returns a matrix as it is stored, by its Hugging Face name.
+    pub(crate) fn held(&self, name: &str, config: &ModelConfig) -> Result<Option<Held>, EngineError> {
+        let own = own_name(name, config.block.norms);
+        let Some(blocks) = self.stored(&own)? else { return Ok(None) };
+        Held::stored(blocks, self.interleaved(&own, config)).map(Some)
+    }
+
+    /// Returns how many bytes all tensors take.
+    pub(crate) fn bytes(&self) -> u64 {
+        let bytes = |info: &TensorInfo| {
+            (info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size()) as u64
+        };
+        self.content.tensor_infos.values().map(bytes).sum()
+    }
+
+    /// Returns for how many heads the rows of a tensor interleave the halves that rotary embedding rotates.
+    fn interleaved(&self, own: &str, config: &ModelConfig) -> Option<usize> {
         // llama.cpp's converter interleaves the two halves that rotary embedding rotates, for these architectures only.
         // SmolLM3's converter is Llama's, which does so for layers without a rotary embedding too.
         let architecture = self.content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
         if !matches!(architecture.map(String::as_str), Some("llama" | "smollm3")) {
-            return Ok(Some(tensor));
+            return None;
         }
-        let heads = match own.rsplit('.').nth(1) {
-            Some("attn_q") => config.heads,
-            Some("attn_k") => config.kv_heads,
-            _ => return Ok(Some(tensor)),
-        };
-        Ok(Some(unpermute(&tensor, heads)?))
+        match own.rsplit('.').nth(1) {
+            Some("attn_q") => Some(config.heads),
+            Some("attn_k") => Some(config.kv_heads),
+            _ => None,
+        }
     }
 
     /// Returns a text of the metadata.
@@ -104,12 +128,16 @@ impl Gguf {
     }
 
     pub(crate) fn read(&self, own: &str) -> Result<Option<Tensor>, EngineError> {
+        Ok(self.stored(own)?.map(|stored| stored.dequantize(&Device::Cpu)).transpose()?)
+    }
+
+    fn stored(&self, own: &str) -> Result<Option<QTensor>, EngineError> {
         let Some(info) = self.content.tensor_infos.get(own) else { return Ok(None) };
         let mut reader = open(&self.path)?;
-        let quantised = info
+        let stored = info
             .read(&mut reader, self.content.tensor_data_offset, &Device::Cpu)
             .map_err(|e| EngineError::tensor(&self.path, own, format!("cannot be read: {e}"), DOWNLOAD_AGAIN))?;
-        Ok(Some(quantised.dequantize(&Device::Cpu)?))
+        Ok(Some(stored))
     }
 }
 

@@ -4,17 +4,18 @@
 
 mod gguf;
 mod module;
+mod pattern;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 pub use self::module::Module;
+pub use self::pattern::Patterns;
 use super::config::ModelConfig;
 use super::error::EngineError;
 use super::model::{Model, ModelIdentity};
@@ -101,17 +102,54 @@ pub struct LoraSpec {
     pub alpha: f64,
     pub targets: Vec<Linear>,
     pub use_rslora: bool,
+    /// Ranks of modules that have another one, as PEFT matches them.
+    #[serde(default)]
+    pub rank_pattern: Patterns<usize>,
+    /// Alphas likewise.
+    #[serde(default)]
+    pub alpha_pattern: Patterns<f64>,
+    /// Share of the low-rank path's inputs that a training step leaves out; nothing else sees it.
+    #[serde(default)]
+    pub dropout: f64,
 }
 
-impl LoraSpec {
-    /// Returns the factor on `B A x`: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA.
-    pub fn scaling(&self) -> f64 {
-        scaling(self.alpha, self.rank, self.use_rslora)
+impl Default for LoraSpec {
+    /// Rank 16 and alpha 32 on every linear layer.
+    fn default() -> Self {
+        LoraSpec {
+            rank: 16,
+            alpha: 32.0,
+            targets: Linear::ALL.to_vec(),
+            use_rslora: false,
+            rank_pattern: Patterns::default(),
+            alpha_pattern: Patterns::default(),
+            dropout: 0.0,
+        }
     }
 }
 
-fn scaling(alpha: f64, rank: usize, use_rslora: bool) -> f64 {
-    if use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+impl LoraSpec {
+    /// Returns the rank of the module at a path such as `model.layers.0.mlp.up_proj`.
+    pub fn rank_of(&self, path: &str) -> usize {
+        self.rank_pattern.of(path).unwrap_or(self.rank)
+    }
+
+    /// Returns the factor on a module's `B A x`: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA.
+    pub fn scaling_of(&self, path: &str) -> f64 {
+        let (rank, alpha) = (self.rank_of(path) as f64, self.alpha_pattern.of(path).unwrap_or(self.alpha));
+        if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
+    }
+
+    /// Returns true where two adapters compute the same from the same matrices: dropout is of training alone.
+    pub fn computes_as(&self, other: &LoraSpec) -> bool {
+        LoraSpec { dropout: other.dropout, ..self.clone() } == *other
+    }
+
+    /// Returns the path of every module of a model that these settings change.
+    pub fn paths(&self, config: &ModelConfig) -> Vec<String> {
+        let modules = Module::targeted(config, &self.targets);
+        (0..config.layers.len()).flat_map(|layer| modules.iter().map(move |module| module.path(layer))).collect()
+    }
 }
 
 /// The change of one linear layer: `y += scale * B (A x)`.
@@ -142,19 +180,24 @@ type Pairs = [Option<LoraPair>; 7];
 impl Adapter {
     /// Reads a PEFT folder and checks it against the model it will change.
     pub fn load(dir: &Path, model: &Model) -> Result<Self, EngineError> {
+        Self::read(dir, model.config(), model.identity())
+    }
+
+    /// Does the same where there is no more of the model than its shape and its name.
+    pub fn read(dir: &Path, shape: &ModelConfig, base: &ModelIdentity) -> Result<Self, EngineError> {
         let fault = |problem: String| EngineError::adapter(dir, problem, NOT_A_PEFT_FOLDER);
-        let config: PeftConfig = durable::read_json(&dir.join(CONFIG_FILE)).map_err(|e| fault(e.to_string()))?;
-        config.check(dir)?;
+        let file: PeftFile = durable::read_json(&dir.join(CONFIG_FILE)).map_err(|e| fault(e.to_string()))?;
+        file.check(dir)?;
+        let spec = file.spec();
         let path = dir.join(TENSOR_FILE);
         let sha256 = durable::sha256_file(&path).map_err(|e| fault(e.to_string()))?;
         let shard = Shard::open(&path)?;
-        check_base(dir, &shard, model.identity())?;
-        let shape = model.config();
+        check_base(dir, &shard, base)?;
         let mut layers = vec![[const { None }; 7]; shape.layers.len()];
         let mut taken = 0;
         for (layer, pairs) in layers.iter_mut().enumerate() {
             for module in Module::all(shape) {
-                let Some(pair) = config.pair(dir, &shard, layer, *module, shape)? else { continue };
+                let Some(pair) = read_pair(dir, &shard, &spec, layer, *module, shape)? else { continue };
                 set(pairs, shape, *module, &pair)?;
                 taken += 2;
             }
@@ -162,7 +205,7 @@ impl Adapter {
         check_complete(dir, &shard, shape, taken)?;
         let has = |l: &Linear| layers.iter().any(|pairs: &Pairs| pairs[*l as usize].is_some());
         let targets = Linear::ALL.into_iter().filter(has).collect();
-        let spec = LoraSpec { rank: config.r, alpha: config.lora_alpha, targets, use_rslora: config.use_rslora };
+        let spec = LoraSpec { targets, ..spec };
         let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Adapter { name, spec, sha256, layers })
     }
@@ -198,13 +241,35 @@ impl Adapter {
         let mut layers = vec![[const { None }; 7]; config.layers.len()];
         for (layer, pairs) in layers.iter_mut().enumerate() {
             for module in Module::targeted(config, &spec.targets) {
-                let made = |f: Factor| matrix(module.peft_key(layer, f), module.shape(config, f, spec.rank));
+                let path = module.path(layer);
+                let rank = spec.rank_of(&path);
+                let made = |f: Factor| matrix(module.peft_key(layer, f), module.shape(config, f, rank));
                 let (a, b) = (made(Factor::A)?, made(Factor::B)?);
-                set(pairs, config, module, &LoraPair { a, b, scale: spec.scaling(), rank: spec.rank })?;
+                set(pairs, config, module, &LoraPair { a, b, scale: spec.scaling_of(&path), rank })?;
             }
         }
         let sha256 = hex::encode(Sha256::digest(b""));
         Ok(Adapter { name: name.to_string(), spec: spec.clone(), sha256, layers })
+    }
+
+    /// Returns the largest rank of its pairs, which is what a server reserves.
+    pub fn largest_rank(&self) -> usize {
+        self.layers.iter().flatten().flatten().map(|pair| pair.rank).max().unwrap_or_default()
+    }
+
+    /// Returns its matrices by PEFT key, as a training run takes them.
+    pub fn tensors(&self, config: &ModelConfig) -> Result<BTreeMap<String, Tensor>, EngineError> {
+        let mut tensors = BTreeMap::new();
+        for layer in 0..config.layers.len() {
+            for module in Module::targeted(config, &self.spec.targets) {
+                let parts: Vec<&LoraPair> = module.parts.iter().filter_map(|part| self.get(layer, *part)).collect();
+                let Some(first) = parts.first() else { continue };
+                let b: Vec<&Tensor> = parts.iter().map(|pair| &pair.b).collect();
+                tensors.insert(module.peft_key(layer, Factor::A), first.a.clone());
+                tensors.insert(module.peft_key(layer, Factor::B), Tensor::cat(&b, 0)?);
+            }
+        }
+        Ok(tensors)
     }
 
     /// Returns the change of one linear layer, if the adapter changes it.
@@ -223,30 +288,47 @@ fn set(pairs: &mut Pairs, config: &ModelConfig, module: Module, pair: &LoraPair)
 
 /// The fields of `adapter_config.json` that change what an adapter computes.
 #[derive(Debug, Deserialize)]
-struct PeftConfig {
+struct PeftFile {
     #[serde(default)]
     peft_type: String,
     r: usize,
     lora_alpha: f64,
     #[serde(default)]
+    lora_dropout: f64,
+    #[serde(default)]
     use_rslora: bool,
     #[serde(default)]
-    rank_pattern: BTreeMap<String, usize>,
+    rank_pattern: Option<Patterns<usize>>,
     #[serde(default)]
-    alpha_pattern: BTreeMap<String, f64>,
+    alpha_pattern: Option<Patterns<f64>>,
     /// Everything else; what changes the computation in a way that is not built is refused.
     #[serde(flatten)]
     rest: HashMap<String, Value>,
 }
 
-impl PeftConfig {
+impl PeftFile {
     fn check(&self, dir: &Path) -> Result<(), EngineError> {
         if self.peft_type != "LORA" {
             let problem = format!("peft_type is {:?}, not LORA", self.peft_type);
             return Err(EngineError::adapter(dir, problem, "train a LoRA adapter"));
         }
-        if self.r == 0 {
-            return Err(EngineError::adapter(dir, "r is 0", "train a LoRA adapter of rank 1 or more"));
+        let ranks = self.rank_pattern.iter().flat_map(Patterns::values).chain([self.r]);
+        if ranks.min() == Some(0) {
+            return Err(EngineError::adapter(dir, "a rank is 0", "train a LoRA adapter of rank 1 or more"));
+        }
+        let broken = |pattern: &str, problem: String| {
+            let problem = format!("{pattern:?} in rank_pattern or alpha_pattern cannot be read: {problem}");
+            Err(EngineError::adapter(
+                dir,
+                problem,
+                "name modules by paths or by regular expressions without look-around",
+            ))
+        };
+        if let Some((pattern, problem)) = self.rank_pattern.as_ref().and_then(Patterns::broken) {
+            return broken(pattern, problem);
+        }
+        if let Some((pattern, problem)) = self.alpha_pattern.as_ref().and_then(Patterns::broken) {
+            return broken(pattern, problem);
         }
         for key in ["use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save"] {
             let on = match self.rest.get(key) {
@@ -264,42 +346,46 @@ impl PeftConfig {
         }
     }
 
-    fn pair(
-        &self,
-        dir: &Path,
-        shard: &Shard,
-        layer: usize,
-        module: Module,
-        config: &ModelConfig,
-    ) -> Result<Option<LoraPair>, EngineError> {
-        let path = format!("model.layers.{layer}.{}", module.name);
-        let rank = matching(&self.rank_pattern, &path).unwrap_or(self.r);
-        let alpha = matching(&self.alpha_pattern, &path).unwrap_or(self.lora_alpha);
-        let read = |factor: Factor| -> Result<Option<Tensor>, EngineError> {
-            let (key, shape) = (module.peft_key(layer, factor), module.shape(config, factor, rank));
-            match shard.tensor(&key)? {
-                Some(tensor) if tensor.dims() != shape => {
-                    let problem = format!("{key} has shape {:?} where {shape:?} is expected", tensor.dims());
-                    Err(EngineError::adapter(dir, problem, OTHER_BASE))
-                }
-                found => Ok(found),
-            }
-        };
-        match (read(Factor::A)?, read(Factor::B)?) {
-            (Some(a), Some(b)) => Ok(Some(LoraPair { a, b, scale: scaling(alpha, rank, self.use_rslora), rank })),
-            (None, None) => Ok(None),
-            _ => Err(EngineError::adapter(dir, format!("{path} has one of two matrices"), NOT_A_PEFT_FOLDER)),
+    /// Returns what it says, of which the targets are left to the tensors.
+    fn spec(&self) -> LoraSpec {
+        LoraSpec {
+            rank: self.r,
+            alpha: self.lora_alpha,
+            targets: Vec::new(),
+            use_rslora: self.use_rslora,
+            rank_pattern: self.rank_pattern.clone().unwrap_or_default(),
+            alpha_pattern: self.alpha_pattern.clone().unwrap_or_default(),
+            dropout: self.lora_dropout,
         }
     }
 }
 
-/// Returns the value of the first pattern that ends a module's path, as PEFT matches them.
-fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    let matches = |pattern: &str| match Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")) {
-        Ok(regex) => regex.is_match(module),
-        Err(_) => false,
+/// Reads the two matrices of a module, where the file has them.
+fn read_pair(
+    dir: &Path,
+    shard: &Shard,
+    spec: &LoraSpec,
+    layer: usize,
+    module: Module,
+    config: &ModelConfig,
+) -> Result<Option<LoraPair>, EngineError> {
+    let path = module.path(layer);
+    let rank = spec.rank_of(&path);
+    let read = |factor: Factor| -> Result<Option<Tensor>, EngineError> {
+        let (key, shape) = (module.peft_key(layer, factor), module.shape(config, factor, rank));
+        match shard.tensor(&key)? {
+            Some(tensor) if tensor.dims() != shape => {
+                let problem = format!("{key} has shape {:?} where {shape:?} is expected", tensor.dims());
+                Err(EngineError::adapter(dir, problem, OTHER_BASE))
+            }
+            found => Ok(found),
+        }
     };
-    patterns.iter().find(|(pattern, _)| matches(pattern)).map(|(_, value)| *value)
+    match (read(Factor::A)?, read(Factor::B)?) {
+        (Some(a), Some(b)) => Ok(Some(LoraPair { a, b, scale: spec.scaling_of(&path), rank })),
+        (None, None) => Ok(None),
+        _ => Err(EngineError::adapter(dir, format!("{path} has one of two matrices"), NOT_A_PEFT_FOLDER)),
+    }
 }
 
 /// Refuses an adapter that records the hash of another base.
@@ -373,18 +459,18 @@ fn serialise(tensors: &BTreeMap<String, Tensor>, base_sha256: &str) -> Result<Ve
 fn peft_config(base_name: &str, spec: &LoraSpec, tensors: &BTreeMap<String, Tensor>) -> Value {
     let alpha = if spec.alpha.fract() == 0.0 { json!(spec.alpha as i64) } else { json!(spec.alpha) };
     json!({
-        "alpha_pattern": {},
+        "alpha_pattern": spec.alpha_pattern,
         "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": spec.dropout,
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": spec.rank,
-        "rank_pattern": {},
+        "rank_pattern": spec.rank_pattern,
         "revision": null,
         "target_modules": Module::target_names(tensors.keys()),
         "task_type": "CAUSAL_LM",

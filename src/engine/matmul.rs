@@ -14,9 +14,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub(crate) mod rounded;
+mod stack;
 
 use self::rounded::Rounded;
+use self::stack::Stack;
 use super::error::EngineError;
+use super::held::{Held, Hold};
 
 /// Outputs of one panel: two AVX-512 registers, four of AVX2.
 pub(crate) const WIDTH: usize = 32;
@@ -69,21 +72,40 @@ impl Precision {
             Precision::Int8 => WeightForm::Int8,
         }
     }
+
+    /// Returns the form of training over a model that is held so: rounded copies would undo what holding it as it is stored saves.
+    pub fn form_of_training(self, hold: Hold) -> WeightForm {
+        match (self, hold) {
+            (Precision::Auto, Hold::Stored) => WeightForm::F32,
+            _ => self.form(),
+        }
+    }
 }
 
 /// One or several stacked `[out, in]` matrices in one of the forms.
 pub(crate) enum Matrix {
     F32(Packed),
+    /// f32 too, widened at each product.
+    Stored(Stack),
     Int16(Rounded<2>),
     Int8(Rounded<1>),
 }
 
 impl Matrix {
-    pub(crate) fn new(form: WeightForm, weights: &[&Tensor]) -> Result<Self, EngineError> {
+    pub(crate) fn new(form: WeightForm, weights: &[Held]) -> Result<Self, EngineError> {
+        let stored = |held: &Held| match held {
+            Held::Stored(stored) => Some(stored.clone()),
+            Held::Wide(_) => None,
+        };
+        if let (WeightForm::F32, Some(stored)) = (form, weights.iter().map(stored).collect()) {
+            return Ok(Matrix::Stored(Stack::new(stored)?));
+        }
+        let wide: Vec<Tensor> = weights.iter().map(Held::tensor).collect::<Result<_, _>>()?;
+        let wide: Vec<&Tensor> = wide.iter().collect();
         Ok(match form {
-            WeightForm::F32 => Matrix::F32(Packed::new(weights)?),
-            WeightForm::Int16 => Matrix::Int16(Rounded::new(weights)?),
-            WeightForm::Int8 => Matrix::Int8(Rounded::new(weights)?),
+            WeightForm::F32 => Matrix::F32(Packed::new(&wide)?),
+            WeightForm::Int16 => Matrix::Int16(Rounded::new(&wide)?),
+            WeightForm::Int8 => Matrix::Int8(Rounded::new(&wide)?),
         })
     }
 
@@ -91,6 +113,7 @@ impl Matrix {
     pub(crate) fn panels(&self) -> usize {
         match self {
             Matrix::F32(matrix) => matrix.panels(),
+            Matrix::Stored(matrix) => matrix.panels(),
             Matrix::Int16(matrix) => matrix.panels(),
             Matrix::Int8(matrix) => matrix.panels(),
         }
@@ -112,6 +135,7 @@ impl Matrix {
     ) -> Product {
         match self {
             Matrix::F32(matrix) => matrix.apply_panels(x, rows, panels, room),
+            Matrix::Stored(matrix) => matrix.apply_panels(x, rows, panels, room),
             Matrix::Int16(matrix) => matrix.apply_panels(x, rows, panels, room),
             Matrix::Int8(matrix) => matrix.apply_panels(x, rows, panels, room),
         }

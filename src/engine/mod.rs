@@ -12,6 +12,7 @@ mod draw;
 mod error;
 mod gguf;
 mod gguf_tokenizer;
+mod held;
 pub mod lora;
 mod low_rank;
 mod math;
@@ -40,7 +41,8 @@ pub use config::{
 };
 pub use draw::SamplingSettings;
 pub use error::EngineError;
-pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, save_peft};
+pub use held::{Held, Hold};
+pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, Patterns, save_peft};
 pub use matmul::{Precision, WeightForm};
 pub use model::{Model, ModelIdentity};
 pub use policy::Policy;

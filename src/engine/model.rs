@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::EngineError;
+use super::held::Hold;
 use super::matmul::WeightForm;
 use super::rope::Rope;
 use super::source::ModelSource;
@@ -52,6 +53,11 @@ impl std::fmt::Debug for Model {
 impl Model {
     /// Loads a model as f32 on the CPU. `model` is a folder in Hugging Face layout, a `.gguf` file or a hub id.
     pub fn load(model: &str) -> Result<Self, EngineError> {
+        Self::load_held(model, Hold::F32)
+    }
+
+    /// Does the same with the large matrices held as asked.
+    pub fn load_held(model: &str, hold: Hold) -> Result<Self, EngineError> {
         let source = ModelSource::parse(model)?;
         let files = source.resolve()?;
         let config = files.config()?;
@@ -64,9 +70,19 @@ impl Model {
             tokenizer_sha256: tokenizer.sha256().to_string(),
             template_sha256: template.sha256(),
         };
-        let weights = Weights::load(&files, &config)?;
+        let weights = Weights::load(&files, &config, hold)?;
         let ropes = Rope::all(&config)?;
         Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder: OnceLock::new() })))
+    }
+
+    /// Returns a model's shape without its weights, and how many bytes they take in its files. A folder may lack them.
+    pub fn shape(model: &str) -> Result<(ModelConfig, Option<u64>), EngineError> {
+        let source = ModelSource::parse(model)?;
+        if let Some(config) = source.bare_config()? {
+            return Ok((config, None));
+        }
+        let files = source.resolve()?;
+        Ok((files.config()?, Some(files.bytes())))
     }
 
     /// Returns the shape and the constants.

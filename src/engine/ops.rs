@@ -1,6 +1,7 @@
 //! Operations with a backward pass for training on the CPU, over f32 rows.
 //!
 //! - [`linear`]: a frozen weight with or without a trainable LoRA pair; no gradient is made for the weight.
+//! - [`dropout`]: which inputs of a LoRA pair a training step leaves out.
 //! - [`pointwise`]: RMS norm, rotary embedding, SwiGLU and GeGLU.
 //! - [`attention`]: causal attention in which the completions of a group share the run of their prompt.
 //! - [`token_logprobs`]: log-probs of given tokens without ever holding `[tokens, vocabulary]` logits.
@@ -12,6 +13,7 @@
 //! inputs on the same number of threads give the same bits.
 
 pub mod attention;
+pub mod dropout;
 pub mod linear;
 pub mod mat;
 pub mod pointwise;

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::Metadata};
 use serde::Deserialize;
@@ -56,6 +57,30 @@ impl Shard {
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Result<Option<Tensor>, EngineError> {
+        let Some((bytes, dtype, shape)) = self.read(name)? else { return Ok(None) };
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
+        Ok(Some(tensor.to_dtype(DType::F32)?))
+    }
+
+    /// Returns a tensor as it is stored.
+    pub(crate) fn stored(&self, name: &str) -> Result<Option<QTensor>, EngineError> {
+        let Some((bytes, dtype, shape)) = self.read(name)? else { return Ok(None) };
+        let kind = match dtype {
+            DType::F16 => GgmlDType::F16,
+            DType::BF16 => GgmlDType::BF16,
+            _ => GgmlDType::F32,
+        };
+        let storage = QStorage::from_data(bytes.into(), &Device::Cpu, kind)?;
+        Ok(Some(QTensor::new(storage, shape)?))
+    }
+
+    /// Returns how many bytes all tensors take.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.header.data_len() as u64
+    }
+
+    /// Returns the bytes of a tensor, their type and its shape.
+    fn read(&self, name: &str) -> Result<Option<(Vec<u8>, DType, &[usize])>, EngineError> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
         let fault = |problem: String| EngineError::tensor(&self.path, name, problem, DOWNLOAD_AGAIN);
         let dtype = match info.dtype {
@@ -67,8 +92,7 @@ impl Shard {
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0u8; end - start];
         self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(|e| fault(e.to_string()))?;
-        let tensor = Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)?;
-        Ok(Some(tensor.to_dtype(DType::F32)?))
+        Ok(Some((bytes, dtype, &info.shape)))
     }
 }
 
@@ -117,6 +141,19 @@ impl Safetensors {
             Some(place) => self.shards[*place].tensor(name),
             None => Ok(None),
         }
+    }
+
+    /// Returns a tensor as it is stored.
+    pub(crate) fn stored(&self, name: &str) -> Result<Option<QTensor>, EngineError> {
+        match self.places.get(name) {
+            Some(place) => self.shards[*place].stored(name),
+            None => Ok(None),
+        }
+    }
+
+    /// Returns how many bytes all tensors take.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.shards.iter().map(Shard::bytes).sum()
     }
 }
 

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::config::ModelConfig;
 use super::error::EngineError;
 use super::gguf::Gguf;
+use super::held::{Held, Hold};
 use super::safetensors::Safetensors;
 use crate::durable;
 
@@ -84,6 +85,16 @@ impl ModelSource {
         }
     }
 
+    /// Returns the config of a folder that holds no weights.
+    pub(crate) fn bare_config(&self) -> Result<Option<ModelConfig>, EngineError> {
+        match self {
+            ModelSource::Folder(folder) if ![ONE_FILE, INDEX].iter().any(|name| folder.join(name).exists()) => {
+                ModelConfig::from_json(&folder.join("config.json")).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Returns the name recorded for it: the hub id, or the last part of the path.
     pub(crate) fn name(&self) -> String {
         match self {
@@ -153,6 +164,25 @@ impl Files {
         match &self.weights {
             WeightFiles::Gguf(gguf) => gguf.tensor(name, config),
             WeightFiles::Safetensors { tensors, .. } => tensors.tensor(name),
+        }
+    }
+
+    /// Returns a matrix by its Hugging Face name, held as asked.
+    pub(crate) fn held(&self, name: &str, config: &ModelConfig, hold: Hold) -> Result<Option<Held>, EngineError> {
+        match (&self.weights, hold) {
+            (_, Hold::F32) => Ok(self.tensor(name, config)?.map(Held::from)),
+            (WeightFiles::Gguf(gguf), Hold::Stored) => gguf.held(name, config),
+            (WeightFiles::Safetensors { tensors, .. }, Hold::Stored) => {
+                tensors.stored(name)?.map(|blocks| Held::stored(blocks, None)).transpose()
+            }
+        }
+    }
+
+    /// Returns how many bytes all tensors take in the files.
+    pub(crate) fn bytes(&self) -> u64 {
+        match &self.weights {
+            WeightFiles::Gguf(gguf) => gguf.bytes(),
+            WeightFiles::Safetensors { tensors, .. } => tensors.bytes(),
         }
     }
 

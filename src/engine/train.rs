@@ -6,23 +6,19 @@
 //! frozen weight.
 
 mod layer;
+mod matrices;
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-
-use candle_core::{Device, Tensor};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha20Rng;
 use rayon::prelude::*;
 
 use self::layer::{Batch, Layer, Saved};
+pub use self::matrices::{LoraMatrices, Matrix};
 use super::config::ModelConfig;
 use super::error::EngineError;
-use super::lora::{Factor, Linear, LoraSpec, Module};
 use super::matmul::WeightForm;
 use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
-use super::ops::linear::{BothWays, Pair};
+use super::ops::dropout::{RowSeeds, row_seed};
+use super::ops::linear::BothWays;
 use super::ops::pointwise::{RmsNorm, Rotation};
 use super::ops::token_logprobs::{Output, Slopes, TokenLogprobs, token_logprobs};
 use super::rope::Rope;
@@ -42,109 +38,31 @@ impl GroupTokens<'_> {
     }
 }
 
-/// One matrix of an adapter in training.
+/// What a step of training leaves out of the adapter's inputs: a share, and a seed for the prompt of each group and for each of
+/// its completions. Equal seeds leave the same out, in whatever batch.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Matrix {
-    /// As PEFT names it.
-    pub key: String,
-    pub shape: [usize; 2],
+pub struct DropoutSeeds {
+    /// In [0, 1).
+    pub rate: f32,
+    pub groups: Vec<(u64, Vec<u64>)>,
 }
 
-/// A LoRA adapter in training: a flat list of matrices, A and B of each targeted module of each layer in turn.
-#[derive(Debug, Clone)]
-pub struct LoraMatrices {
-    pub spec: LoraSpec,
-    pub matrices: Vec<Matrix>,
-    /// The values of each matrix, which an optimizer moves.
-    pub values: Vec<Vec<f32>>,
-    /// Modules of one layer.
-    modules: usize,
-    /// For each linear layer that changes: its module, and its rows of the module's B.
-    places: Vec<(Linear, usize, Range<usize>)>,
-}
-
-impl LoraMatrices {
-    /// Returns an adapter that changes nothing yet: A uniform in +-1/sqrt(in), as PEFT's Kaiming draw with a = sqrt 5
-    /// comes out, and B zero. Equal seeds give equal bytes.
-    pub fn fresh(config: &ModelConfig, spec: &LoraSpec, seed: u64) -> Self {
-        let mut rng = ChaCha20Rng::seed_from_u64(seed);
-        let mut lora = Self::zero(config, spec);
-        for (matrix, values) in lora.matrices.iter().zip(&mut lora.values).step_by(2) {
-            let bound = 1.0 / (matrix.shape[1] as f32).sqrt();
-            values.iter_mut().for_each(|value| *value = rng.random_range(-bound..bound));
-        }
-        lora
-    }
-
-    /// Returns an adapter that goes on from `tensors`, keyed as PEFT keys them.
-    pub fn restored(
-        config: &ModelConfig,
-        spec: &LoraSpec,
-        tensors: &BTreeMap<String, Tensor>,
-    ) -> Result<Self, EngineError> {
-        let mut lora = Self::zero(config, spec);
-        for (Matrix { key, shape }, values) in lora.matrices.iter().zip(&mut lora.values) {
-            let tensor = tensors.get(key).ok_or_else(|| EngineError::request(format!("{key} is missing")))?;
-            if tensor.dims() != shape {
-                let problem = format!("{key} has shape {:?}, {shape:?} is expected", tensor.dims());
-                return Err(EngineError::request(problem));
-            }
-            *values = tensor.flatten_all()?.to_vec1()?;
-        }
-        Ok(lora)
-    }
-
-    fn zero(config: &ModelConfig, spec: &LoraSpec) -> Self {
-        let mut matrices = Vec::new();
-        let modules = Module::targeted(config, &spec.targets);
-        for layer in 0..config.layers.len() {
-            for module in &modules {
-                for factor in [Factor::A, Factor::B] {
-                    let shape = module.shape(config, factor, spec.rank);
-                    matrices.push(Matrix { key: module.peft_key(layer, factor), shape });
-                }
-            }
-        }
-        let values = matrices.iter().map(|m| vec![0.0; m.shape[0] * m.shape[1]]).collect();
-        let rows = |(at, module): (usize, &Module)| {
-            module.rows(config).into_iter().map(move |(linear, rows)| (linear, at, rows))
-        };
-        let places = modules.iter().enumerate().flat_map(rows).collect();
-        LoraMatrices { spec: spec.clone(), matrices, values, modules: modules.len(), places }
-    }
-
-    /// Returns all matrices as tensors, by PEFT key.
-    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>, EngineError> {
-        let tensor = |(matrix, values): (&Matrix, &Vec<f32>)| {
-            Ok((matrix.key.clone(), Tensor::from_slice(values, &matrix.shape, &Device::Cpu)?))
-        };
-        self.matrices.iter().zip(&self.values).map(tensor).collect()
-    }
-
-    /// Returns zeros of the shape of `values`, to add gradients to.
-    pub fn zero_gradients(&self) -> Vec<Vec<f32>> {
-        self.values.iter().map(|values| vec![0.0; values.len()]).collect()
-    }
-
-    /// Returns where in the list the A of a linear layer stands, with its B after it, and which of B's values are its
-    /// own, if the adapter changes it.
-    fn position(&self, layer: usize, linear: Linear) -> Option<(usize, Range<usize>)> {
-        let (_, module, rows) = self.places.iter().find(|(placed, ..)| *placed == linear)?;
-        let rank = self.spec.rank;
-        Some((2 * (layer * self.modules + module), rows.start * rank..rows.end * rank))
-    }
-
-    fn pair(&self, layer: usize, linear: Linear) -> Option<Pair<'_>> {
-        let (at, own) = self.position(layer, linear)?;
-        let (a, b) = (self.values.get(at)?, self.values.get(at + 1)?.get(own)?);
-        Some(Pair { a, b, rank: self.spec.rank, scale: self.spec.scaling() as f32 })
-    }
+/// What a forward pass keeps for its backward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// All that is read.
+    #[default]
+    Kept,
+    /// The input of each layer, from which the rest is made again, to the same bits: a tenth of the memory for a third more
+    /// time (activation checkpointing, Chen et al. 2016).
+    Again,
 }
 
 /// The frozen part of the model, as training needs it.
 pub struct Base<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
+    pub activations: Activations,
     rounded: Option<RoundedWeights>,
     ropes: Vec<Rope>,
 }
@@ -176,14 +94,14 @@ impl<'a> Base<'a> {
             WeightForm::Int16 => Some(RoundedWeights::new(weights)?),
             WeightForm::Int8 => return Err(EngineError::request("8 bits are too coarse for gradients; use 16 or f32")),
         };
-        Ok(Base { config, weights, rounded, ropes: Rope::all(config)? })
+        Ok(Base { config, weights, activations: Activations::Kept, rounded, ropes: Rope::all(config)? })
     }
 
     /// Returns the log-probs and the entropies of all completion tokens under the base: group by group, completion by
     /// completion.
     pub fn score(&self, groups: &[GroupTokens]) -> Result<TokenLogprobs, EngineError> {
         let packed = Packed::new(groups)?;
-        let batch = self.batch(&packed)?;
+        let batch = self.batch(&packed, None)?;
         let mut x = self.embed(&packed)?;
         for index in 0..self.config.layers.len() {
             x = self.layer(index, None).forward(x, &batch)?.output;
@@ -193,14 +111,27 @@ impl<'a> Base<'a> {
 
     /// Runs the model with `lora` and keeps what [`Pass::backward`] needs.
     pub fn forward<'p>(&'p self, lora: &'p LoraMatrices, groups: &[GroupTokens]) -> Result<Pass<'p>, EngineError> {
+        self.forward_dropping(lora, groups, None)
+    }
+
+    /// Does the same, with dropout before the adapter where seeds are given.
+    pub fn forward_dropping<'p>(
+        &'p self,
+        lora: &'p LoraMatrices,
+        groups: &[GroupTokens],
+        dropout: Option<&DropoutSeeds>,
+    ) -> Result<Pass<'p>, EngineError> {
         let packed = Packed::new(groups)?;
-        let batch = self.batch(&packed)?;
+        let batch = self.batch(&packed, dropout)?;
         let mut saved = Vec::with_capacity(self.config.layers.len());
         let mut x = self.embed(&packed)?;
         for index in 0..self.config.layers.len() {
             let step = self.layer(index, Some(lora)).forward(x, &batch)?;
             x = step.output;
-            saved.push(step.saved);
+            saved.push(match self.activations {
+                Activations::Kept => Kept::All(Box::new(step.saved)),
+                Activations::Again => Kept::Input(step.saved.into_input()),
+            });
         }
         let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
         Ok(Pass { base: self, lora, batch, packed, saved, predicting, tokens })
@@ -212,12 +143,11 @@ impl<'a> Base<'a> {
     }
 
     fn embed(&self, packed: &Packed) -> Result<Vec<f32>, EngineError> {
-        let table = Values::of(&self.weights.embed)?;
-        let (vocab, width) = self.weights.embed.dims2()?;
+        let (vocab, _) = self.weights.embed.dims2()?;
         if let Some(id) = packed.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(EngineError::request(format!("token id {id} is outside the vocabulary of {vocab}")));
         }
-        let mut x = gather(&table, packed.ids.iter().map(|id| *id as usize), width);
+        let mut x = self.weights.embed.gather(packed.ids.iter().map(|id| *id as usize))?;
         if let Some(scale) = self.config.embedding_scale {
             x.iter_mut().for_each(|x| *x *= scale);
         }
@@ -234,11 +164,12 @@ impl<'a> Base<'a> {
         Ok((tokens, predicting))
     }
 
-    fn batch(&self, packed: &Packed) -> Result<Batch, EngineError> {
+    fn batch(&self, packed: &Packed, dropout: Option<&DropoutSeeds>) -> Result<Batch, EngineError> {
         let ModelConfig { heads, kv_heads, head_dim, .. } = *self.config;
         let heads = Heads { query: heads, key_value: kv_heads, dim: head_dim };
         let attention = Attention::new(packed.groups.clone(), heads)?;
-        Ok(Batch { attention, rotations: self.rotations(&packed.positions)? })
+        let dropout = dropout.map(|seeds| packed.row_seeds(seeds)).transpose()?;
+        Ok(Batch { attention, rotations: self.rotations(&packed.positions)?, dropout })
     }
 
     /// Returns the angles of these positions under each rotary embedding of the model.
@@ -263,13 +194,19 @@ fn gather(table: &[f32], rows: impl Iterator<Item = usize>, width: usize) -> Vec
     rows.flat_map(|row| &table[row * width..][..width]).copied().collect()
 }
 
+/// What is kept of a layer.
+enum Kept {
+    All(Box<Saved>),
+    Input(Vec<f32>),
+}
+
 /// A forward pass with an adapter, kept for its backward pass.
 pub struct Pass<'a> {
     base: &'a Base<'a>,
     lora: &'a LoraMatrices,
     batch: Batch,
     packed: Packed,
-    saved: Vec<Saved>,
+    saved: Vec<Kept>,
     predicting: Vec<f32>,
     tokens: TokenLogprobs,
 }
@@ -304,8 +241,13 @@ impl Pass<'_> {
         for (row, values) in packed.predicting.iter().zip(at_targets.chunks_exact(width)) {
             grad[row * width..][..width].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
         }
-        while let Some(layer) = saved.pop() {
-            grad = base.layer(saved.len(), Some(lora)).backward(layer, grad, &batch, gradients)?;
+        while let Some(kept) = saved.pop() {
+            let layer = base.layer(saved.len(), Some(lora));
+            let activations = match kept {
+                Kept::All(activations) => *activations,
+                Kept::Input(x) => layer.again(x, &batch)?,
+            };
+            grad = layer.backward(activations, grad, &batch, gradients)?;
         }
         Ok(())
     }
@@ -341,6 +283,22 @@ impl Packed {
             packed.groups.push(GroupRows { prompt, completions });
         }
         Ok(packed)
+    }
+
+    /// Returns the seed of each row.
+    fn row_seeds(&self, seeds: &DropoutSeeds) -> Result<RowSeeds, EngineError> {
+        let fits = |(group, (_, own)): (&GroupRows, &(u64, Vec<u64>))| group.completions.len() == own.len();
+        if self.groups.len() != seeds.groups.len() || !self.groups.iter().zip(&seeds.groups).all(fits) {
+            return Err(EngineError::request("dropout needs a seed for each prompt and each completion"));
+        }
+        let mut rows = Vec::with_capacity(self.ids.len());
+        for (group, (prompt, completions)) in self.groups.iter().zip(&seeds.groups) {
+            rows.extend((0..group.prompt.len()).map(|place| row_seed(*prompt, place)));
+            for (own, seed) in group.completions.iter().zip(completions) {
+                rows.extend((0..own.len()).map(|place| row_seed(*seed, place)));
+            }
+        }
+        Ok(RowSeeds { rate: seeds.rate, rows })
     }
 
     /// Appends a run of tokens whose first has this position.

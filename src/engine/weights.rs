@@ -1,22 +1,23 @@
-//! The frozen weights of a model as f32 tensors, the same for sampling, scoring and training.
+//! The frozen weights of a model, the same for sampling, scoring and training: vectors in f32, matrices as they are held.
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::config::{ModelConfig, NormWeight, Norms, Projections};
 use super::error::EngineError;
+use super::held::{Held, Hold};
 use super::source::Files;
 
 /// All weights of a decoder. Linear weights are `[out, in]` in Hugging Face's order (rotary halves not interleaved).
 #[derive(Debug, Clone)]
 pub struct Weights {
     /// `[vocab, hidden]`.
-    pub embed: Tensor,
+    pub embed: Held,
     pub layers: Vec<LayerWeights>,
     /// `[hidden]`.
     pub norm: Tensor,
     /// `[vocab, hidden]`; the embedding itself where the model ties them.
-    pub lm_head: Tensor,
+    pub lm_head: Held,
 }
 
 /// The weights of one layer. Norms hold the factor itself, whatever the model stores.
@@ -25,16 +26,16 @@ pub struct LayerWeights {
     /// The norm of what goes into attention and the norm of what comes out; a family has one or both.
     pub attn_norm: Option<Tensor>,
     pub attn_post_norm: Option<Tensor>,
-    pub q: Tensor,
-    pub k: Tensor,
-    pub v: Tensor,
-    pub o: Tensor,
+    pub q: Held,
+    pub k: Held,
+    pub v: Held,
+    pub o: Held,
     /// The same for the MLP.
     pub mlp_norm: Option<Tensor>,
     pub mlp_post_norm: Option<Tensor>,
-    pub gate: Tensor,
-    pub up: Tensor,
-    pub down: Tensor,
+    pub gate: Held,
+    pub up: Held,
+    pub down: Held,
     /// Qwen2 has biases on these three.
     pub q_bias: Option<Tensor>,
     pub k_bias: Option<Tensor>,
@@ -46,29 +47,47 @@ pub struct LayerWeights {
 
 impl Weights {
     /// Reads all weights of a model, its layers in parallel.
-    pub(crate) fn load(files: &Files, config: &ModelConfig) -> Result<Self, EngineError> {
-        let loader = Loader { files, config };
-        let embed = loader.required("model.embed_tokens.weight", &[config.vocab, config.hidden_size])?;
+    pub(crate) fn load(files: &Files, config: &ModelConfig, hold: Hold) -> Result<Self, EngineError> {
+        let loader = Loader { files, config, hold };
+        let embed = loader.matrix("model.embed_tokens.weight", &[config.vocab, config.hidden_size])?;
         let lm_head = match config.tied {
             true => embed.clone(),
-            false => loader.required("lm_head.weight", &[config.vocab, config.hidden_size])?,
+            false => loader.matrix("lm_head.weight", &[config.vocab, config.hidden_size])?,
         };
         let norm = loader.norm("model.norm.weight", config.hidden_size)?;
         let layers = (0..config.layers.len()).into_par_iter().map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
         Ok(Weights { embed, layers, norm, lm_head })
+    }
+
+    /// Returns how the matrices are held.
+    pub fn hold(&self) -> Hold {
+        match self.embed {
+            Held::Wide(_) => Hold::F32,
+            Held::Stored(_) => Hold::Stored,
+        }
+    }
+
+    /// Returns how much memory the matrices take, in bytes. A tied output layer takes none.
+    pub fn bytes(&self, config: &ModelConfig) -> u64 {
+        let layer = |w: &LayerWeights| {
+            [&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down].into_iter().map(Held::bytes).sum::<u64>()
+        };
+        let head = if config.tied { 0 } else { self.lm_head.bytes() };
+        self.embed.bytes() + head + self.layers.iter().map(layer).sum::<u64>()
     }
 }
 
 struct Loader<'a> {
     files: &'a Files,
     config: &'a ModelConfig,
+    hold: Hold,
 }
 
 impl Loader<'_> {
     fn layer(&self, layer: usize) -> Result<LayerWeights, EngineError> {
         let c = self.config;
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let required = |part: &str, shape: &[usize]| self.required(&name(part), shape);
+        let required = |part: &str, shape: &[usize; 2]| self.matrix(&name(part), shape);
         let optional = |part: &str, shape: &[usize]| self.optional(&name(part), shape);
         let (hidden, query, kv, wide) = (c.hidden_size, c.query_size(), c.kv_size(), c.intermediate_size);
         let norm = |part: Option<&str>, width: usize| {
@@ -87,7 +106,7 @@ impl Loader<'_> {
             ],
             Projections::Fused => {
                 let fused = required("self_attn.qkv_proj.weight", &[query + 2 * kv, hidden])?;
-                [fused.narrow(0, 0, query)?, fused.narrow(0, query, kv)?, fused.narrow(0, query + kv, kv)?]
+                [fused.narrow(0, query)?, fused.narrow(query, kv)?, fused.narrow(query + kv, kv)?]
             }
         };
         let [gate, up] = match c.block.projections {
@@ -96,7 +115,7 @@ impl Loader<'_> {
             }
             Projections::Fused => {
                 let fused = required("mlp.gate_up_proj.weight", &[2 * wide, hidden])?;
-                [fused.narrow(0, 0, wide)?, fused.narrow(0, wide, wide)?]
+                [fused.narrow(0, wide)?, fused.narrow(wide, wide)?]
             }
         };
         let [attn_norm, attn_post_norm, mlp_norm, mlp_post_norm] = norm_names(c.block.norms);
@@ -127,6 +146,16 @@ impl Loader<'_> {
             NormWeight::Whole => weight,
             NormWeight::AboveOne => (weight + 1.0)?,
         })
+    }
+
+    fn matrix(&self, name: &str, shape: &[usize; 2]) -> Result<Held, EngineError> {
+        let found =
+            self.files.held(name, self.config, self.hold)?.ok_or_else(|| self.fault(name, "is missing".into()))?;
+        let (rows, columns) = found.dims2()?;
+        if [rows, columns] != *shape {
+            return Err(self.fault(name, format!("has shape {:?} where {shape:?} is expected", [rows, columns])));
+        }
+        Ok(found)
     }
 
     fn required(&self, name: &str, shape: &[usize]) -> Result<Tensor, EngineError> {

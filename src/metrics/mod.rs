@@ -101,6 +101,12 @@ group! {
         loss: Gauge = "taod_training_loss_nats", "Loss of the latest step, per token.";
         kl: Gauge = "taod_training_kl_nats", "KL divergence from the base at the latest measurement, per token.";
         entropy: Gauge = "taod_training_entropy_nats", "Entropy of the policy at the latest measurement, per token.";
+        ratio: Gauge = "taod_training_policy_ratio",
+            "Mean ratio of the policy to the one that training began from, over the latest step's tokens.";
+        clipped: Gauge = "taod_training_clipped_ratio", "Part of the latest step's tokens whose ratio was clipped.";
+        effective: Gauge = "taod_training_effective_sample_ratio",
+            "Effective sample size as a part of the samples, under the weights that make up for the sampler.";
+        length: Gauge = "taod_training_answer_tokens", "Mean length of the latest step's answers.";
         gradient: Gauge = "taod_training_gradient_norm", "Gradient norm of the latest step, before clipping.";
         learning_rate: Gauge = "taod_training_learning_rate", "Learning rate of the latest step.";
     }

@@ -11,6 +11,7 @@ pub mod calibration;
 pub mod ensemble;
 pub mod lines;
 mod quality;
+pub mod reasoning;
 pub mod rules;
 mod settings;
 pub mod similarity;
@@ -19,6 +20,7 @@ mod workload;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -194,6 +196,7 @@ impl Rewards {
         let whole = serde_json::json!({
             "selections": selections,
             "lambda": self.settings.lambda,
+            "reasoning": self.settings.reasoning,
             "workloads": workloads,
             "calibration": self.calibration.hash(),
             "similarity": self.similarity.get().filter(|_| embeds).map(Similarity::identity),
@@ -218,6 +221,7 @@ impl Rewards {
     }
 
     fn score(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Scored>, RewardError> {
+        let items = &self.without_thoughts(items);
         let mut drafts: Vec<Draft> = items.iter().map(|_| Draft::default()).collect();
         // Rules go first: they are cheap, and a failed hard one makes dearer scores needless.
         if scorers.contains(&Scorer::Rules) {
@@ -233,6 +237,15 @@ impl Rewards {
             }
         }
         drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+    }
+
+    /// Returns the items with what is an answer of each; ids and all else stay.
+    fn without_thoughts<'a>(&self, items: &'a [Item]) -> Cow<'a, [Item]> {
+        let answer = |item: &Item| self.settings.reasoning.answer(&item.response).to_string();
+        match items.iter().all(|item| answer(item) == item.response) {
+            true => Cow::Borrowed(items),
+            false => items.iter().map(|item| Item { response: answer(item), ..item.clone() }).collect(),
+        }
     }
 
     fn apply_rules(&self, index: usize, item: &Item, draft: &mut Draft) -> Result<(), RewardError> {

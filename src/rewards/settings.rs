@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::similarity;
+use super::{reasoning, similarity};
 
 /// A scorer: what gives an answer one or more scores in [0, 1].
 ///
@@ -61,6 +61,8 @@ pub struct Settings {
     /// File of frozen quantile maps for graded scores; empty = scores count as they are. Another file is another reward,
     /// so open trials become void.
     pub calibration: String,
+    /// Tags around what a reasoning model thinks: trained on, not scored.
+    pub reasoning: reasoning::Settings,
     /// The sentence-embedding model behind the scorer "similarity".
     pub similarity: similarity::Settings,
 }
@@ -72,6 +74,7 @@ impl Default for Settings {
             gate: vec![Scorer::Rules],
             lambda: 0.5,
             calibration: String::new(),
+            reasoning: reasoning::Settings::default(),
             similarity: similarity::Settings::default(),
         }
     }

@@ -184,7 +184,7 @@ struct Night<'a> {
 pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Verdict, RoundError> {
     let paths = Paths::new(&config.state.dir);
     let _lock = paths.lock()?;
-    let model = Model::load(&config.model.path)?;
+    let model = Model::load_held(&config.model.path, config.model.hold)?;
     let (rewards_settings, workloads) = (config.rewards.clone(), config.workload.clone());
     let rewards = Rewards::load(&rewards_settings, &workloads, &model)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -255,6 +255,7 @@ fn settings_hash(config: &Config) -> Result<String, RoundError> {
     let deciding = json!({
         "dataset": config.dataset, "candidates": config.candidates, "decoding": config.decoding,
         "rewards": config.rewards, "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
+        "hold": config.model.hold,
     });
     // Canonicalisation cannot fail for settings: they are finite numbers and strings.
     let bytes = serde_json_canonicalizer::to_vec(&deciding).unwrap_or_else(|_| deciding.to_string().into_bytes());

@@ -91,8 +91,8 @@ impl<'m> Engine<'m> {
 
     fn load(&self, folder: &Path) -> Result<Policy, String> {
         let adapter = Adapter::load(folder, self.model).map_err(|e| e.to_string())?;
-        match adapter.spec.rank > self.settings.max_lora_rank {
-            true => Err(rank_too_high(adapter.spec.rank, self.settings.max_lora_rank)),
+        match adapter.largest_rank() > self.settings.max_lora_rank {
+            true => Err(rank_too_high(adapter.largest_rank(), self.settings.max_lora_rank)),
             false => Policy::new(self.model, Some(&adapter), WeightForm::F32).map_err(|e| e.to_string()),
         }
     }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use taod::engine::ops::mat::{Into, Mat, MatMut, Threads, multiply};
-use taod::engine::train::{Base, GroupTokens, LoraMatrices};
+use taod::engine::train::{Activations, Base, GroupTokens, LoraMatrices};
 use taod::engine::{
     Architecture, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, RopeConfig, RopeScaling, Scores, WeightForm,
     Weights,
@@ -23,7 +23,7 @@ fn bench_train() -> Result<(), Box<dyn std::error::Error>> {
     let config = config();
     let weights = weights(&config)?;
     let base = Base::new(&config, &weights, WeightForm::F32)?;
-    let spec = LoraSpec { rank: 16, alpha: 32.0, targets: Linear::ALL.to_vec(), use_rslora: false };
+    let spec = LoraSpec::default();
     let lora = LoraMatrices::fresh(&config, &spec, 1);
     let prompt: Vec<u32> = (0..PROMPT as u32).collect();
     let completions: Vec<Vec<u32>> =
@@ -49,6 +49,30 @@ fn bench_train() -> Result<(), Box<dyn std::error::Error>> {
         let backward = seconds - forward;
         let share = 100.0 * rate / raw;
         println!("{step:>6} {forward:>8.2}s {backward:>8.2}s {:>14.0} {rate:>12.0} {share:>8.0}%", tokens / seconds);
+    }
+    println!("8 groups of 1 answer: in one pass with activations made again or kept, and in a pass each:");
+    for (name, activations, alone) in [
+        ("again", Activations::Again, false),
+        ("kept", Activations::Kept, false),
+        ("one by one", Activations::Kept, true),
+    ] {
+        let mut base = Base::new(&config, &weights, WeightForm::F32)?;
+        base.activations = activations;
+        let mut seconds = Vec::new();
+        for _ in 0..5 {
+            let (mut gradients, began) = (lora.zero_gradients(), Instant::now());
+            // Eight groups of one answer: packed into one pass, or in a pass each.
+            let groups: Vec<GroupTokens> =
+                completions.iter().map(|c| GroupTokens { prompt: &prompt, completions: vec![c.as_slice()] }).collect();
+            let passes: Vec<&[GroupTokens]> = if alone { groups.chunks(1).collect() } else { vec![&groups[..]] };
+            for groups in passes {
+                let slopes = vec![-1.0 / (SAMPLES * COMPLETION) as f32; groups.len() * COMPLETION];
+                base.forward(&lora, groups)?.backward(&slopes, &mut gradients)?;
+            }
+            seconds.push(began.elapsed().as_secs_f64());
+        }
+        seconds.sort_by(f64::total_cmp);
+        println!("{name:>12}: {:.2} s", seconds[2]);
     }
     println!("(*) prompt and completion tokens of all samples, as a trainer without shared prompts counts them");
     println!("peak memory {} MB", peak_memory_mb());
@@ -120,15 +144,15 @@ fn weights(c: &ModelConfig) -> candle_core::Result<Weights> {
         Ok(LayerWeights {
             attn_norm: Some(ones()?),
             attn_post_norm: None,
-            q: linear(Linear::Q)?,
-            k: linear(Linear::K)?,
-            v: linear(Linear::V)?,
-            o: linear(Linear::O)?,
+            q: linear(Linear::Q)?.into(),
+            k: linear(Linear::K)?.into(),
+            v: linear(Linear::V)?.into(),
+            o: linear(Linear::O)?.into(),
             mlp_norm: Some(ones()?),
             mlp_post_norm: None,
-            gate: linear(Linear::Gate)?,
-            up: linear(Linear::Up)?,
-            down: linear(Linear::Down)?,
+            gate: linear(Linear::Gate)?.into(),
+            up: linear(Linear::Up)?.into(),
+            down: linear(Linear::Down)?.into(),
             q_bias: None,
             k_bias: None,
             v_bias: None,
@@ -138,5 +162,5 @@ fn weights(c: &ModelConfig) -> candle_core::Result<Weights> {
     };
     let embed = random(c.vocab, c.hidden_size)?;
     let layers = (0..c.layers.len()).map(|_| layer()).collect::<candle_core::Result<_>>()?;
-    Ok(Weights { lm_head: embed.clone(), embed, layers, norm: ones()? })
+    Ok(Weights { lm_head: embed.clone().into(), embed: embed.into(), layers, norm: ones()? })
 }

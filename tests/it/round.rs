@@ -76,7 +76,18 @@ fn stages(night: &Night) -> Vec<String> {
 
 #[test]
 fn a_round_ends_with_a_verdict_and_the_same_seed_gives_the_same_bytes() {
-    let first = undisturbed();
+    let first = Night::new(&calls(CALLS));
+    let outcome = first.worker(&[], &[]);
+    // What it tells its parent, which shows it as metrics: each step as it is made.
+    let told: Vec<Value> = outcome.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    decided(outcome);
+    let total = |rows: &[Value]| rows.iter().map(|row| row["tokens"].as_u64().unwrap()).sum::<u64>();
+    let steps = first.rows(Name::TuningSteps);
+    assert_eq!((told.len(), total(&told)), (steps.len(), total(&steps)));
+    assert!(
+        told.iter().all(|line| line["measure"] == "step" && line["learning_rate"].as_f64() > Some(0.0)),
+        "{told:?}"
+    );
     assert_eq!(first.adapters().len(), 2, "a config and weights");
     for name in WRITTEN {
         assert!(!first.rows(name).is_empty(), "{} is empty", name.spec().name);

@@ -1,5 +1,6 @@
 //! Adapters that tuning writes, read by PEFT itself.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -52,9 +53,9 @@ fn peft_python() -> Option<PathBuf> {
 }
 
 /// Trains an adapter and expects that PEFT loads it on the base's folder and computes the same log-probs.
-fn expect_peft_agrees(python: &Path, model: &Model, base: &Path, samples: &[Sample]) {
+fn expect_peft_agrees(python: &Path, model: &Model, base: &Path, samples: &[Sample], settings: Settings) {
     let folder = tempfile::tempdir().unwrap();
-    let settings = Settings { epochs: 4, batch_samples: 2, ..Settings::default() };
+    let settings = Settings { epochs: 4, batch_samples: 2, ..settings };
     let out = folder.path().join("tuned");
     let outcome = tune(model, samples, None, &settings, 7, &out, &Progress::silent()).unwrap();
     assert!(outcome.kl_sample > 0.0);
@@ -86,12 +87,26 @@ fn an_exported_adapter_loads_in_peft_and_gives_the_same_log_probs() {
     let base = folder.path().join("base");
     reference(&python, "gguf_to_hf.py", &[&gguf, &base], "");
     let model = Model::load(&gguf.display().to_string()).unwrap();
-    expect_peft_agrees(&python, &model, &base, &samples());
+    expect_peft_agrees(&python, &model, &base, &samples(), Settings::default());
+    expect_peft_agrees(&python, &model, &base, &samples(), patterned("layers.(3|7).self_attn.q_proj"));
+}
+
+/// Ranks and alphas of their own, rank-stabilised, with dropout.
+fn patterned(own: &str) -> Settings {
+    Settings {
+        use_rslora: true,
+        alpha: 8.0,
+        dropout: 0.1,
+        rank_pattern: BTreeMap::from([("down_proj".to_string(), 4), (own.to_string(), 24)]),
+        alpha_pattern: BTreeMap::from([(own.to_string(), 20.0)]),
+        ..Settings::default()
+    }
 }
 
 /// An adapter that changes queries and keys alone, and strongly: one whose rows were in another order would be another one.
 fn strong_adapter(model: &Model, folder: &Path) -> PathBuf {
-    let spec = LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true };
+    let spec =
+        LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true, ..LoraSpec::default() };
     let mut lora = LoraMatrices::fresh(model.config(), &spec, 3);
     for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
         *value = ((at * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.4;
@@ -193,8 +208,66 @@ fn adapters_of_other_families_load_in_peft_too() {
                 sample
             })
             .collect();
-        expect_peft_agrees(&python, &model, &base, &samples);
+        expect_peft_agrees(&python, &model, &base, &samples, Settings::default());
+        let own = if name == "tiny-phi3" { "layers.1.self_attn.qkv_proj" } else { "q_proj" };
+        expect_peft_agrees(&python, &model, &base, &samples, patterned(own));
     }
+}
+
+/// An adapter of PEFT's own making, with a rank and an alpha of its own for two modules.
+#[test]
+fn tuning_starts_from_an_adapter_that_peft_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = harness::root().join("tests/fixtures/models/tiny-llama-lora").display().to_string();
+    let told = std::fs::read_to_string(Path::new(&adapter).join("adapter_config.json")).unwrap();
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let targets: Vec<&str> = ["q", "k", "v", "o", "gate", "up", "down"]
+        .into_iter()
+        .filter(|t| told["target_modules"].as_array().unwrap().iter().any(|m| m == &format!("{t}_proj")))
+        .collect();
+    let config = format!(
+        "[tuning]\nrank = {}\nalpha = {}\nuse_rslora = {}\ntargets = {targets:?}\nrank_pattern = {{ down_proj = 2 }}\n\
+         alpha_pattern = {{ up_proj = 4 }}\n",
+        told["r"], told["lora_alpha"], told["use_rslora"]
+    );
+    std::fs::write(folder.path().join("taod.toml"), config).unwrap();
+    let losses = |out: &str, more: &[&str]| -> Vec<f64> {
+        let outcome = tune_tiny(folder.path(), out, &[&["--config", "taod.toml"], more].concat());
+        let outcome: Value = serde_json::from_str(&outcome.code(0).out).unwrap();
+        outcome["steps"].as_array().unwrap().iter().map(|step| step["loss"].as_f64().unwrap()).collect()
+    };
+    let (fresh, warm) = (losses("fresh", &[]), losses("warm", &["--start", &adapter]));
+    assert_ne!(fresh[0], warm[0]);
+    tune_tiny(folder.path(), "other", &["--start", &adapter]).refused(&["the LoRA shape", "rank_pattern"]);
+}
+
+/// The shape of Llama 2 7B, whose weights are not there.
+#[test]
+fn a_7b_model_trains_within_24_gib_where_its_weights_stay_as_they_are_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": false, "hidden_act": "silu",
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let told = harness::taod_in(folder.path(), &["estimate", "--model", ".", "--json"], &[]).code(0).out;
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let gib = |hold: &str, activations: &str| {
+        let way = told["ways"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|way| way["hold"] == hold && way["precision"] == "f32" && way["activations"] == activations);
+        way.unwrap()["bytes"]["total"].as_f64().unwrap() / (1u64 << 30) as f64
+    };
+    assert_eq!(told["weights"], 6_738_149_376u64);
+    assert!(
+        gib("stored", "recompute") < 18.0 && gib("f32", "recompute") > 24.0 && gib("stored", "keep") > 18.0,
+        "{told}"
+    );
+    let table = harness::taod_in(folder.path(), &["estimate", "--model", "."], &[]).code(0).out;
+    assert!(table.contains("6738 million weights in 32 layers"), "{table}");
 }
 
 /// Runs `taod tune` on two samples, one good and one bad, and returns how it ended.

@@ -168,7 +168,7 @@ pub(crate) fn smollm2(folder: &Path) -> Option<PathBuf> {
 
 /// Registers an adapter of all layers whose answers differ much from those of any other seed.
 fn register(model: &Model, folder: &Path, seed: usize) -> String {
-    let spec = LoraSpec { rank: 4, alpha: 8.0, targets: Linear::ALL.to_vec(), use_rslora: false };
+    let spec = LoraSpec { rank: 4, alpha: 8.0, ..LoraSpec::default() };
     let mut lora = LoraMatrices::fresh(model.config(), &spec, seed as u64);
     for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
         *value = (((at + seed) * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.1;
@@ -233,7 +233,7 @@ fn a_restarted_server_gets_back_what_was_served(kind: Kind) {
 fn an_adapter_that_the_server_refuses_changes_nothing(kind: Kind) {
     let Some(stage) = Stage::new(kind, "inplace", 1) else { return };
     stage.promote(0).code(0);
-    let spec = LoraSpec { rank: 32, alpha: 8.0, targets: vec![Linear::Q], use_rslora: false };
+    let spec = LoraSpec { rank: 32, alpha: 8.0, targets: vec![Linear::Q], ..LoraSpec::default() };
     let lora = LoraMatrices::fresh(stage.model.config(), &spec, 1);
     let peft = stage.folder.path().join("wide");
     save_peft(&peft, stage.model.identity(), &spec, &lora.tensors().unwrap()).unwrap();

@@ -12,8 +12,7 @@ use taod::adapter::optimizer::AdamW;
 use taod::adapter::{Sample, Settings, tune};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
 use taod::engine::{
-    BatchLimits, Group, Linear, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate,
-    logprobs,
+    BatchLimits, Group, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate, logprobs,
 };
 use taod::progress::Progress;
 
@@ -101,7 +100,7 @@ fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize
 /// A step on one group: forward, backward, AdamW, with the mean negative log-likelihood as loss.
 fn step(model: &Model, form: WeightForm, samples: usize, prompt: usize, new: usize) -> Result<()> {
     let base = Base::new(model.config(), model.weights(), form)?;
-    let spec = LoraSpec { rank: 16, alpha: 32.0, targets: Linear::ALL.to_vec(), use_rslora: false };
+    let spec = LoraSpec::default();
     let mut lora = LoraMatrices::fresh(model.config(), &spec, 1);
     let mut optimizer = AdamW::new(&lora.values);
     let prompt = ids(0, prompt);

@@ -119,13 +119,22 @@ def tiny(kind):
     return model, groups
 
 
+# Ranks and alphas of their own for some modules, by PEFT's patterns.
+PATTERNS = {
+    "qwen3": (dict(down_proj=6, **{"layers.1.self_attn.q_proj": 2}), dict(up_proj=3)),
+    "phi3": (dict(qkv_proj=3), {"layers.0.mlp.gate_up_proj": 5}),
+}
+
+
 def with_lora(model, rank, alpha, rslora):
+    ranks, alphas = PATTERNS.get(model.config.model_type, ({}, {}))
     linears = LINEARS
     if model.config.model_type == "phi3":
         linears = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
     names = [l.split(".")[1] for l in linears]
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names,
-                                             use_rslora=rslora, task_type="CAUSAL_LM"))
+                                             use_rslora=rslora, rank_pattern=ranks, alpha_pattern=alphas,
+                                             task_type="CAUSAL_LM"))
     parameters = dict(model.named_parameters())
     number, lora = 1000, {}
     for layer in range(model.config.num_hidden_layers):
@@ -172,7 +181,8 @@ def golden(model, groups, rank, alpha, rslora, full):
     found = logprobs(model, groups)
     loss = loss_of(found)
     loss.backward()
-    result = dict(rank=rank, alpha=alpha, use_rslora=rslora, groups=groups, loss=float(loss.detach()),
+    ranks, alphas = PATTERNS.get(model.config.model_type, ({}, {}))
+    result = dict(rank=rank, alpha=alpha, use_rslora=rslora, rank_pattern=ranks, alpha_pattern=alphas, groups=groups, loss=float(loss.detach()),
                   logprobs=[[float(v) for v in f.detach()] for f in found],
                   gradients={k: dict(norm=float(p.grad.norm()), values=sample(p.grad, full)) for k, p in lora.items()},
                   training=dict(learning_rate=RATE, warmup_steps=WARMUP, steps=STEPS, weight_decay=DECAY, max_grad_norm=CLIP))

@@ -79,9 +79,14 @@ impl Module {
         names
     }
 
+    /// Returns its path in the model, which PEFT's patterns are matched with.
+    pub fn path(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.name)
+    }
+
     /// Returns PEFT's key of one of its matrices, such as `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`.
     pub fn peft_key(self, layer: usize, factor: Factor) -> String {
-        format!("base_model.model.model.layers.{layer}.{}.{}.weight", self.name, factor.as_str())
+        format!("base_model.model.{}.{}.weight", self.path(layer), factor.as_str())
     }
 
     /// Returns the shape of one of its matrices.

@@ -5,12 +5,13 @@
 //! it by one number per row. So it is made in the forward pass and kept (`[tokens, hidden]`), which saves computing the
 //! logits a second time.
 
-use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::linear::{BothWays, Weight};
 use super::mat::Into;
-use super::{LANES, Values, exp, largest, tanh};
+use super::{LANES, exp, largest, tanh};
+use crate::engine::error::EngineError;
+use crate::engine::held::Held;
 
 /// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
 const ROWS: usize = 256;
@@ -36,24 +37,28 @@ pub struct TokenLogprobs {
 /// An output layer `[vocab, width]`, and into +- what its logits are bent (Gemma 2).
 #[derive(Clone, Copy)]
 pub struct Output<'a> {
-    pub weight: &'a Tensor,
+    pub weight: &'a Held,
     pub(crate) rounded: Option<&'a BothWays>,
     pub cap: Option<f32>,
 }
 
 /// Returns the log-prob of `targets[i]` after the i-th row of `hidden`.
-pub fn token_logprobs(hidden: &[f32], output: Output, targets: &[u32], slopes: Slopes) -> Result<TokenLogprobs> {
-    let Output { weight: lm_head, rounded, cap } = output;
-    let (vocab, width) = lm_head.dims2()?;
+pub fn token_logprobs(
+    hidden: &[f32],
+    output: Output,
+    targets: &[u32],
+    slopes: Slopes,
+) -> Result<TokenLogprobs, EngineError> {
+    let head = Head { weight: Weight::new(output.weight, output.rounded)?, cap: output.cap };
+    let (vocab, width) = (head.weight.outs, head.weight.ins);
     let rows = targets.len();
     if rows * width != hidden.len() {
-        bail!("{rows} targets for {} hidden values of width {width}", hidden.len());
+        let problem = format!("{rows} targets for {} hidden values of width {width}", hidden.len());
+        return Err(EngineError::request(problem));
     }
     if let Some(id) = targets.iter().find(|id| **id as usize >= vocab) {
-        bail!("token id {id} is outside the vocabulary of {vocab}");
+        return Err(EngineError::request(format!("token id {id} is outside the vocabulary of {vocab}")));
     }
-    let values = Values::of(lm_head)?;
-    let head = Head { weight: Weight { values: &values, rounded, outs: vocab, ins: width }, cap };
     let mut found = TokenLogprobs {
         logprobs: Vec::with_capacity(rows),
         entropies: Vec::with_capacity(rows),
@@ -82,7 +87,7 @@ struct Head<'a> {
 impl Head<'_> {
     /// Fills `logits` with the slope of the target's log-prob with respect to the products of hidden row and weight,
     /// which is `onehot(target) - p` where nothing bends them, and returns the log-prob and the entropy of each row.
-    fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>> {
+    fn logprobs(&self, hidden: &[f32], targets: &[u32], logits: &mut [f32]) -> Result<Vec<(f32, f32)>, EngineError> {
         self.weight.forth(hidden, logits, Into::Fresh)?;
         let rows = logits.par_chunks_mut(self.weight.outs).zip(targets);
         Ok(match self.cap {
@@ -91,7 +96,7 @@ impl Head<'_> {
         })
     }
 
-    fn slopes(&self, differences: &[f32], slopes: &mut [f32]) -> Result<()> {
+    fn slopes(&self, differences: &[f32], slopes: &mut [f32]) -> Result<(), EngineError> {
         self.weight.back(differences, slopes, Into::Fresh)
     }
 }
@@ -155,12 +160,13 @@ mod tests {
         let (rows, vocab) = (ROWS + 3, 37);
         let hidden: Vec<f32> = random(1, rows * 6).iter().map(|v| v * 4.0).collect();
         let head = random_tensor(2, &[vocab, 6]);
+        let held = Held::from(head.clone());
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
         let products = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
         let bent = ((&products / 1.5).unwrap().tanh().unwrap() * 1.5).unwrap();
         for (cap, logits) in [(None, products), (Some(1.5), bent)] {
             let found =
-                token_logprobs(&hidden, Output { weight: &head, rounded: None, cap }, &targets, Slopes::Skip).unwrap();
+                token_logprobs(&hidden, Output { weight: &held, rounded: None, cap }, &targets, Slopes::Skip).unwrap();
             let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
             for (i, logprob) in found.logprobs.iter().enumerate() {
                 assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
@@ -173,10 +179,10 @@ mod tests {
 
     #[test]
     fn slopes_agree_with_differences() {
-        let head = random_tensor(2, &[9, 6]);
+        let held = Held::from(random_tensor(2, &[9, 6]));
         let targets = [0, 8, 3, 3, 1];
         for cap in [None, Some(1.5)] {
-            let output = Output { weight: &head, rounded: None, cap };
+            let output = Output { weight: &held, rounded: None, cap };
             let run = |t: &[Vec<f32>]| token_logprobs(&t[0], output, &targets, Slopes::Make).unwrap();
             let backward = |t: &[Vec<f32>], grad: &[f32]| {
                 vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
@@ -187,8 +193,8 @@ mod tests {
 
     #[test]
     fn a_token_outside_the_vocabulary_is_refused() {
-        let head = random_tensor(2, &[9, 6]);
-        let output = Output { weight: &head, rounded: None, cap: None };
+        let held = Held::from(random_tensor(2, &[9, 6]));
+        let output = Output { weight: &held, rounded: None, cap: None };
         let error = token_logprobs(&random(1, 6), output, &[9], Slopes::Skip).unwrap_err();
         assert!(error.to_string().contains("token id 9"), "{error}");
     }

@@ -122,7 +122,7 @@ fn a_row_sees_its_window_and_nothing_before_it() {
 #[test]
 fn an_adapter_of_fused_projections_is_saved_as_peft_names_them() {
     let model = load(&fixture("tiny-phi3"));
-    let spec = LoraSpec { rank: 3, alpha: 6.0, targets: Linear::ALL.to_vec(), use_rslora: false };
+    let spec = LoraSpec { rank: 3, alpha: 6.0, ..LoraSpec::default() };
     let lora = train::LoraMatrices::fresh(model.config(), &spec, 5);
     let folder = tempfile::tempdir().unwrap();
     save_peft(folder.path(), model.identity(), &spec, &lora.tensors().unwrap()).unwrap();

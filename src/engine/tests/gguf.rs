@@ -8,7 +8,7 @@ use super::*;
 use crate::engine::gguf::Gguf;
 
 /// Writes a tiny model as llama.cpp's converter does: its own names, interleaved query and key rows, its tokenizer.
-fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) {
+pub(super) fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) {
     let (c, w) = (model.config(), model.weights());
     let permuted = matches!(architecture, "llama" | "smollm3");
     let interleave = |t: &Tensor, heads: usize| {
@@ -19,27 +19,30 @@ fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) 
         let split = t.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
         split.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, columns)).unwrap()
     };
-    let mut tensors = vec![("token_embd".to_string(), w.embed.clone()), ("output_norm".to_string(), w.norm.clone())];
+    let mut tensors =
+        vec![("token_embd".to_string(), w.embed.tensor().unwrap()), ("output_norm".to_string(), w.norm.clone())];
     for (i, l) in w.layers.iter().enumerate() {
-        let (q, k) = (interleave(&l.q, c.heads), interleave(&l.k, c.kv_heads));
+        let [q, k, v, o, gate, up, down] =
+            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(|held| held.tensor().unwrap());
+        let (q, k) = (interleave(&q, c.heads), interleave(&k, c.kv_heads));
         let fused = c.block.projections == Projections::Fused;
         let join = |parts: &[&Tensor]| fused.then(|| Tensor::cat(parts, 0).unwrap());
-        let (qkv, gate_up) = (join(&[&l.q, &l.k, &l.v]), join(&[&l.gate, &l.up]));
+        let (qkv, gate_up) = (join(&[&q, &k, &v]), join(&[&gate, &up]));
         let split = (!fused).then_some(());
-        let after_attention = if l.mlp_norm.is_some() { "ffn_norm" } else { "post_attention_norm" };
         let parts = [
             ("attn_norm", l.attn_norm.as_ref()),
             ("attn_q", split.map(|()| &q)),
             ("attn_k", split.map(|()| &k)),
-            ("attn_v", split.map(|()| &l.v)),
+            ("attn_v", split.map(|()| &v)),
             ("attn_qkv", qkv.as_ref()),
             ("attn_q_norm", l.q_norm.as_ref()),
             ("attn_k_norm", l.k_norm.as_ref()),
-            ("attn_output", Some(&l.o)),
-            (after_attention, l.mlp_norm.as_ref().or(l.attn_post_norm.as_ref())),
-            ("ffn_gate", split.map(|()| &l.gate)),
-            ("ffn_up", split.map(|()| &l.up).or(gate_up.as_ref())),
-            ("ffn_down", Some(&l.down)),
+            ("attn_output", Some(&o)),
+            ("post_attention_norm", l.attn_post_norm.as_ref()),
+            ("ffn_norm", l.mlp_norm.as_ref()),
+            ("ffn_gate", split.map(|()| &gate)),
+            ("ffn_up", split.map(|()| &up).or(gate_up.as_ref())),
+            ("ffn_down", Some(&down)),
             ("post_ffw_norm", l.mlp_post_norm.as_ref()),
         ];
         let parts = parts.into_iter().filter_map(|(name, t)| Some((format!("blk.{i}.{name}"), t?.clone())));
@@ -50,7 +53,7 @@ fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) 
         tensors.push(("rope_factors_short".to_string(), divisors));
     }
     if !c.tied {
-        tensors.push(("output".to_string(), w.lm_head.clone()));
+        tensors.push(("output".to_string(), w.lm_head.tensor().unwrap()));
     }
     let quantise = |t: &Tensor| QTensor::quantize(t, if t.rank() == 1 { GgmlDType::F32 } else { dtype }).unwrap();
     let tensors: Vec<_> = tensors.iter().map(|(name, t)| (format!("{name}.weight"), quantise(t))).collect();
@@ -102,6 +105,17 @@ fn gguf_metadata(c: &ModelConfig, architecture: &str) -> Vec<(String, gguf_file:
         own.push(("rope.dimension_count", V::U32(c.ropes[0].dim as u32)));
         own.push(("attention.sliding_window", V::U32(c.layers[0].window.unwrap_or(0) as u32)));
     }
+    if architecture.starts_with("gemma") {
+        own.push(("attention.key_length", V::U32(c.head_dim as u32)));
+        own.push(("attention.sliding_window", V::U32(c.layers[0].window.unwrap_or(0) as u32)));
+    }
+    for (key, cap) in [("attn_logit_softcapping", c.scores.cap), ("final_logit_softcapping", c.logit_cap)] {
+        own.extend(cap.map(|cap| (key, V::F32(cap))));
+    }
+    if let RopeScaling::Linear { factor } = c.ropes[0].scaling {
+        own.push(("rope.scaling.type", V::String("linear".to_string())));
+        own.push(("rope.scaling.factor", V::F32(factor as f32)));
+    }
     let own = own.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
     own.chain(shared.map(|(key, value)| (key.to_string(), value))).collect()
 }
@@ -151,10 +165,20 @@ fn a_gguf_of_each_family_gives_what_its_folder_gives() {
         ("tiny-smollm3", "smollm3", "    0\n", "    1\n"),
         ("tiny-olmo2", "olmo2", "olmo2", "olmo2"),
         ("tiny-phi3", "phi3", "phi3", "phi3"),
+        // llama.cpp's scales by the heads' width, and its Gemma 3 slides in the first five layers.
+        ("tiny-gemma2", "gemma2", "\"query_pre_attn_scalar\": 24", "\"query_pre_attn_scalar\": 20"),
+        ("tiny-gemma3", "gemma3", "\"full_attention\"\n", "\"sliding_attention\"\n"),
     ];
     for (name, architecture, from, to) in families {
         let folder = tempfile::tempdir().unwrap();
-        let model = changed(name, folder.path(), from, to);
+        let mut model = changed(name, folder.path(), from, to);
+        if name == "tiny-gemma3" {
+            let config = folder.path().join("config.json");
+            let text = std::fs::read_to_string(&config).unwrap();
+            let scalar = "\"query_pre_attn_scalar\": ";
+            std::fs::write(&config, text.replace(&format!("{scalar}24"), &format!("{scalar}20"))).unwrap();
+            model = load(folder.path());
+        }
         let case = &golden("tiny-llama")[1];
         let path = folder.path().join("tiny.gguf");
         write_gguf(&model, architecture, GgmlDType::F32, &path);
@@ -162,6 +186,32 @@ fn a_gguf_of_each_family_gives_what_its_folder_gives() {
         let off = worst(&found[0], &expected[0]);
         assert!(off < 1e-6, "{name}: {off}");
     }
+}
+
+/// Numbers of layers tell llama.cpp the size of a Gemma, and its code the layers that slide.
+#[test]
+fn a_gguf_of_gemma_slides_and_scales_as_llama_cpp_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let read = |name: &str, architecture: &str, layers: u32| {
+        let mut metadata = gguf_metadata(load(&fixture(name)).config(), architecture);
+        let count = metadata.iter_mut().filter(|(key, _)| key.ends_with("block_count"));
+        count.for_each(|(_, n)| *n = gguf_file::Value::U32(layers));
+        let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        gguf_file::write(&mut std::fs::File::create(&path).unwrap(), &metadata, &[]).unwrap();
+        Gguf::open(&path).unwrap().config().unwrap()
+    };
+    let whole = |config: &ModelConfig| -> Vec<usize> {
+        (0..config.layers.len()).filter(|i| config.layers[*i].window.is_none()).collect()
+    };
+    let (two, three) = (read("tiny-gemma2", "gemma2", 5), read("tiny-gemma3", "gemma3", 13));
+    assert_eq!((whole(&two), whole(&three)), (vec![1, 3], vec![5, 11]));
+    assert!(three.layers.iter().all(|layer| layer.rope == Some(usize::from(layer.window.is_some()))));
+    assert_eq!((two.scores.cap, two.logit_cap, three.scores.cap), (Some(4.0), Some(6.0), None));
+    let scale = |config: &ModelConfig| 1.0 / (config.scores.scale * config.scores.scale);
+    let large = read("tiny-gemma2", "gemma2", 46);
+    assert!((scale(&two) - 20.0).abs() < 1e-3, "{}", scale(&two));
+    assert!((scale(&large) - (large.hidden_size / large.heads) as f32).abs() < 1e-3, "{}", scale(&large));
 }
 
 #[test]
@@ -187,12 +237,8 @@ fn a_broken_gguf_is_refused_with_the_file_and_the_remedy() {
     let path = folder.path().join("tiny.gguf");
     let error = || Model::load(&path.display().to_string()).unwrap_err().to_string();
     write_gguf(&model, "falcon", GgmlDType::F32, &path);
-    let known = "llama, mistral, qwen2, qwen3, smollm3, olmo2, phi3";
+    let known = "llama, mistral, qwen2, qwen3, smollm3, olmo2, phi3, gemma2, gemma3";
     assert!(error().contains("architecture falcon is not supported") && error().contains(known), "{}", error());
-    for name in ["gemma2", "gemma3"] {
-        write_gguf(&model, name, GgmlDType::F32, &path);
-        assert!(error().contains(name) && error().contains("use the model's folder"), "{}", error());
-    }
     write_gguf(&model, "llama", GgmlDType::F32, &path);
     let whole = std::fs::read(&path).unwrap();
     for keep in [whole.len() - 100, 5000, 10] {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{Base, GroupTokens, LoraMatrices};
 use crate::engine::{
-    Architecture, Factor, LayerKind, LayerWeights, Linear, LoraSpec, ModelConfig, ModelIdentity, Module, Norms,
+    Architecture, Factor, LayerKind, LayerWeights, LoraSpec, ModelConfig, ModelIdentity, Module, Norms, Patterns,
     RopeConfig, RopeScaling, Scores, WeightForm, Weights,
 };
 
@@ -107,15 +107,15 @@ fn weights(c: &ModelConfig) -> Weights {
         .map(|_| {
             let mut layer = LayerWeights {
                 attn_norm: before.then(|| next(&[hidden], true)),
-                q: next(&[query, hidden], false),
-                k: next(&[kv, hidden], false),
-                v: next(&[kv, hidden], false),
-                o: next(&[hidden, query], false),
+                q: next(&[query, hidden], false).into(),
+                k: next(&[kv, hidden], false).into(),
+                v: next(&[kv, hidden], false).into(),
+                o: next(&[hidden, query], false).into(),
                 attn_post_norm: after.then(|| next(&[hidden], true)),
                 mlp_norm: before.then(|| next(&[hidden], true)),
-                gate: next(&[wide, hidden], false),
-                up: next(&[wide, hidden], false),
-                down: next(&[hidden, wide], false),
+                gate: next(&[wide, hidden], false).into(),
+                up: next(&[wide, hidden], false).into(),
+                down: next(&[hidden, wide], false).into(),
                 mlp_post_norm: after.then(|| next(&[hidden], true)),
                 q_bias: None,
                 k_bias: None,
@@ -137,7 +137,7 @@ fn weights(c: &ModelConfig) -> Weights {
         .collect();
     let norm = next(&[hidden], true);
     let lm_head = if c.tied { embed.clone() } else { next(&[c.vocab, hidden], false) };
-    Weights { embed, layers, norm, lm_head }
+    Weights { embed: embed.into(), layers, norm, lm_head: lm_head.into() }
 }
 
 /// Returns LoRA matrices as after some training: B is not zero.
@@ -146,7 +146,8 @@ pub(crate) fn lora(config: &ModelConfig, spec: &LoraSpec) -> LoraMatrices {
     let mut number = 1000;
     for layer in 0..config.layers.len() {
         for module in Module::all(config) {
-            let [a, b] = [Factor::A, Factor::B].map(|factor| module.shape(config, factor, spec.rank));
+            let [a, b] =
+                [Factor::A, Factor::B].map(|factor| module.shape(config, factor, spec.rank_of(&module.path(layer))));
             tensors.insert(module.peft_key(layer, Factor::A), hashed(number, &a, 1.0 / (a[1] as f64).sqrt(), 0.0));
             tensors.insert(module.peft_key(layer, Factor::B), hashed(number + 1, &b, 0.02, 0.0));
             number += 2;
@@ -161,6 +162,10 @@ pub(crate) struct Golden {
     pub(crate) rank: usize,
     pub(crate) alpha: f64,
     pub(crate) use_rslora: bool,
+    #[serde(default)]
+    pub(crate) rank_pattern: BTreeMap<String, usize>,
+    #[serde(default)]
+    pub(crate) alpha_pattern: BTreeMap<String, f64>,
     pub(crate) groups: Vec<GoldenGroup>,
     pub(crate) loss: f32,
     pub(crate) logprobs: Vec<Vec<f32>>,
@@ -203,7 +208,14 @@ impl Golden {
 
     pub(crate) fn spec(&self) -> LoraSpec {
         let (rank, alpha, use_rslora) = (self.rank, self.alpha, self.use_rslora);
-        LoraSpec { rank, alpha, targets: Linear::ALL.to_vec(), use_rslora }
+        LoraSpec {
+            rank,
+            alpha,
+            use_rslora,
+            rank_pattern: Patterns::from(&self.rank_pattern),
+            alpha_pattern: Patterns::from(&self.alpha_pattern),
+            ..LoraSpec::default()
+        }
     }
 
     /// Returns the slopes of the golden loss: minus the mean over completions of their mean log-prob.

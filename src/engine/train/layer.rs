@@ -2,22 +2,28 @@
 
 use std::borrow::Cow;
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 
 use super::LoraMatrices;
 use crate::engine::config::{Activation, LayerKind, ModelConfig};
+use crate::engine::error::EngineError;
 use crate::engine::lora::Linear;
 use crate::engine::ops::attention::{Attention, Scoring};
-use crate::engine::ops::linear::{BothWays, Frozen, PairGradient};
+use crate::engine::ops::dropout::RowSeeds;
+use crate::engine::ops::linear::{BothWays, Frozen, Pair, PairGradient};
 use crate::engine::ops::mat::Into;
 use crate::engine::ops::pointwise::{RmsNorm, Rotation, geglu, geglu_backward, swiglu, swiglu_backward};
 use crate::engine::weights::LayerWeights;
+
+type Result<T> = std::result::Result<T, EngineError>;
 
 /// What all layers of a pass share.
 pub(super) struct Batch {
     pub(super) attention: Attention,
     /// One per rotary embedding of the model.
     pub(super) rotations: Vec<Rotation>,
+    /// What the adapter does not see, in a step of training.
+    pub(super) dropout: Option<RowSeeds>,
 }
 
 /// One decoder layer with the adapter in training, if there is one.
@@ -51,6 +57,13 @@ pub(super) struct Saved {
     transformed: Option<Vec<f32>>,
 }
 
+impl Saved {
+    /// Returns the layer's input, from which all of it can be made again.
+    pub(super) fn into_input(self) -> Vec<f32> {
+        self.x
+    }
+}
+
 /// What a layer's forward pass returns.
 pub(super) struct Forward {
     pub(super) output: Vec<f32>,
@@ -59,11 +72,26 @@ pub(super) struct Forward {
 
 impl Layer<'_> {
     pub(super) fn forward(&self, x: Vec<f32>, batch: &Batch) -> Result<Forward> {
+        let mut saved = self.until_down(x, batch)?;
+        let output = self.down(&mut saved, batch)?;
+        Ok(Forward { output, saved })
+    }
+
+    /// Makes the activations again from the layer's input; what comes after them only where the backward pass reads it.
+    pub(super) fn again(&self, x: Vec<f32>, batch: &Batch) -> Result<Saved> {
+        let mut saved = self.until_down(x, batch)?;
+        if self.weights.mlp_post_norm.is_some() {
+            self.down(&mut saved, batch)?;
+        }
+        Ok(saved)
+    }
+
+    fn until_down(&self, x: Vec<f32>, batch: &Batch) -> Result<Saved> {
         let w = self.weights;
         let normed = self.normed(w.attn_norm.as_ref(), &x)?;
-        let mut q = self.linear(Linear::Q, &normed)?;
-        let mut k = self.linear(Linear::K, &normed)?;
-        let v = self.linear(Linear::V, &normed)?;
+        let mut q = self.linear(Linear::Q, &normed, batch)?;
+        let mut k = self.linear(Linear::K, &normed, batch)?;
+        let v = self.linear(Linear::V, &normed, batch)?;
         let mut unnormed = None;
         if let (Some(q_norm), Some(k_norm)) = (&w.q_norm, &w.k_norm) {
             let before = (q, k);
@@ -75,16 +103,22 @@ impl Layer<'_> {
             rotation.forward(&mut k);
         }
         let mixed = batch.attention.forward(&q, &k, &v, self.scoring())?;
-        let (mut middle, attended) = self.post_normed(w.attn_post_norm.as_ref(), self.linear(Linear::O, &mixed)?)?;
+        let (mut middle, attended) =
+            self.post_normed(w.attn_post_norm.as_ref(), self.linear(Linear::O, &mixed, batch)?)?;
         add(&mut middle, &x);
 
         let normed = self.normed(w.mlp_norm.as_ref(), &middle)?;
-        let (gate, up) = (self.linear(Linear::Gate, &normed)?, self.linear(Linear::Up, &normed)?);
-        let down = self.linear(Linear::Down, &self.product(&gate, &up))?;
-        let (mut output, transformed) = self.post_normed(w.mlp_post_norm.as_ref(), down)?;
-        add(&mut output, &middle);
-        let saved = Saved { x, unnormed, q, k, v, mixed, attended, middle, gate, up, transformed };
-        Ok(Forward { output, saved })
+        let (gate, up) = (self.linear(Linear::Gate, &normed, batch)?, self.linear(Linear::Up, &normed, batch)?);
+        Ok(Saved { x, unnormed, q, k, v, mixed, attended, middle, gate, up, transformed: None })
+    }
+
+    /// Returns the layer's output.
+    fn down(&self, saved: &mut Saved, batch: &Batch) -> Result<Vec<f32>> {
+        let down = self.linear(Linear::Down, &self.product(&saved.gate, &saved.up), batch)?;
+        let (mut output, transformed) = self.post_normed(self.weights.mlp_post_norm.as_ref(), down)?;
+        add(&mut output, &saved.middle);
+        saved.transformed = transformed;
+        Ok(output)
     }
 
     /// Turns the gradient of the layer's output into that of its input, and adds up the gradients of its matrices. The
@@ -101,20 +135,20 @@ impl Layer<'_> {
         let product = self.product(&gate, &up);
         let mut d_product = vec![0.0; product.len()];
         let d_down = self.post_norm_backward(w.mlp_post_norm.as_ref(), transformed, &grad)?;
-        self.linear_backward(Linear::Down, &product, &d_down, Some((&mut d_product, Into::Fresh)), gradients)?;
+        self.linear_backward(Linear::Down, &product, &d_down, batch, Some((&mut d_product, Into::Fresh)), gradients)?;
         let (d_gate, d_up) = match self.config.block.activation {
             Activation::SwiGlu => swiglu_backward(&gate, &up, d_product),
             Activation::GeGlu => geglu_backward(&gate, &up, d_product),
         };
         let normed = self.normed(w.mlp_norm.as_ref(), &middle)?;
         let mut d_normed = vec![0.0; normed.len()];
-        self.linear_backward(Linear::Gate, &normed, &d_gate, Some((&mut d_normed, Into::Fresh)), gradients)?;
-        self.linear_backward(Linear::Up, &normed, &d_up, Some((&mut d_normed, Into::Sum)), gradients)?;
+        self.linear_backward(Linear::Gate, &normed, &d_gate, batch, Some((&mut d_normed, Into::Fresh)), gradients)?;
+        self.linear_backward(Linear::Up, &normed, &d_up, batch, Some((&mut d_normed, Into::Sum)), gradients)?;
         self.add_norm_backward(w.mlp_norm.as_ref(), &middle, &d_normed, &mut grad)?;
 
         let mut d_mixed = vec![0.0; mixed.len()];
         let d_out = self.post_norm_backward(w.attn_post_norm.as_ref(), attended, &grad)?;
-        self.linear_backward(Linear::O, &mixed, &d_out, Some((&mut d_mixed, Into::Fresh)), gradients)?;
+        self.linear_backward(Linear::O, &mixed, &d_out, batch, Some((&mut d_mixed, Into::Fresh)), gradients)?;
         let [mut dq, mut dk, dv] = batch.attention.backward(&q, &k, &v, &d_mixed, self.scoring())?;
         if let Some(rotation) = self.rotation(batch) {
             rotation.backward(&mut dq);
@@ -127,7 +161,7 @@ impl Layer<'_> {
         let wanted = self.index > 0;
         for (linear, d, into) in [(Linear::Q, dq, Into::Fresh), (Linear::K, dk, Into::Sum), (Linear::V, dv, Into::Sum)]
         {
-            self.linear_backward(linear, &normed, &d, wanted.then_some((&mut d_normed, into)), gradients)?;
+            self.linear_backward(linear, &normed, &d, batch, wanted.then_some((&mut d_normed, into)), gradients)?;
         }
         if !wanted {
             return Ok(Vec::new());
@@ -196,7 +230,7 @@ impl Layer<'_> {
     }
 
     fn norm<'n>(&self, weight: &'n Tensor) -> Result<RmsNorm<'n>> {
-        RmsNorm::new(weight, self.config.rms_eps)
+        Ok(RmsNorm::new(weight, self.config.rms_eps)?)
     }
 
     fn norm_backward(&self, weight: &Tensor, x: &[f32], grad: &[f32]) -> Result<Vec<f32>> {
@@ -216,11 +250,19 @@ impl Layer<'_> {
             Linear::Up => (&w.up, None),
             Linear::Down => (&w.down, None),
         };
-        Ok(Frozen::new(weight, bias)?.rounded(self.rounded.map(|all| &all[linear as usize])))
+        Frozen::rounded(weight, bias, self.rounded.map(|all| &all[linear as usize]))
     }
 
-    fn linear(&self, linear: Linear, x: &[f32]) -> Result<Vec<f32>> {
-        self.frozen(linear)?.forward(x, self.lora.and_then(|lora| lora.pair(self.index, linear)))
+    /// Returns the adapter's pair of a linear layer. The parts of a fused module see the same inputs.
+    fn pair<'b>(&'b self, linear: Linear, batch: &'b Batch) -> Option<Pair<'b>> {
+        let lora = self.lora?;
+        let (module, _) = lora.position(self.index, linear)?;
+        let dropout = batch.dropout.as_ref().map(|seeds| seeds.of(module));
+        Some(Pair { dropout, ..lora.pair(self.index, linear)? })
+    }
+
+    fn linear(&self, linear: Linear, x: &[f32], batch: &Batch) -> Result<Vec<f32>> {
+        self.frozen(linear)?.forward(x, self.pair(linear, batch))
     }
 
     fn linear_backward(
@@ -228,12 +270,13 @@ impl Layer<'_> {
         linear: Linear,
         x: &[f32],
         grad: &[f32],
+        batch: &Batch,
         dx: Option<(&mut Vec<f32>, Into)>,
         gradients: &mut [Vec<f32>],
     ) -> Result<()> {
         let mut pair = None;
         if let Some(lora) = self.lora
-            && let (Some((at, own)), Some(values)) = (lora.position(self.index, linear), lora.pair(self.index, linear))
+            && let (Some((at, own)), Some(values)) = (lora.position(self.index, linear), self.pair(linear, batch))
             && let Some([a, b]) = gradients.get_mut(at..at + 2)
             && let Some(b) = b.get_mut(own)
         {
