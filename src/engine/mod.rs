@@ -1,11 +1,12 @@
 //! The inference engine: one decoder for all families, on candle, f32 on the CPU.
 //!
 //! [`Model`] is what is loaded once; [`Batcher`] samples from a [`Policy`] on it, [`logprobs`] and [`divergence`] score
-//! with it, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
+//! with it, [`SequenceClassifier`] is a reward model of the same layers, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
 //! an [`Adapter`] beside them. Only a policy of rounded weights is a copy, which tells its own log-probs.
 
 mod attention;
 mod cache;
+mod classify;
 mod config;
 mod decoder;
 mod draw;
@@ -31,6 +32,7 @@ mod tokenizer;
 pub mod train;
 mod weights;
 
+pub use classify::SequenceClassifier;
 pub use config::{
     Activation, Architecture, Block, LayerKind, ModelConfig, NormWeight, Norms, Projections, QkNorm, RopeConfig,
     RopeScaling, Scores,

@@ -15,8 +15,18 @@ pub struct Weights {
     pub layers: Vec<LayerWeights>,
     /// `[hidden]`.
     pub norm: Tensor,
-    /// `[vocab, hidden]`; the embedding itself where the model ties them.
+    /// The output layer: `[vocab, hidden]`, the embedding itself where the model ties them; `[1, hidden]` in a model that
+    /// ends in a score.
     pub lm_head: Tensor,
+}
+
+/// What a model's output layer makes of a hidden row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// The logits of the next token.
+    Vocabulary,
+    /// One number: the head `score` of Hugging Face's `...ForSequenceClassification`.
+    Score,
 }
 
 /// The weights of one layer. Norms hold the factor itself, whatever the model stores.
@@ -46,12 +56,13 @@ pub struct LayerWeights {
 
 impl Weights {
     /// Reads all weights of a model, its layers in parallel.
-    pub(crate) fn load(files: &Files, config: &ModelConfig) -> Result<Self, EngineError> {
+    pub(crate) fn load(files: &Files, config: &ModelConfig, output: Output) -> Result<Self, EngineError> {
         let loader = Loader { files, config };
         let embed = loader.required("model.embed_tokens.weight", &[config.vocab, config.hidden_size])?;
-        let lm_head = match config.tied {
-            true => embed.clone(),
-            false => loader.required("lm_head.weight", &[config.vocab, config.hidden_size])?,
+        let lm_head = match output {
+            Output::Score => loader.score_head()?,
+            Output::Vocabulary if config.tied => embed.clone(),
+            Output::Vocabulary => loader.required("lm_head.weight", &[config.vocab, config.hidden_size])?,
         };
         let norm = loader.norm("model.norm.weight", config.hidden_size)?;
         let layers = (0..config.layers.len()).into_par_iter().map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
@@ -65,6 +76,22 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    fn score_head(&self) -> Result<Tensor, EngineError> {
+        const NAME: &str = "score.weight";
+        let found = self.files.tensor(NAME, self.config)?;
+        let head =
+            found.ok_or_else(|| self.fault(NAME, "is missing: this is no model for sequence classification".into()))?;
+        match head.dims() {
+            [1, width] if *width == self.config.hidden_size => Ok(head),
+            [labels, _] if *labels > 1 => {
+                Err(self.fault(NAME, format!("gives {labels} numbers; a reward model gives one (num_labels = 1)")))
+            }
+            other => {
+                Err(self.fault(NAME, format!("has shape {other:?} where [1, {}] is expected", self.config.hidden_size)))
+            }
+        }
+    }
+
     fn layer(&self, layer: usize) -> Result<LayerWeights, EngineError> {
         let c = self.config;
         let name = |part: &str| format!("model.layers.{layer}.{part}");

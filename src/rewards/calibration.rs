@@ -51,9 +51,9 @@ impl Calibration {
         Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()? })
     }
 
-    /// Returns what the raw score of this name is worth, in [0, 1] if the raw score is.
-    pub fn apply(&self, name: &str, raw: f64) -> f64 {
-        self.maps.get(name).map_or(raw, |map| map.apply(raw))
+    /// Returns what the raw score of this name is worth, in [0, 1]; nothing where there is no map of it.
+    pub fn get(&self, name: &str, raw: f64) -> Option<f64> {
+        self.maps.get(name).map(|map| map.apply(raw))
     }
 
     /// Returns the hash over all maps.
@@ -166,7 +166,7 @@ mod tests {
         let calibration = Calibration::fit(&scores).unwrap();
         calibration.save(&path).unwrap();
         assert_eq!(Calibration::load(&path).unwrap(), calibration);
-        assert_eq!(calibration.apply("other", 0.3), 0.3);
+        assert_eq!(calibration.get("other", 0.3), None);
 
         let edited = std::fs::read_to_string(&path).unwrap().replacen("0.1", "0.05", 1);
         std::fs::write(&path, edited).unwrap();
