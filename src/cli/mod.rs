@@ -20,6 +20,7 @@ mod logs;
 mod progress;
 mod records;
 mod replay;
+mod reward;
 mod score;
 mod serve;
 mod signals;
@@ -92,6 +93,9 @@ pub enum Command {
     Generate(engine::Generate),
     Logprobs(engine::Logprobs),
     Score(score::Score),
+    /// Train, measure and calibrate what scores answers.
+    #[command(subcommand)]
+    Reward(reward::Command),
     Tune(tune::Tune),
     Eval(eval::Eval),
     /// The gate's evidence alone, or a trial in words.
@@ -145,6 +149,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Generate(args) => engine::run_generate(args, screen),
         Command::Logprobs(args) => engine::run_logprobs(args, screen),
         Command::Score(args) => score::run(global, args),
+        Command::Reward(command) => reward::run(global, command, screen),
         Command::Tune(args) => tune::run(global, args, screen),
         Command::Eval(args) => eval::run(global, args, screen),
         Command::Gate(command) => gate::run(global, command),

@@ -10,7 +10,7 @@ use super::attention::View;
 use super::cache::{Cache, Pool, Shape};
 use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
-use super::lora::{Adapter, Linear, LoraPair};
+use super::lora::{Adapter, Linear, LoraPair, merged};
 use super::math;
 use super::matmul::{Matrix, Packed, Product, WeightForm};
 use super::rope::Rope;
@@ -336,14 +336,6 @@ impl Layer {
             gate_up: matrix(&[(&w.gate, Linear::Gate), (&w.up, Linear::Up)])?,
             down: matrix(&[(&w.down, Linear::Down)])?,
         })
-    }
-}
-
-/// Returns `W + scale * B A`.
-fn merged(weight: &Tensor, pair: Option<&LoraPair>) -> Result<Tensor, EngineError> {
-    match pair {
-        None => Ok(weight.clone()),
-        Some(LoraPair { a, b, scale, .. }) => Ok((weight + (b.matmul(a)? * *scale)?)?),
     }
 }
 

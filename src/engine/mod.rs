@@ -11,6 +11,7 @@ mod config;
 mod decoder;
 mod draw;
 mod error;
+mod export;
 mod gguf;
 mod gguf_tokenizer;
 pub mod lora;
@@ -39,6 +40,7 @@ pub use config::{
 };
 pub use draw::SamplingSettings;
 pub use error::EngineError;
+pub use export::{ScoreHead, padding_id, save_classifier};
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, save_peft};
 pub use matmul::{Precision, WeightForm};
 pub use model::{Model, ModelIdentity};

@@ -175,7 +175,7 @@ impl Loader<'_> {
 
 /// Returns Hugging Face's names of the norms before and after attention and before and after the MLP. One name means
 /// two things: where nothing is normed after attention, it is the norm before the MLP.
-fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
+pub(super) fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
     match norms {
         Norms::Pre => [Some("input_layernorm"), None, Some("post_attention_layernorm"), None],
         Norms::Post => [None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm")],

@@ -8,17 +8,25 @@
 //! [`Rewards`] holds two selections of scorers: one whose total trains, one whose total the gate compares. Scorers see
 //! the answer and the prompt as data. None follows instructions, so no text in a prompt can argue with it.
 
+mod cache;
 pub mod calibration;
 pub mod classifier;
+pub mod command;
 pub mod ensemble;
+pub mod http;
+pub mod judge;
 pub mod lines;
+pub mod platt;
 mod quality;
+pub mod remote;
 pub mod rules;
 pub mod scorer;
 mod settings;
 pub mod similarity;
 mod workload;
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -27,9 +35,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use calibration::{Calibration, CalibrationError};
-use classifier::ClassifierError;
 use rules::{Answer, text};
-use scorer::{Loaded, Scale};
+use scorer::{Loaded, Scale, ScorerError};
 use similarity::{Similarity, SimilarityError};
 
 use crate::engine::{EngineError, Model};
@@ -93,7 +100,7 @@ pub enum RewardError {
     )]
     Range { part: String, index: usize, value: f64 },
     #[error("scorer {name}: {source}")]
-    Classifier { name: String, source: ClassifierError },
+    Scorer { name: String, source: ScorerError },
     #[error("the quality guardrail needs the base model; load the rewards with it")]
     NoBase,
     #[error(transparent)]
@@ -121,8 +128,22 @@ impl Rewards {
         Ok(Rewards { base: Some(base.clone()), ..Self::without_base(settings, workloads)? })
     }
 
+    /// Does the same and keeps the scores of defined scorers in a folder, where later uses find them.
+    pub fn keeping(
+        settings: &Settings,
+        workloads: &[Workload],
+        base: &Model,
+        folder: &Path,
+    ) -> Result<Self, RewardError> {
+        Ok(Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(folder))? })
+    }
+
     /// Loads what the settings name, for uses that never ask for [`Rewards::quality`].
     pub fn without_base(settings: &Settings, workloads: &[Workload]) -> Result<Self, RewardError> {
+        Self::open(settings, workloads, None)
+    }
+
+    fn open(settings: &Settings, workloads: &[Workload], kept: Option<&Path>) -> Result<Self, RewardError> {
         settings.validate().map_err(RewardError::Settings)?;
         let calibration = match settings.calibration.as_str() {
             "" => Calibration::default(),
@@ -131,7 +152,7 @@ impl Rewards {
         let workloads = Workloads::compile(workloads)?;
         let settings = settings.clone();
         let used = settings.scorers.iter().filter(|d| settings.uses(&Scorer::Defined(d.name.clone())));
-        let defined = used.map(Loaded::open).collect::<Result<_, _>>()?;
+        let defined = used.map(|definition| Loaded::open(definition, kept)).collect::<Result<_, _>>()?;
         let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), defined, base: None };
         if rewards.settings.uses(&Scorer::Similarity) {
             rewards.similarity_model()?;
@@ -167,6 +188,54 @@ impl Rewards {
     /// Returns the scores of a selection with every part, also where a failed hard rule has settled the total.
     pub fn score_fully(&self, selection: Selection, items: &[Item]) -> Result<Vec<Scored>, RewardError> {
         self.score(self.selection(selection), items, Effort::Full)
+    }
+
+    /// Returns every graded score by its name, with the place of the answer that it belongs to, before calibration.
+    pub fn graded_parts(
+        &self,
+        selection: Selection,
+        items: &[Item],
+    ) -> Result<BTreeMap<String, Vec<(usize, f64)>>, RewardError> {
+        let mut by_name: BTreeMap<String, Vec<(usize, f64)>> = BTreeMap::new();
+        for (place, draft) in self.drafts(self.selection(selection), items, Effort::Full)?.into_iter().enumerate() {
+            for Graded { part, raw, scale } in draft.graded {
+                if !scale.holds(raw) {
+                    return Err(RewardError::Range { part, index: place, value: raw });
+                }
+                by_name.entry(part).or_default().push((place, raw));
+            }
+        }
+        Ok(by_name)
+    }
+
+    /// Returns by how much the training selection finds the first answer of each pair better. With one defined scorer it is
+    /// the difference of its raw scores, else that of the totals.
+    pub fn margins(&self, pairs: &[(Item, Item)]) -> Result<Vec<f64>, RewardError> {
+        if let [Scorer::Defined(name)] = self.settings.train.as_slice()
+            && let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == *name)
+        {
+            return loaded.margins(pairs);
+        }
+        let items: Vec<Item> = pairs.iter().flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
+        let totals: Vec<f64> = self.train(&items)?.into_iter().map(|scored| scored.total).collect();
+        Ok(totals.chunks_exact(2).map(|both| both[0] - both[1]).collect())
+    }
+
+    /// Returns version and identity of every scorer that either selection names: what a recorded score was made by.
+    pub fn stamps(&self) -> BTreeMap<String, String> {
+        let short = |identity: &str| blake3::hash(identity.as_bytes()).to_hex()[..16].to_owned();
+        let stamp = |scorer: &Scorer| {
+            let identity = match scorer {
+                Scorer::Rules => serde_json::json!(self.workloads.iter().collect::<Vec<_>>()).to_string(),
+                Scorer::Brevity => String::new(),
+                Scorer::Similarity => self.similarity.get().map(Similarity::identity).unwrap_or_default(),
+                Scorer::Defined(name) => {
+                    self.defined.iter().find(|loaded| loaded.name == *name).map(Loaded::identity).unwrap_or_default()
+                }
+            };
+            (scorer.name().to_owned(), format!("{}/{}", scorer.version(), short(&identity)))
+        };
+        self.settings.train.iter().chain(&self.settings.gate).map(stamp).collect()
     }
 
     /// Returns how natural the base finds each answer to the question without the house rules: mean log-prob per token,
@@ -237,6 +306,11 @@ impl Rewards {
     }
 
     fn score(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Scored>, RewardError> {
+        let drafts = self.drafts(scorers, items, effort)?;
+        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+    }
+
+    fn drafts(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Draft>, RewardError> {
         let mut drafts: Vec<Draft> = items.iter().map(|_| Draft::default()).collect();
         // Rules go first: they are cheap, and a failed hard one makes dearer scores needless.
         if scorers.contains(&Scorer::Rules) {
@@ -252,7 +326,7 @@ impl Rewards {
                 Scorer::Defined(name) => self.apply_defined(name, items, &mut drafts, effort)?,
             }
         }
-        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+        Ok(drafts)
     }
 
     fn apply_rules(&self, index: usize, item: &Item, draft: &mut Draft) -> Result<(), RewardError> {

@@ -141,7 +141,16 @@ impl Settings {
                 ));
             }
         }
-        Ok(())
+        let relative = |scorer: &&Scorer| {
+            self.scorers.iter().any(|definition| definition.name == scorer.name() && !definition.kind.is_absolute())
+        };
+        match self.gate.iter().find(relative) {
+            Some(scorer) => Err(format!(
+                "gate names \"{}\", a pairwise judge, whose score depends on the other answers: judge pointwise there",
+                scorer.name()
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Returns true where either selection names the scorer.
@@ -194,6 +203,9 @@ mod tests {
         assert!(short.contains("scorers[0].sha256 = \"ab\""), "{short}");
         let known = format!("gate = ['rules', 'a']\nscorers = [{{ name = 'a', {model} }}]");
         toml::from_str::<Settings>(&known).unwrap().validate().unwrap();
+        let pairwise =
+            "gate = ['j']\nscorers = [{ name = 'j', kind = 'judge', model = 'm', rubric = 'r', mode = 'pairwise' }]";
+        assert!(refusal(pairwise).starts_with("gate names \"j\", a pairwise judge"));
         toml::from_str::<Settings>("scorers = [{ name = 'a', kind = 'oracle' }]")
             .expect_err("unknown kinds are refused");
     }
