@@ -44,6 +44,8 @@ pub mod query_log;
 #[cfg(feature = "daemon")]
 pub mod registry;
 #[cfg(feature = "daemon")]
+pub mod reward_model;
+#[cfg(feature = "daemon")]
 pub mod rewards;
 #[cfg(feature = "daemon")]
 pub mod serve;

@@ -21,6 +21,7 @@ mod logs;
 mod progress;
 mod records;
 mod replay;
+mod reward;
 mod score;
 mod serve;
 mod signals;
@@ -93,6 +94,9 @@ pub enum Command {
     Generate(engine::Generate),
     Logprobs(engine::Logprobs),
     Score(score::Score),
+    /// Train, measure and calibrate what scores answers.
+    #[command(subcommand)]
+    Reward(reward::Command),
     Tune(tune::Tune),
     Estimate(estimate::Estimate),
     Eval(eval::Eval),
@@ -147,6 +151,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Generate(args) => engine::run_generate(args, screen),
         Command::Logprobs(args) => engine::run_logprobs(args, screen),
         Command::Score(args) => score::run(global, args),
+        Command::Reward(command) => reward::run(global, command, screen),
         Command::Tune(args) => tune::run(global, args, screen),
         Command::Estimate(args) => estimate::run(global, args),
         Command::Eval(args) => eval::run(global, args, screen),

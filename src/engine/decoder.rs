@@ -10,7 +10,7 @@ use super::cache::{Cache, Pool, Shape};
 use super::config::{Activation, ModelConfig};
 use super::error::EngineError;
 use super::held::Held;
-use super::lora::{Adapter, Linear, LoraPair};
+use super::lora::{Adapter, Linear, LoraPair, merged};
 use super::low_rank::{LoraPack, Part, Site, add_low_rank, parts};
 use super::math;
 use super::matmul::{Matrix, Product, WeightForm};
@@ -324,13 +324,5 @@ impl Layer {
             gate_up: matrix(&[(&w.gate, Linear::Gate), (&w.up, Linear::Up)])?,
             down: matrix(&[(&w.down, Linear::Down)])?,
         })
-    }
-}
-
-/// Returns `W + scale * B A`.
-fn merged(weight: &Held, pair: Option<&LoraPair>) -> Result<Held, EngineError> {
-    match pair {
-        None => Ok(weight.clone()),
-        Some(LoraPair { a, b, scale, .. }) => Ok(Held::from((weight.tensor()? + (b.matmul(a)? * *scale)?)?)),
     }
 }

@@ -18,6 +18,7 @@ pub use self::module::Module;
 pub use self::pattern::Patterns;
 use super::config::ModelConfig;
 use super::error::EngineError;
+use super::held::Held;
 use super::model::{Model, ModelIdentity};
 use super::safetensors::Shard;
 use crate::durable;
@@ -161,6 +162,14 @@ pub struct LoraPair {
     pub b: Tensor,
     pub scale: f64,
     pub rank: usize,
+}
+
+/// Returns `W + scale * B A`.
+pub(super) fn merged(weight: &Held, pair: Option<&LoraPair>) -> Result<Held, EngineError> {
+    match pair {
+        None => Ok(weight.clone()),
+        Some(LoraPair { a, b, scale, .. }) => Ok(Held::from((weight.tensor()? + (b.matmul(a)? * *scale)?)?)),
+    }
 }
 
 /// A LoRA adapter, ready for sampling and scoring.
@@ -427,7 +436,7 @@ pub fn save_peft(
     let fault = |e: String| EngineError::adapter(dir, e, "check that the folder can be written and the disk has room");
     durable::create_folder(dir).map_err(|e| fault(e.to_string()))?;
     // A map of one metadata pair after PEFT's own keeps the bytes a function of the inputs.
-    let bytes = serialise(tensors, &base.sha256)?;
+    let bytes = serialise(tensors, (BASE_NOTE, &base.sha256))?;
     durable::write(&dir.join(TENSOR_FILE), &bytes).map_err(|e| fault(e.to_string()))?;
     durable::write_json(&dir.join(CONFIG_FILE), &peft_config(&base.name, spec, tensors))
         .map_err(|e| fault(e.to_string()))
@@ -436,9 +445,9 @@ pub fn save_peft(
 /// Returns the safetensors bytes of f32 tensors: names sorted, so that equal tensors give equal bytes.
 ///
 /// Written by hand because the crate takes its metadata as a `HashMap`, whose order changes from run to run.
-fn serialise(tensors: &BTreeMap<String, Tensor>, base_sha256: &str) -> Result<Vec<u8>, EngineError> {
+pub(super) fn serialise(tensors: &BTreeMap<String, Tensor>, note: (&str, &str)) -> Result<Vec<u8>, EngineError> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".to_string(), json!({ "format": "pt", BASE_NOTE: base_sha256 }));
+    header.insert("__metadata__".to_string(), json!({ "format": "pt", note.0: note.1 }));
     let mut data = Vec::new();
     for (name, tensor) in tensors {
         let start = data.len();

@@ -1,15 +1,17 @@
 //! The inference engine: one decoder for all families, on candle, f32 on the CPU.
 //!
 //! [`Model`] is what is loaded once; [`Batcher`] samples from a [`Policy`] on it, [`logprobs`] and [`divergence`] score
-//! with it, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
+//! with it, [`SequenceClassifier`] is a reward model of the same layers, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
 //! an [`Adapter`] beside them. Only a policy of rounded weights is a copy, which tells its own log-probs.
 
 mod attention;
 mod cache;
+mod classify;
 mod config;
 mod decoder;
 mod draw;
 mod error;
+mod export;
 mod gguf;
 mod gguf_tokenizer;
 mod held;
@@ -35,12 +37,14 @@ mod tokenizer;
 pub mod train;
 mod weights;
 
+pub use classify::SequenceClassifier;
 pub use config::{
     Activation, Architecture, Block, LayerKind, ModelConfig, NormWeight, Norms, Projections, QkNorm, RopeConfig,
     RopeScaling, Scores,
 };
 pub use draw::SamplingSettings;
 pub use error::EngineError;
+pub use export::{ScoreHead, padding_id, save_classifier};
 pub use held::{Held, Hold};
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, Patterns, save_peft};
 pub use matmul::{Precision, WeightForm};

@@ -10,10 +10,10 @@ use super::error::EngineError;
 use super::held::Hold;
 use super::matmul::WeightForm;
 use super::rope::Rope;
-use super::source::ModelSource;
-use super::template::ChatTemplate;
+use super::source::{Files, ModelSource};
+use super::template::{ChatTemplate, Ending};
 use super::tokenizer::Tokenizer;
-use super::weights::Weights;
+use super::weights::{Output, Weights};
 use crate::json::Value;
 use crate::record::Message;
 
@@ -61,8 +61,19 @@ impl Model {
         let source = ModelSource::parse(model)?;
         let files = source.resolve()?;
         let config = files.config()?;
-        let tokenizer = Tokenizer::load(&files)?;
-        let template = ChatTemplate::load(&files, &source.name())?;
+        Self::assemble(&source, &files, config, Output::Vocabulary, hold)
+    }
+
+    /// Builds a model of opened files.
+    pub(super) fn assemble(
+        source: &ModelSource,
+        files: &Files,
+        config: ModelConfig,
+        output: Output,
+        hold: Hold,
+    ) -> Result<Self, EngineError> {
+        let tokenizer = Tokenizer::load(files)?;
+        let template = ChatTemplate::load(files, &source.name())?;
         let identity = ModelIdentity {
             name: source.name(),
             architecture: config.architecture.as_str().to_string(),
@@ -70,7 +81,7 @@ impl Model {
             tokenizer_sha256: tokenizer.sha256().to_string(),
             template_sha256: template.sha256(),
         };
-        let weights = Weights::load(&files, &config, hold)?;
+        let weights = Weights::load(files, &config, output, hold)?;
         let ropes = Rope::all(&config)?;
         Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder: OnceLock::new() })))
     }
@@ -123,7 +134,23 @@ impl Model {
     ///
     /// The chat template writes every special token itself, so the tokenizer adds none.
     pub fn prompt_ids(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>, EngineError> {
-        let text = self.0.template.render(messages, tools)?;
+        let text = self.0.template.render(messages, tools, Ending::Opened)?;
         self.0.tokenizer.encode(&text)
+    }
+
+    /// Returns the token ids of a whole conversation, its last answer included, as transformers tokenises the text of a
+    /// template for a classifier: special tokens are added, and an opening token that the template wrote is not doubled.
+    /// Those that stand in the messages are taken out.
+    pub fn conversation_ids(&self, messages: &[Message]) -> Result<Vec<u32>, EngineError> {
+        let defused = |message: &Message| {
+            let content = Value::String(self.0.tokenizer.defuse(&message.plain_text()));
+            Message { role: message.role.clone(), content, rest: message.rest.clone() }
+        };
+        let messages: Vec<Message> = messages.iter().map(defused).collect();
+        let messages = messages.as_slice();
+        let text = self.0.template.render(messages, None, Ending::Whole)?;
+        let bos = self.0.template.bos();
+        let text = text.strip_prefix(bos).filter(|_| !bos.is_empty()).unwrap_or(&text);
+        self.0.tokenizer.encode_whole(text)
     }
 }

@@ -199,7 +199,7 @@ impl<'a> Scorer<'a> {
 }
 
 /// Reads whole token lists into their caches, [`ROWS`] a pass, and hands over each row as (list, place, hidden).
-fn read(
+pub(super) fn read(
     decoder: &Decoder,
     adapter: Option<&LoraPack>,
     caches: &mut [Cache],

@@ -49,21 +49,40 @@ impl ChatTemplate {
         hex::encode(Sha256::digest(self.source.as_bytes()))
     }
 
-    /// Returns the text of a conversation, ending with the opening of the assistant's turn.
-    pub(crate) fn render(&self, messages: &[Message], tools: Option<&Value>) -> Result<String, EngineError> {
+    /// Returns the opening token that the template may write; empty where there is none.
+    pub(crate) fn bos(&self) -> &str {
+        &self.bos
+    }
+
+    /// Returns the text of a conversation.
+    pub(crate) fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        ending: Ending,
+    ) -> Result<String, EngineError> {
         let fault = |problem: String| EngineError::Template { model: self.model.clone(), problem };
         let environment = self.environment.as_ref().ok_or_else(|| fault("the model has none".to_string()))?;
         let messages = messages.iter().map(plain).collect::<Result<Vec<_>, _>>().map_err(fault)?;
         let variables = context! {
             messages => messages.iter().map(to_jinja).collect::<Vec<_>>(),
             tools => tools.map(to_jinja),
-            add_generation_prompt => true,
+            add_generation_prompt => ending == Ending::Opened,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
         let template = environment.get_template(NAME).map_err(|e| fault(format!("{e:#}")))?;
         template.render(variables).map_err(|e| fault(format!("{e:#}")))
     }
+}
+
+/// How the text of a conversation ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// With the opening of the assistant's turn, for an answer to follow.
+    Opened,
+    /// With the last message.
+    Whole,
 }
 
 /// A template, the opening and the closing token, where a model has them.
@@ -199,7 +218,7 @@ mod tests {
     ) -> Result<String, EngineError> {
         let template = ChatTemplate::new("m", Some(source.into()), Some("<s>".into()), None).unwrap();
         let messages: Vec<Message> = serde_json::from_value(messages).unwrap();
-        template.render(&messages, tools.map(Value::from).as_ref())
+        template.render(&messages, tools.map(Value::from).as_ref(), Ending::Opened)
     }
 
     #[test]
@@ -225,7 +244,7 @@ mod tests {
         assert!(error.to_string().contains("roles must alternate"), "{error}");
         let image = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]);
         assert!(render("x", image, None).unwrap_err().to_string().contains("image_url"));
-        let none = ChatTemplate::new("m", None, None, None).unwrap().render(&[], None).unwrap_err();
+        let none = ChatTemplate::new("m", None, None, None).unwrap().render(&[], None, Ending::Opened).unwrap_err();
         assert!(none.to_string().contains("has none"), "{none}");
     }
 
@@ -258,7 +277,7 @@ mod tests {
         for Family { name, template, bos, eos, cases } in families {
             let template = ChatTemplate::new(&name, Some(template), Some(bos), Some(eos)).unwrap();
             for (i, case) in cases.into_iter().enumerate() {
-                let found = template.render(&case.messages, case.tools.as_ref());
+                let found = template.render(&case.messages, case.tools.as_ref(), Ending::Opened);
                 if found.as_ref().ok() != case.text.as_ref() {
                     wrong.push(format!("{name}, conversation {i}: {found:?}, transformers {:?}", case.text));
                 }

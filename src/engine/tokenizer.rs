@@ -50,6 +50,26 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Returns the ids of a text with the special tokens that the tokenizer puts around one.
+    pub(crate) fn encode_whole(&self, text: &str) -> Result<Vec<u32>, EngineError> {
+        let encoding = self.inner.encode(text, true);
+        let encoding = encoding.map_err(|e| EngineError::request(format!("text cannot be tokenised: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Returns a text without anything that would be read as a special token, such as `<|im_end|>`: what a text from outside
+    /// must go through before it stands where such a token would end a turn and open another.
+    pub fn defuse(&self, text: &str) -> String {
+        let special = self.inner.get_added_tokens_decoder().into_values().filter(|token| token.special);
+        let special: Vec<String> = special.map(|token| token.content).filter(|content| !content.is_empty()).collect();
+        let mut text = text.to_owned();
+        // Taking one out may join the halves of another.
+        while let Some(found) = special.iter().find(|token| text.contains(token.as_str())) {
+            text = text.replace(found.as_str(), "");
+        }
+        text
+    }
+
     /// Returns the text of ids, without special tokens. Bytes that are no character yet become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.inner.decode(ids, true).unwrap_or_default()

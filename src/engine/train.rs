@@ -7,6 +7,7 @@
 
 mod layer;
 mod matrices;
+mod pooled;
 
 use rayon::prelude::*;
 
@@ -23,6 +24,8 @@ use super::ops::pointwise::{RmsNorm, Rotation};
 use super::ops::token_logprobs::{Output, Slopes, TokenLogprobs, token_logprobs};
 use super::rope::Rope;
 use super::weights::{LayerWeights, Weights};
+
+pub use self::pooled::{PooledPass, TextGroup};
 
 /// A prompt and the completions whose tokens are wanted.
 #[derive(Debug, Clone)]
@@ -122,9 +125,21 @@ impl<'a> Base<'a> {
         dropout: Option<&DropoutSeeds>,
     ) -> Result<Pass<'p>, EngineError> {
         let packed = Packed::new(groups)?;
-        let batch = self.batch(&packed, dropout)?;
+        let (x, batch, saved) = self.run(&packed, lora, dropout)?;
+        let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
+        Ok(Pass { base: self, lora, batch, packed, saved, predicting, tokens })
+    }
+
+    /// Runs all layers and returns the rows before the last norm, with what the backward pass reads.
+    fn run(
+        &self,
+        packed: &Packed,
+        lora: &LoraMatrices,
+        dropout: Option<&DropoutSeeds>,
+    ) -> Result<(Vec<f32>, Batch, Vec<Kept>), EngineError> {
+        let batch = self.batch(packed, dropout)?;
         let mut saved = Vec::with_capacity(self.config.layers.len());
-        let mut x = self.embed(&packed)?;
+        let mut x = self.embed(packed)?;
         for index in 0..self.config.layers.len() {
             let step = self.layer(index, Some(lora)).forward(x, &batch)?;
             x = step.output;
@@ -133,8 +148,35 @@ impl<'a> Base<'a> {
                 Activations::Again => Kept::Input(step.saved.into_input()),
             });
         }
-        let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
-        Ok(Pass { base: self, lora, batch, packed, saved, predicting, tokens })
+        Ok((x, batch, saved))
+    }
+
+    /// Adds the gradients of the adapter, given that of the normed rows that `predicting` are before their norm.
+    /// Activations are dropped as soon as their layer is done.
+    fn run_backward(
+        &self,
+        lora: &LoraMatrices,
+        (packed, batch, mut saved): (&Packed, &Batch, Vec<Kept>),
+        predicting: &[f32],
+        grad: &[f32],
+        gradients: &mut [Vec<f32>],
+    ) -> Result<(), EngineError> {
+        let width = self.config.hidden_size;
+        let mut at_targets = vec![0.0; grad.len()];
+        RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.backward(predicting, grad, &mut at_targets);
+        let mut grad = vec![0.0; packed.ids.len() * width];
+        for (row, values) in packed.predicting.iter().zip(at_targets.chunks_exact(width)) {
+            grad[row * width..][..width].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        while let Some(kept) = saved.pop() {
+            let layer = self.layer(saved.len(), Some(lora));
+            let activations = match kept {
+                Kept::All(activations) => *activations,
+                Kept::Input(x) => layer.again(x, batch)?,
+            };
+            grad = layer.backward(activations, grad, batch, gradients)?;
+        }
+        Ok(())
     }
 
     fn layer<'l>(&'l self, index: usize, lora: Option<&'l LoraMatrices>) -> Layer<'l> {
@@ -223,33 +265,16 @@ impl Pass<'_> {
     }
 
     /// Adds to `gradients` those of a loss whose slope with respect to each log-prob is `slopes`.
-    ///
-    /// Activations are dropped as soon as their layer is done.
     pub fn backward(self, slopes: &[f32], gradients: &mut [Vec<f32>]) -> Result<(), EngineError> {
-        let Pass { base, lora, batch, packed, mut saved, predicting, tokens } = self;
+        let Pass { base, lora, batch, packed, saved, predicting, tokens } = self;
         if slopes.len() != tokens.logprobs.len() || gradients.len() != lora.values.len() {
             let (found, expected) = (slopes.len(), tokens.logprobs.len());
             return Err(EngineError::request(format!("{found} slopes for {expected} log-probs")));
         }
-        let width = base.config.hidden_size;
         let mut hidden = tokens.slopes;
-        let rows = hidden.chunks_exact_mut(width).zip(slopes);
+        let rows = hidden.chunks_exact_mut(base.config.hidden_size).zip(slopes);
         rows.for_each(|(row, slope)| row.iter_mut().for_each(|value| *value *= slope));
-        let mut at_targets = vec![0.0; hidden.len()];
-        RmsNorm::new(&base.weights.norm, base.config.rms_eps)?.backward(&predicting, &hidden, &mut at_targets);
-        let mut grad = vec![0.0; packed.ids.len() * width];
-        for (row, values) in packed.predicting.iter().zip(at_targets.chunks_exact(width)) {
-            grad[row * width..][..width].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-        }
-        while let Some(kept) = saved.pop() {
-            let layer = base.layer(saved.len(), Some(lora));
-            let activations = match kept {
-                Kept::All(activations) => *activations,
-                Kept::Input(x) => layer.again(x, &batch)?,
-            };
-            grad = layer.backward(activations, grad, &batch, gradients)?;
-        }
-        Ok(())
+        base.run_backward(lora, (&packed, &batch, saved), &predicting, &hidden, gradients)
     }
 }
 
@@ -259,7 +284,8 @@ struct Packed {
     ids: Vec<u32>,
     positions: Vec<usize>,
     groups: Vec<GroupRows>,
-    /// For each target, the row that predicts it: the prompt's last for the first token of a completion.
+    /// For each target, the row that predicts it: the prompt's last for the first token of a completion. Of whole texts,
+    /// each one's last row.
     predicting: Vec<usize>,
     targets: Vec<u32>,
 }
@@ -299,6 +325,27 @@ impl Packed {
             }
         }
         Ok(RowSeeds { rate: seeds.rate, rows })
+    }
+
+    /// Packs texts of which every token is a row and the last ones are wanted.
+    fn whole(groups: &[TextGroup]) -> Result<Self, EngineError> {
+        let mut packed = Packed { ids: vec![], positions: vec![], groups: vec![], predicting: vec![], targets: vec![] };
+        for group in groups {
+            if group.prefix.is_empty() || group.endings.iter().any(|ending| ending.is_empty()) {
+                return Err(EngineError::request(
+                    "a text is one token or none, or shares all with another; leave it out",
+                ));
+            }
+            let prompt = packed.run(group.prefix, 0);
+            let mut completions = Vec::with_capacity(group.endings.len());
+            for ending in &group.endings {
+                let own = packed.run(ending, group.prefix.len());
+                packed.predicting.push(own.end - 1);
+                completions.push(own);
+            }
+            packed.groups.push(GroupRows { prompt, completions });
+        }
+        Ok(packed)
     }
 
     /// Appends a run of tokens whose first has this position.

@@ -16,8 +16,18 @@ pub struct Weights {
     pub layers: Vec<LayerWeights>,
     /// `[hidden]`.
     pub norm: Tensor,
-    /// `[vocab, hidden]`; the embedding itself where the model ties them.
+    /// The output layer: `[vocab, hidden]`, the embedding itself where the model ties them; `[1, hidden]` in a model that
+    /// ends in a score.
     pub lm_head: Held,
+}
+
+/// What a model's output layer makes of a hidden row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// The logits of the next token.
+    Vocabulary,
+    /// One number: the head `score` of Hugging Face's `...ForSequenceClassification`.
+    Score,
 }
 
 /// The weights of one layer. Norms hold the factor itself, whatever the model stores.
@@ -47,12 +57,13 @@ pub struct LayerWeights {
 
 impl Weights {
     /// Reads all weights of a model, its layers in parallel.
-    pub(crate) fn load(files: &Files, config: &ModelConfig, hold: Hold) -> Result<Self, EngineError> {
+    pub(crate) fn load(files: &Files, config: &ModelConfig, output: Output, hold: Hold) -> Result<Self, EngineError> {
         let loader = Loader { files, config, hold };
         let embed = loader.matrix("model.embed_tokens.weight", &[config.vocab, config.hidden_size])?;
-        let lm_head = match config.tied {
-            true => embed.clone(),
-            false => loader.matrix("lm_head.weight", &[config.vocab, config.hidden_size])?,
+        let lm_head = match output {
+            Output::Score => loader.score_head()?.into(),
+            Output::Vocabulary if config.tied => embed.clone(),
+            Output::Vocabulary => loader.matrix("lm_head.weight", &[config.vocab, config.hidden_size])?,
         };
         let norm = loader.norm("model.norm.weight", config.hidden_size)?;
         let layers = (0..config.layers.len()).into_par_iter().map(|i| loader.layer(i)).collect::<Result<_, _>>()?;
@@ -84,6 +95,22 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    fn score_head(&self) -> Result<Tensor, EngineError> {
+        const NAME: &str = "score.weight";
+        let found = self.files.tensor(NAME, self.config)?;
+        let head =
+            found.ok_or_else(|| self.fault(NAME, "is missing: this is no model for sequence classification".into()))?;
+        match head.dims() {
+            [1, width] if *width == self.config.hidden_size => Ok(head),
+            [labels, _] if *labels > 1 => {
+                Err(self.fault(NAME, format!("gives {labels} numbers; a reward model gives one (num_labels = 1)")))
+            }
+            other => {
+                Err(self.fault(NAME, format!("has shape {other:?} where [1, {}] is expected", self.config.hidden_size)))
+            }
+        }
+    }
+
     fn layer(&self, layer: usize) -> Result<LayerWeights, EngineError> {
         let c = self.config;
         let name = |part: &str| format!("model.layers.{layer}.{part}");
@@ -177,7 +204,7 @@ impl Loader<'_> {
 
 /// Returns Hugging Face's names of the norms before and after attention and before and after the MLP. One name means
 /// two things: where nothing is normed after attention, it is the norm before the MLP.
-fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
+pub(super) fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
     match norms {
         Norms::Pre => [Some("input_layernorm"), None, Some("post_attention_layernorm"), None],
         Norms::Post => [None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm")],

@@ -1,4 +1,4 @@
-//! Frozen quantile maps: what a raw graded score is worth among the incumbent's answers.
+//! Frozen maps of raw graded scores: what one is worth among the incumbent's answers, or as a chance of a good answer.
 //!
 //! Scorers have their own scales (a cosine rarely passes 0.8); a mean over raw scores would let the widest scale win. A
 //! map turns a score into the share of the incumbent's answers that score lower. It is estimated once, on answers to
@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::platt::Platt;
 use crate::durable::{self, FileError};
 
 /// Knots that a fitted map keeps: one per percentile and both ends.
@@ -30,7 +31,7 @@ pub enum CalibrationError {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
-    maps: BTreeMap<String, QuantileMap>,
+    maps: BTreeMap<String, Map>,
 }
 
 /// Calibration as stored: the maps and the hash over them.
@@ -38,7 +39,31 @@ pub struct Calibration {
 #[serde(deny_unknown_fields)]
 struct Stored {
     hash: String,
-    maps: BTreeMap<String, QuantileMap>,
+    maps: BTreeMap<String, Map>,
+}
+
+/// What turns a raw score into a share.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Map {
+    Quantile(QuantileMap),
+    Platt(Platt),
+}
+
+impl Map {
+    fn apply(&self, raw: f64) -> f64 {
+        match self {
+            Map::Quantile(map) => map.apply(raw),
+            Map::Platt(platt) => platt.apply(raw),
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Map::Quantile(map) => map.check(),
+            Map::Platt(platt) => platt.check(),
+        }
+    }
 }
 
 impl Calibration {
@@ -46,14 +71,32 @@ impl Calibration {
     pub fn fit(scores: &BTreeMap<String, Vec<f64>>) -> Result<Self, CalibrationError> {
         let fit = |(name, raw): (&String, &Vec<f64>)| {
             let map = QuantileMap::fit(raw);
-            map.map(|map| (name.clone(), map)).map_err(|reason| CalibrationError::Map { score: name.clone(), reason })
+            let map = map.map(|map| (name.clone(), Map::Quantile(map)));
+            map.map_err(|reason| CalibrationError::Map { score: name.clone(), reason })
         };
         Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()? })
     }
 
-    /// Returns what the raw score of this name is worth, in [0, 1] if the raw score is.
-    pub fn apply(&self, name: &str, raw: f64) -> f64 {
-        self.maps.get(name).map_or(raw, |map| map.apply(raw))
+    /// Fits one logistic curve per score on the raw scores of labelled answers.
+    pub fn fit_platt(scores: &BTreeMap<String, Vec<(f64, bool)>>) -> Result<Self, CalibrationError> {
+        let fit = |(name, labelled): (&String, &Vec<(f64, bool)>)| {
+            let platt = Platt::fit(labelled).map(|platt| (name.clone(), Map::Platt(platt)));
+            platt.map_err(|reason| CalibrationError::Map { score: name.clone(), reason })
+        };
+        Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()? })
+    }
+
+    /// Returns how far a curve's chances were off on answers that it had not seen; nothing for a quantile map.
+    pub fn expected_error(&self, name: &str) -> Option<f64> {
+        match self.maps.get(name) {
+            Some(Map::Platt(platt)) => Some(platt.expected_calibration_error),
+            _ => None,
+        }
+    }
+
+    /// Returns what the raw score of this name is worth, in [0, 1]; nothing where there is no map of it.
+    pub fn get(&self, name: &str, raw: f64) -> Option<f64> {
+        self.maps.get(name).map(|map| map.apply(raw))
     }
 
     /// Returns the hash over all maps.
@@ -159,6 +202,21 @@ mod tests {
     }
 
     #[test]
+    fn a_curve_is_stored_and_applied_like_a_map() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("calibration.json");
+        let labelled: Vec<(f64, bool)> = (0..80).map(|i| (f64::from(i % 40), i % 40 + i % 7 > 20)).collect();
+        let calibration = Calibration::fit_platt(&[("judge".to_string(), labelled)].into()).unwrap();
+        calibration.save(&path).unwrap();
+        let read = Calibration::load(&path).unwrap();
+        assert_eq!(read, calibration);
+        assert!(read.get("judge", 0.0).unwrap() < 0.3 && read.get("judge", 39.0).unwrap() > 0.7);
+        assert!(read.expected_error("judge").unwrap() < 0.3);
+        let few = Calibration::fit_platt(&[("judge".to_string(), vec![(1.0, true)])].into()).unwrap_err().to_string();
+        assert!(few.contains("calibration of judge") && few.contains("too few"), "{few}");
+    }
+
+    #[test]
     fn what_is_stored_comes_back_and_an_edit_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("calibration.json");
@@ -166,7 +224,7 @@ mod tests {
         let calibration = Calibration::fit(&scores).unwrap();
         calibration.save(&path).unwrap();
         assert_eq!(Calibration::load(&path).unwrap(), calibration);
-        assert_eq!(calibration.apply("other", 0.3), 0.3);
+        assert_eq!(calibration.get("other", 0.3), None);
 
         let edited = std::fs::read_to_string(&path).unwrap().replacen("0.1", "0.05", 1);
         std::fs::write(&path, edited).unwrap();

@@ -1,22 +1,33 @@
 //! Rewards: how good an answer is, as a number in [0, 1], without labels.
 //!
 //! Reading order: [`rules`] are exact checks of form; [`workload`] says which rules an answer is held to; [`similarity`]
-//! is the graded score that keeps answers on the question; [`calibration`] and [`ensemble`] make one number of several;
+//! is the graded score that keeps answers on the question; [`scorer`] holds those that an operator defines, of which
+//! [`classifier`] is a reward model; [`calibration`] and [`ensemble`] make one number of several;
 //! [`quality`] is the gate's guardrail, which no reward may contain; [`lines`] serves `taod score`.
 //!
 //! [`Rewards`] holds two selections of scorers: one whose total trains, one whose total the gate compares. Scorers see
 //! the answer and the prompt as data. None follows instructions, so no text in a prompt can argue with it.
 
+mod cache;
 pub mod calibration;
+pub mod classifier;
+pub mod command;
 pub mod ensemble;
+pub mod http;
+pub mod judge;
 pub mod lines;
+pub mod platt;
 mod quality;
 pub mod reasoning;
+pub mod remote;
 pub mod rules;
+pub mod scorer;
 mod settings;
 pub mod similarity;
 mod workload;
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +38,7 @@ use std::sync::OnceLock;
 
 use calibration::{Calibration, CalibrationError};
 use rules::{Answer, text};
+use scorer::{Loaded, Scale, ScorerError};
 use similarity::{Similarity, SimilarityError};
 
 use crate::engine::{EngineError, Model};
@@ -58,8 +70,8 @@ pub struct Scored {
     pub total: f64,
     /// True where every hard check passed.
     pub passed: bool,
-    /// Every score, before calibration, as `scorer` or `rules/<kind>`. Where a hard rule failed, the total is 0 whatever
-    /// follows, and scores that cost a forward pass are left out.
+    /// Every score, before calibration, as `scorer` or `rules/<kind>`; that of a reward model is a logit, all others lie in
+    /// [0, 1]. Where a hard rule failed, the total is 0 whatever follows, and scores that cost a forward pass are left out.
     pub parts: BTreeMap<String, f64>,
 }
 
@@ -85,8 +97,12 @@ pub enum RewardError {
     NoRules { index: usize, workload: String },
     #[error("item {index}: the answer has no tokens; leave empty answers out")]
     NoTokens { index: usize },
-    #[error("scorer {part} gave {value} for item {index}, outside [0, 1]; its model or its calibration is damaged")]
+    #[error(
+        "scorer {part} gave {value} for item {index}, which is no score of its kind; its model or its calibration is damaged"
+    )]
     Range { part: String, index: usize, value: f64 },
+    #[error("scorer {name}: {source}")]
+    Scorer { name: String, source: ScorerError },
     #[error("the quality guardrail needs the base model; load the rewards with it")]
     NoBase,
     #[error(transparent)]
@@ -103,6 +119,8 @@ pub struct Rewards {
     workloads: Workloads,
     calibration: Calibration,
     similarity: OnceLock<Similarity>,
+    /// Those of the definitions that a selection names.
+    defined: Vec<Loaded>,
     base: Option<Model>,
 }
 
@@ -112,8 +130,22 @@ impl Rewards {
         Ok(Rewards { base: Some(base.clone()), ..Self::without_base(settings, workloads)? })
     }
 
+    /// Does the same and keeps the scores of defined scorers in a folder, where later uses find them.
+    pub fn keeping(
+        settings: &Settings,
+        workloads: &[Workload],
+        base: &Model,
+        folder: &Path,
+    ) -> Result<Self, RewardError> {
+        Ok(Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(folder))? })
+    }
+
     /// Loads what the settings name, for uses that never ask for [`Rewards::quality`].
     pub fn without_base(settings: &Settings, workloads: &[Workload]) -> Result<Self, RewardError> {
+        Self::open(settings, workloads, None)
+    }
+
+    fn open(settings: &Settings, workloads: &[Workload], kept: Option<&Path>) -> Result<Self, RewardError> {
         settings.validate().map_err(RewardError::Settings)?;
         let calibration = match settings.calibration.as_str() {
             "" => Calibration::default(),
@@ -121,8 +153,10 @@ impl Rewards {
         };
         let workloads = Workloads::compile(workloads)?;
         let settings = settings.clone();
-        let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), base: None };
-        if rewards.settings.uses(Scorer::Similarity) {
+        let used = settings.scorers.iter().filter(|d| settings.uses(&Scorer::Defined(d.name.clone())));
+        let defined = used.map(|definition| Loaded::open(definition, kept)).collect::<Result<_, _>>()?;
+        let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), defined, base: None };
+        if rewards.settings.uses(&Scorer::Similarity) {
             rewards.similarity_model()?;
         }
         Ok(rewards)
@@ -158,6 +192,54 @@ impl Rewards {
         self.score(self.selection(selection), items, Effort::Full)
     }
 
+    /// Returns every graded score by its name, with the place of the answer that it belongs to, before calibration.
+    pub fn graded_parts(
+        &self,
+        selection: Selection,
+        items: &[Item],
+    ) -> Result<BTreeMap<String, Vec<(usize, f64)>>, RewardError> {
+        let mut by_name: BTreeMap<String, Vec<(usize, f64)>> = BTreeMap::new();
+        for (place, draft) in self.drafts(self.selection(selection), items, Effort::Full)?.into_iter().enumerate() {
+            for Graded { part, raw, scale } in draft.graded {
+                if !scale.holds(raw) {
+                    return Err(RewardError::Range { part, index: place, value: raw });
+                }
+                by_name.entry(part).or_default().push((place, raw));
+            }
+        }
+        Ok(by_name)
+    }
+
+    /// Returns by how much the training selection finds the first answer of each pair better. With one defined scorer it is
+    /// the difference of its raw scores, else that of the totals.
+    pub fn margins(&self, pairs: &[(Item, Item)]) -> Result<Vec<f64>, RewardError> {
+        if let [Scorer::Defined(name)] = self.settings.train.as_slice()
+            && let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == *name)
+        {
+            return loaded.margins(pairs);
+        }
+        let items: Vec<Item> = pairs.iter().flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
+        let totals: Vec<f64> = self.train(&items)?.into_iter().map(|scored| scored.total).collect();
+        Ok(totals.chunks_exact(2).map(|both| both[0] - both[1]).collect())
+    }
+
+    /// Returns version and identity of every scorer that either selection names: what a recorded score was made by.
+    pub fn stamps(&self) -> BTreeMap<String, String> {
+        let short = |identity: &str| blake3::hash(identity.as_bytes()).to_hex()[..16].to_owned();
+        let stamp = |scorer: &Scorer| {
+            let identity = match scorer {
+                Scorer::Rules => serde_json::json!(self.workloads.iter().collect::<Vec<_>>()).to_string(),
+                Scorer::Brevity => String::new(),
+                Scorer::Similarity => self.similarity.get().map(Similarity::identity).unwrap_or_default(),
+                Scorer::Defined(name) => {
+                    self.defined.iter().find(|loaded| loaded.name == *name).map(Loaded::identity).unwrap_or_default()
+                }
+            };
+            (scorer.name().to_owned(), format!("{}/{}", scorer.version(), short(&identity)))
+        };
+        self.settings.train.iter().chain(&self.settings.gate).map(stamp).collect()
+    }
+
     /// Returns how natural the base finds each answer to the question without the house rules: mean log-prob per token,
     /// in nats.
     pub fn quality(&self, items: &[Item]) -> Result<Vec<f64>, RewardError> {
@@ -187,13 +269,16 @@ impl Rewards {
     }
 
     fn hash(&self, selections: &[(&str, &Vec<Scorer>)]) -> String {
-        let scorers = |selection: &Vec<Scorer>| -> Vec<(&str, u32)> {
+        fn scorers(selection: &[Scorer]) -> Vec<(&str, u32)> {
             selection.iter().map(|scorer| (scorer.name(), scorer.version())).collect()
-        };
+        }
+        let named = |loaded: &&Loaded| selections.iter().any(|(_, s)| s.iter().any(|s| s.name() == loaded.name));
+        let defined: BTreeMap<&str, String> =
+            self.defined.iter().filter(named).map(|loaded| (loaded.name.as_str(), loaded.identity())).collect();
         let embeds = selections.iter().any(|(_, scorers)| scorers.contains(&Scorer::Similarity));
         let selections: BTreeMap<&str, _> = selections.iter().map(|(name, s)| (*name, scorers(s))).collect();
         let workloads: Vec<&Workload> = self.workloads.iter().collect();
-        let whole = serde_json::json!({
+        let mut whole = serde_json::json!({
             "selections": selections,
             "lambda": self.settings.lambda,
             "reasoning": self.settings.reasoning,
@@ -202,6 +287,9 @@ impl Rewards {
             "similarity": self.similarity.get().filter(|_| embeds).map(Similarity::identity),
             "base": self.base.as_ref().map(|base| base.identity().sha256.clone()),
         });
+        if !defined.is_empty() {
+            whole["defined"] = serde_json::json!(defined);
+        }
         blake3::hash(whole.to_string().as_bytes()).to_hex().to_string()
     }
 
@@ -221,6 +309,11 @@ impl Rewards {
     }
 
     fn score(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Scored>, RewardError> {
+        let drafts = self.drafts(scorers, items, effort)?;
+        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+    }
+
+    fn drafts(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Draft>, RewardError> {
         let items = &self.without_thoughts(items);
         let mut drafts: Vec<Draft> = items.iter().map(|_| Draft::default()).collect();
         // Rules go first: they are cheap, and a failed hard one makes dearer scores needless.
@@ -234,9 +327,10 @@ impl Rewards {
                 Scorer::Rules => {}
                 Scorer::Brevity => items.iter().zip(&mut drafts).for_each(|(item, draft)| draft.brevity(item)),
                 Scorer::Similarity => self.apply_similarity(items, &mut drafts, effort)?,
+                Scorer::Defined(name) => self.apply_defined(name, items, &mut drafts, effort)?,
             }
         }
-        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+        Ok(drafts)
     }
 
     /// Returns the items with what is an answer of each; ids and all else stay.
@@ -269,9 +363,7 @@ impl Rewards {
     }
 
     fn apply_similarity(&self, items: &[Item], drafts: &mut [Draft], effort: Effort) -> Result<(), RewardError> {
-        let wanted = |draft: &Draft| effort == Effort::Full || !draft.failed;
-        let mut chosen: Vec<(&Item, &mut Draft)> =
-            items.iter().zip(drafts).filter(|(_, draft)| wanted(draft)).collect();
+        let mut chosen = effort.chosen(items, drafts);
         let pairs: Vec<_> = chosen.iter().map(|(item, _)| (self.question(item), item.response.clone())).collect();
         let scores = self.similarity(&pairs)?;
         for ((_, draft), score) in chosen.iter_mut().zip(scores) {
@@ -280,12 +372,32 @@ impl Rewards {
         Ok(())
     }
 
+    fn apply_defined(
+        &self,
+        name: &str,
+        items: &[Item],
+        drafts: &mut [Draft],
+        effort: Effort,
+    ) -> Result<(), RewardError> {
+        let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == name) else { return Ok(()) };
+        let mut chosen = effort.chosen(items, drafts);
+        let asked: Vec<&Item> = chosen.iter().map(|(item, _)| *item).collect();
+        let scores = loaded.score(&asked)?;
+        for ((_, draft), score) in chosen.iter_mut().zip(scores) {
+            draft.scaled(name, score, loaded.scale());
+        }
+        Ok(())
+    }
+
     fn finish(&self, index: usize, draft: Draft) -> Result<Scored, RewardError> {
         let Draft { failed, parts, graded } = draft;
-        if let Some((part, &value)) = parts.iter().find(|(_, value)| !(0.0..=1.0).contains(*value)) {
-            return Err(RewardError::Range { part: part.clone(), index, value });
+        if let Some(Graded { part, raw, .. }) = graded.iter().find(|graded| !graded.scale.holds(graded.raw)) {
+            return Err(RewardError::Range { part: part.clone(), index, value: *raw });
         }
-        let z: Vec<f64> = graded.iter().map(|(part, raw)| self.calibration.apply(part, *raw)).collect();
+        let z = graded
+            .iter()
+            .map(|Graded { part, raw, scale }| self.calibration.get(part, *raw).unwrap_or(scale.share(*raw)));
+        let z: Vec<f64> = z.collect();
         Ok(Scored { total: ensemble::total(!failed, &z, self.settings.lambda), passed: !failed, parts })
     }
 }
@@ -299,18 +411,36 @@ enum Effort {
     Full,
 }
 
+impl Effort {
+    /// Returns the answers that are worth a forward pass.
+    fn chosen<'a>(self, items: &'a [Item], drafts: &'a mut [Draft]) -> Vec<(&'a Item, &'a mut Draft)> {
+        items.iter().zip(drafts).filter(|(_, draft)| self == Effort::Full || !draft.failed).collect()
+    }
+}
+
+/// A graded score before calibration.
+struct Graded {
+    part: String,
+    raw: f64,
+    scale: Scale,
+}
+
 /// Scores of one answer while scorers add theirs.
 #[derive(Default)]
 struct Draft {
     failed: bool,
     parts: BTreeMap<String, f64>,
-    graded: Vec<(String, f64)>,
+    graded: Vec<Graded>,
 }
 
 impl Draft {
     fn graded(&mut self, part: &str, score: f64) {
-        self.parts.insert(part.to_owned(), score);
-        self.graded.push((part.to_owned(), score));
+        self.scaled(part, score, Scale::Share);
+    }
+
+    fn scaled(&mut self, part: &str, raw: f64, scale: Scale) {
+        self.parts.insert(part.to_owned(), raw);
+        self.graded.push(Graded { part: part.to_owned(), raw, scale });
     }
 
     fn brevity(&mut self, item: &Item) {

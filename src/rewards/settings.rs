@@ -1,16 +1,19 @@
 //! What an operator sets about rewards.
 
-use schemars::JsonSchema;
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
+use super::scorer::Definition;
 use super::{reasoning, similarity};
 
-/// A scorer: what gives an answer one or more scores in [0, 1].
+/// A scorer: what gives an answer one or more scores. It is named by a text, `"rules"` or the name of a definition.
 ///
 /// The base model's log-prob is none of them on purpose: it is the gate's independent guardrail, and a guardrail must be
 /// something that the reward cannot contain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum Scorer {
     /// The rules of the answer's workload: the hard ones decide whether there is any reward, the graded ones join the mean.
     Rules,
@@ -18,32 +21,63 @@ pub enum Scorer {
     Similarity,
     /// Shortness, 1 / (1 + words / 20). A reward to be gamed: it exists to prove that the gate's guardrails refuse it.
     Brevity,
+    /// One of `[[rewards.scorers]]`, by its name.
+    Defined(String),
 }
 
 impl Scorer {
     /// Returns the name that the config, the scored parts and error messages use.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &str {
         match self {
             Scorer::Rules => "rules",
             Scorer::Similarity => "similarity",
             Scorer::Brevity => "brevity",
+            Scorer::Defined(name) => name,
         }
     }
 
     /// Returns true where the score is what was asked for, exactly, and not a learned or rough measure of it; shortness counts
     /// because it is asked for only to be refused.
-    pub fn is_specification(self) -> bool {
+    pub fn is_specification(&self) -> bool {
         match self {
             Scorer::Rules | Scorer::Brevity => true,
-            Scorer::Similarity => false,
+            Scorer::Similarity | Scorer::Defined(_) => false,
         }
     }
 
-    /// Returns the version of the scorer's definition; it grows whenever the same input may score differently.
-    pub fn version(self) -> u32 {
+    /// Returns the version of the scorer's definition; it grows whenever the same input may score differently. That of a
+    /// defined scorer is part of its identity.
+    pub fn version(&self) -> u32 {
         match self {
-            Scorer::Rules | Scorer::Similarity | Scorer::Brevity => 1,
+            Scorer::Rules | Scorer::Similarity | Scorer::Brevity | Scorer::Defined(_) => 1,
         }
+    }
+}
+
+impl From<String> for Scorer {
+    fn from(name: String) -> Self {
+        match name.as_str() {
+            "rules" => Scorer::Rules,
+            "similarity" => Scorer::Similarity,
+            "brevity" => Scorer::Brevity,
+            _ => Scorer::Defined(name),
+        }
+    }
+}
+
+impl From<Scorer> for String {
+    fn from(scorer: Scorer) -> Self {
+        scorer.name().to_owned()
+    }
+}
+
+impl JsonSchema for Scorer {
+    fn schema_name() -> Cow<'static, str> {
+        "Scorer".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        String::json_schema(generator)
     }
 }
 
@@ -52,7 +86,7 @@ impl Scorer {
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Scorers whose scores make the reward of training: any of "rules", "similarity", "brevity" (shortness, for
-    /// experiments only).
+    /// experiments only), and the names of `scorers`.
     pub train: Vec<Scorer>,
     /// Scorers whose scores make the gate's score. With "rules" alone and only hard rules it is the strict pass: 1 or 0.
     pub gate: Vec<Scorer>,
@@ -65,6 +99,8 @@ pub struct Settings {
     pub reasoning: reasoning::Settings,
     /// The sentence-embedding model behind the scorer "similarity".
     pub similarity: similarity::Settings,
+    /// A scorer of your own, such as a reward model. It counts where `train` or `gate` names it and is loaded only then.
+    pub scorers: Vec<Definition>,
 }
 
 impl Default for Settings {
@@ -76,6 +112,7 @@ impl Default for Settings {
             calibration: String::new(),
             reasoning: reasoning::Settings::default(),
             similarity: similarity::Settings::default(),
+            scorers: Vec::new(),
         }
     }
 }
@@ -95,12 +132,42 @@ impl Settings {
         if !(self.lambda.is_finite() && self.lambda >= 0.0) {
             return Err(format!("lambda = {}: give a number of at least 0", self.lambda));
         }
+        self.check_definitions()?;
         self.similarity.validate().map_err(|message| format!("similarity.{message}"))
     }
 
+    fn check_definitions(&self) -> Result<(), String> {
+        for (index, definition) in self.scorers.iter().enumerate() {
+            definition.validate().map_err(|message| format!("scorers[{index}].{message}"))?;
+            if self.scorers[..index].iter().any(|other| other.name == definition.name) {
+                return Err(format!("scorers[{index}].name = {:?} is given twice: rename one", definition.name));
+            }
+        }
+        for (key, scorers) in [("train", &self.train), ("gate", &self.gate)] {
+            let unknown = |name: &&str| self.scorers.iter().all(|definition| definition.name != **name);
+            let defined =
+                scorers.iter().filter_map(|s| if let Scorer::Defined(name) = s { Some(name.as_str()) } else { None });
+            if let Some(name) = { defined }.find(unknown) {
+                return Err(format!(
+                    "{key} names \"{name}\": it is none of rules, similarity, brevity, and no [[rewards.scorers]] has this name"
+                ));
+            }
+        }
+        let relative = |scorer: &&Scorer| {
+            self.scorers.iter().any(|definition| definition.name == scorer.name() && !definition.kind.is_absolute())
+        };
+        match self.gate.iter().find(relative) {
+            Some(scorer) => Err(format!(
+                "gate names \"{}\", a pairwise judge, whose score depends on the other answers: judge pointwise there",
+                scorer.name()
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Returns true where either selection names the scorer.
-    pub fn uses(&self, scorer: Scorer) -> bool {
-        self.train.contains(&scorer) || self.gate.contains(&scorer)
+    pub fn uses(&self, scorer: &Scorer) -> bool {
+        self.train.contains(scorer) || self.gate.contains(scorer)
     }
 }
 
@@ -125,7 +192,33 @@ mod tests {
         assert_eq!(refusal("lambda = -1.0"), "lambda = -1: give a number of at least 0");
         assert_eq!(refusal("lambda = nan"), "lambda = NaN: give a number of at least 0");
         assert!(refusal("similarity = { batch = 0 }").starts_with("similarity.batch = 0"));
-        toml::from_str::<Settings>("train = [\"quality\"]").expect_err("the guardrail is no scorer");
+        assert!(
+            refusal("train = [\"quality\"]").contains("\"quality\": it is none of rules"),
+            "the guardrail is no scorer"
+        );
         toml::from_str::<Settings>("lamda = 1.0").expect_err("unknown keys are refused");
+    }
+
+    #[test]
+    fn defined_scorers_are_named_once_and_known() {
+        let model = "kind = 'classifier', model = 'm'";
+        let taken = refusal(&format!("scorers = [{{ name = 'rules', {model} }}]"));
+        assert!(taken.starts_with("scorers[0].name = \"rules\" is taken"), "{taken}");
+        let twice = refusal(&format!("scorers = [{{ name = 'a', {model} }}, {{ name = 'a', {model} }}]"));
+        assert!(twice.starts_with("scorers[1].name = \"a\" is given twice"), "{twice}");
+        assert!(refusal("scorers = [{ name = 'A b', kind = 'classifier', model = 'm' }]").contains("lower-case"));
+        assert!(
+            refusal("scorers = [{ name = 'a', kind = 'classifier', model = '' }]")
+                .contains("scorers[0].model is empty")
+        );
+        let short = refusal("scorers = [{ name = 'a', kind = 'classifier', model = 'm', sha256 = 'ab' }]");
+        assert!(short.contains("scorers[0].sha256 = \"ab\""), "{short}");
+        let known = format!("gate = ['rules', 'a']\nscorers = [{{ name = 'a', {model} }}]");
+        toml::from_str::<Settings>(&known).unwrap().validate().unwrap();
+        let pairwise =
+            "gate = ['j']\nscorers = [{ name = 'j', kind = 'judge', model = 'm', rubric = 'r', mode = 'pairwise' }]";
+        assert!(refusal(pairwise).starts_with("gate names \"j\", a pairwise judge"));
+        toml::from_str::<Settings>("scorers = [{ name = 'a', kind = 'oracle' }]")
+            .expect_err("unknown kinds are refused");
     }
 }

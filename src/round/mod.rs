@@ -186,7 +186,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     let _lock = paths.lock()?;
     let model = Model::load_held(&config.model.path, config.model.hold)?;
     let (rewards_settings, workloads) = (config.rewards.clone(), config.workload.clone());
-    let rewards = Rewards::load(&rewards_settings, &workloads, &model)?;
+    let rewards = Rewards::keeping(&rewards_settings, &workloads, &model, &config.state.dir.join("scores"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -48,6 +48,9 @@ pub(super) struct Score {
 #[derive(Debug, Serialize, Deserialize)]
 struct ScoreManifest {
     rewards: String,
+    /// Version and identity of each scorer, by the name under which its scores stand.
+    #[serde(default)]
+    scorers: BTreeMap<String, String>,
     candidates: usize,
     passed: usize,
     mean: f64,
@@ -149,6 +152,7 @@ fn score(
     durable::write_json_lines(&path, &scores)?;
     let manifest = ScoreManifest {
         rewards: night.rewards.identity(),
+        scorers: night.rewards.stamps(),
         candidates: scores.len(),
         passed: scores.iter().filter(|s| s.passed).count(),
         mean: scores.iter().map(|s| s.total).sum::<f64>() / scores.len().max(1) as f64,

@@ -14,6 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["candidates"],
     &["rewards"],
     &["adapter"],
+    &["reward_model"],
     &["gate"],
     &["registry"],
     &["endpoint", "serve"],

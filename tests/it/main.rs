@@ -30,6 +30,7 @@ mod metrics;
 mod power_loss;
 mod readers;
 mod remote;
+mod reward_models;
 mod round;
 mod spark;
 mod stores;
