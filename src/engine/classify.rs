@@ -17,8 +17,6 @@ use super::source::ModelSource;
 use super::weights::Output;
 use crate::record::Message;
 
-/// Rows of one forward pass.
-const ROWS: usize = 512;
 /// Tokens whose keys and values are held at once.
 const HELD: usize = 2048;
 /// Tokens in common below which reading them once is not worth its bookkeeping.
