@@ -9,7 +9,13 @@ use super::*;
 
 /// Returns an adapter with random matrices of some rank on some layers.
 fn random(model: &Model, rank: usize, targets: &[Linear], seed: u32) -> Adapter {
-    let spec = LoraSpec { rank, alpha: 2.0 * rank as f64, targets: targets.to_vec(), use_rslora: false, ..LoraSpec::default() };
+    let spec = LoraSpec {
+        rank,
+        alpha: 2.0 * rank as f64,
+        targets: targets.to_vec(),
+        use_rslora: false,
+        ..LoraSpec::default()
+    };
     let mut tensors = BTreeMap::new();
     for layer in 0..model.config().layers.len() {
         for module in Module::targeted(model.config(), targets) {
