@@ -220,7 +220,8 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 
 /// Lets taod and the reference trainer, on two workers, train the same answers, and compares the adapters. Both begin from the
 /// same matrices and see all answers in each step, so that they do the same sums in other kernels and processes.
-fn expect_the_same_adapter(ray: &Path, model: &Model, folder: &Path, method: Method, learning_rate: f64) {
+fn expect_the_same_adapter(ray: &Path, base: &Path, folder: &Path, method: Method, learning_rate: f64) {
+    let model = &Model::load(&base.display().to_string()).unwrap();
     let samples = drawn(model);
     let (seed, precision) = (7, Precision::F32);
     let ours = Settings {
@@ -243,7 +244,8 @@ fn expect_the_same_adapter(ray: &Path, model: &Model, folder: &Path, method: Met
     let lora = LoraMatrices::fresh(model.config(), &ours.lora(), derive_seed(seed, &["lora"]));
     save_peft(&start.join(ADAPTER), model.identity(), &ours.lora(), &lora.tensors().unwrap()).unwrap();
     let submit = harness::root().join("tools/trainers/ray_submit.py");
-    let words = [&ray.display().to_string(), &submit.display().to_string(), "--workers", "2"];
+    let [ray, submit, base] = [ray, &submit, base].map(|path| path.display().to_string());
+    let words = [ray.as_str(), &submit, "--workers", "2", "--model", &base];
     let settings = Settings { command: words.map(str::to_owned).to_vec(), ..ours };
     let out = folder.join(format!("ray-{method}"));
     let outcome = tune(model, &samples, Some(&start), &settings, seed, &out, &Progress::silent()).unwrap();
@@ -258,9 +260,8 @@ fn expect_the_same_adapter(ray: &Path, model: &Model, folder: &Path, method: Met
 fn on_ray_the_reference_trainer_makes_the_adapter_that_taod_makes() {
     let Some(ray) = ray() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::load(&tiny_model().display().to_string()).unwrap();
     for method in [Method::Raft, Method::Grpo, Method::Rloo, Method::Dpo, Method::Oapl] {
-        expect_the_same_adapter(&ray, &model, folder.path(), method, 0.01);
+        expect_the_same_adapter(&ray, &tiny_model(), folder.path(), method, 0.01);
     }
 }
 
@@ -271,9 +272,8 @@ fn on_ray_smollm2_becomes_what_taod_makes_of_it() {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("base");
     python(&ray, "tools/reference/gguf_to_hf.py", &[&models.join("SmolLM2-135M-Instruct.Q4_1.gguf"), &base]);
-    let model = Model::load(&base.display().to_string()).unwrap();
     for method in [Method::Raft, Method::Grpo] {
-        expect_the_same_adapter(&ray, &model, folder.path(), method, 5e-4);
+        expect_the_same_adapter(&ray, &base, folder.path(), method, 5e-4);
     }
 }
 
@@ -284,7 +284,8 @@ fn a_fresh_adapter_of_the_reference_trainer_is_accepted_and_learns() {
     let Some(ray) = ray() else { return };
     let folder = tempfile::tempdir().unwrap();
     let submit = harness::root().join("tools/trainers/ray_submit.py");
-    script(folder.path(), &format!("exec {} {} \"$@\"\n", ray.display(), submit.display()));
+    let (ray, submit, base) = (ray.display(), submit.display(), tiny_model());
+    script(folder.path(), &format!("exec {ray} {submit} --model {} \"$@\"\n", base.display()));
     let words = arguments();
     let words: Vec<&str> = words.iter().map(String::as_str).chain(["--json"]).collect();
     let rate = ("TAOD__TUNING__LEARNING_RATE", "0.01");

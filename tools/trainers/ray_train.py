@@ -42,6 +42,8 @@ def model_of(config, folder):
         found = lambda key: MODULES[key] if MODULES[key] in names else FUSED.get(key, MODULES[key])
         targets = sorted({found(key) for key in tuning["targets"]})
         shape = {"r": tuning["rank"], "lora_alpha": tuning["alpha"], "use_rslora": tuning["use_rslora"]}
+        # taod's patterns are PEFT's.
+        shape |= {key: tuning[key] for key in ("rank_pattern", "alpha_pattern")} | {"lora_dropout": tuning["dropout"]}
         model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **shape))
     # What taod calls the base, which servers compare with the model that they serve.
     model.peft_config["default"].base_model_name_or_path = folder.settings["base"]
