@@ -65,6 +65,21 @@ fn files_that_were_changed_or_swapped_are_refused() {
 }
 
 #[test]
+fn a_manifest_of_an_older_taod_is_read() {
+    let (world, dataset) = stored(&questions(120));
+    let path = world.out("r1").join("manifest.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let older = json.as_object_mut().unwrap();
+    ["masked", "drawn", "quarantine"].map(|field| older.shift_remove(field).unwrap());
+    older["settings"].as_object_mut().unwrap().shift_remove("balance").unwrap();
+    older["hash"] = "".into();
+    let hash = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(serde_json::to_vec(&older).unwrap()));
+    older["hash"] = hash.into();
+    std::fs::write(&path, serde_json::to_vec_pretty(&json).unwrap()).unwrap();
+    assert_eq!(load(&world.out("r1")).unwrap().train, dataset.train);
+}
+
+#[test]
 fn a_cluster_in_two_splits_is_refused_before_the_manifest_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let (_world, found) = stored(&questions(120));
