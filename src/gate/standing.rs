@@ -1,6 +1,7 @@
 //! How the trials stand, from their stored rows: what a report, the page and the command line all tell.
 
-use super::trial::{Trial, last_rows};
+use super::history::last_rows;
+use super::trial::Trial;
 use super::{GateError, State, StepRow, TrialRow, Verdict};
 
 /// Returns every trial as its last row left it, the newest first.

@@ -11,7 +11,7 @@ use super::adapters::Current;
 use super::rounds::Round;
 use super::trials::{self, Trial};
 use super::{COUNT_FRESH, FactError, Facts};
-use crate::gate::trial::open_trial;
+use crate::gate::history::open_trial;
 use crate::metrics::{Label, Reason};
 use crate::round::live::{self, Live};
 use crate::table::Name;
