@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench-engine  sampling, scoring and training against transformers, PEFT and llama.cpp'
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make bench-dataset  1 million prompts clustered and split: seconds and memory'
+	@echo 'make test-page  the admin page in a browser'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
 	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
@@ -48,6 +49,11 @@ test-ray: models
 test-vllm: models
 	tools/setup.sh vllm
 	TAOD_REQUIRE=$${TAOD_REQUIRE:-vllm,models} $(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 vllm
+
+# The page in Chromium: what it shows, its actions, its accessibility; SHOTS=DIR keeps the screenshots.
+test-page:
+	tools/setup.sh page
+	TAOD_REQUIRE=chromium TAOD_SCREENSHOTS=$(SHOTS) $(CARGO) test $(FLAGS) --test it -- --ignored page_browser
 
 check: setup
 	$(CARGO) fmt --check

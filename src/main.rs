@@ -10,7 +10,8 @@ use taod::cli::{self, Cli, Screen};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    // First of all, while there is one thread: candle reads its number of threads from the environment.
+    taod::secret::keep_private();
+    // Before all else, while there is one thread: candle reads its number of threads from the environment.
     taod::engine::init_threads(None);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

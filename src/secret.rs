@@ -73,6 +73,20 @@ fn read_from(key: &str, from_environment: Option<String>, file: Option<&Path>) -
     Ok(Some(Secret::new(value)))
 }
 
+/// Keeps what this process makes to its own user: new files are for their owner alone, and no memory goes into a core dump,
+/// which would hold queries, answers and keys. Called first of all.
+#[cfg(unix)]
+#[expect(unsafe_code, reason = "the standard library has no call for either")]
+pub fn keep_private() {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the mask is a plain number, and the pointer is to a live, initialised struct that the call only reads. Where the
+    // limit cannot be set, the system's own holds; there is nothing better to do.
+    unsafe {
+        libc::umask(0o077);
+        libc::setrlimit(libc::RLIMIT_CORE, &none);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,7 @@
 #   tools/setup.sh engine   what `test` has, and PyTorch with transformers and PEFT and llama.cpp (6 GB) for `make bench-engine`
 #   tools/setup.sh ray      what `test` has, and the reference trainer's Ray, TRL, PEFT and PyTorch (6 GB) for `make test-ray`
 #   tools/setup.sh vllm     what `test` has, and vLLM on the CPU (6 GB) for `make test-vllm`
+#   tools/setup.sh page     what `test` has, and Chromium with Playwright and axe (where there is Node.js), for the tests of the page
 #   tools/setup.sh bench    what `test` has, and what the ingestion bench and its peers need
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,6 +38,10 @@ if [ "$purpose" != build ]; then
   need maven has mvn
   need strace has strace
   need openssl has openssl
+  need prometheus has promtool
+fi
+if [ "$purpose" = page ] || [ "$purpose" = full ]; then
+  need chromium has chromium
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -126,6 +131,20 @@ azurite() {
       "azurite@$version" >/dev/null
   fi
 }
+# What drives the browser; Playwright's own browsers are not fetched, Debian's Chromium is used.
+page() {
+  local folder=$cache/page playwright=1.65.1 axe=4.14.1
+  if ! has npm; then
+    say "no Node.js with npm, so no tests of the page in a browser"
+  elif ! grep -qs "\"version\": \"$playwright\"" "$folder/node_modules/playwright-core/package.json"; then
+    say "fetching Playwright and axe into $folder"
+    npm install --prefix "$folder" --no-save --ignore-scripts --no-audit --no-fund --loglevel error \
+      "playwright-core@$playwright" "axe-core@$axe" >/dev/null
+  fi
+}
+if [ "$purpose" = page ] || [ "$purpose" = full ]; then
+  page
+fi
 if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
   environment datasets tools/datasets.txt

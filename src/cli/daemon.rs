@@ -125,7 +125,9 @@ pub(super) fn run_worker(global: &Global, args: &RoundWorker, screen: &Screen) -
     child::end_with_parent();
     let config = global.load()?.config;
     let options = Options { control: args.control, resume: args.resume, allow_drift: args.allow_drift };
-    let verdict = round::run(&config, &options, &child::telling(&screen.progress()))?;
+    let live = round::live::Writer::new(&round::Paths::new(&config.state.dir));
+    let progress = child::telling(&screen.progress()).also(std::sync::Arc::new(live));
+    let verdict = round::run(&config, &options, &progress)?;
     Ok(exit_of(&verdict.outcome))
 }
 

@@ -7,6 +7,7 @@
 //! One file per family of commands, all of one shape: the arguments, then a `run` that calls the stage.
 
 mod adapters;
+mod admin;
 mod answers;
 mod config;
 mod daemon;
@@ -106,6 +107,9 @@ pub enum Command {
     /// List, verify, promote or withdraw adapters.
     #[command(subcommand)]
     Adapters(adapters::Command),
+    /// Make, list or take away the tokens of the admin page.
+    #[command(subcommand)]
+    Admin(admin::Command),
     /// Check, show or explain the config.
     #[command(subcommand)]
     Config(config::Command),
@@ -157,6 +161,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Eval(args) => eval::run(global, args, screen),
         Command::Gate(command) => gate::run(global, command),
         Command::Adapters(command) => adapters::run(global, command),
+        Command::Admin(command) => admin::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
         Command::Table(command) => table::run(global, command),

@@ -4,21 +4,25 @@
 //! the daemon. Rounds run in a child process; this process alone talks to the endpoint. Nothing imports this module but
 //! the command line.
 
+mod actions;
 mod lease;
 pub mod maintenance;
+mod measure;
 pub mod promotion;
 mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use chrono::{DateTime, Utc};
-use serde_json::json;
-use tokio::sync::watch as channel;
+use tokio::sync::{Notify, watch as channel};
 
 use crate::admin;
+use crate::admin::actions::Actions;
+use crate::admin::facts::Facts;
 use crate::config::Config;
 use crate::engine::Model;
 use crate::health::Health;
@@ -40,6 +44,12 @@ struct Daemon {
     config_file: Option<PathBuf>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
+    /// Told when an operator wants a round at once.
+    run_now: Notify,
+    /// True while a round runs.
+    in_round: AtomicBool,
+    /// Told when something else than a round changed what is served.
+    changed: Notify,
 }
 
 /// Runs until `stop` turns true, then drains and commits what was read.
@@ -52,10 +62,21 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let tables = config.state.open_tables()?;
     Registry::open(&paths.registry())?;
     let counters = Arc::new(ingest::Counters::default());
-    let daemon = Arc::new(Daemon { config, config_file, metrics: metrics.clone(), health: health.clone() });
+    let daemon = Arc::new(Daemon {
+        config,
+        config_file,
+        metrics: metrics.clone(),
+        health: health.clone(),
+        run_now: Notify::new(),
+        in_round: AtomicBool::new(false),
+        changed: Notify::new(),
+    });
 
-    let listener = admin::bind(&daemon.config.admin).map_err(anyhow::Error::msg)?;
-    let page = admin::spawn(listener, page_state(&daemon, &paths), stopped(stop.clone()))?;
+    let bound = admin::bind(&daemon.config.admin).map_err(anyhow::Error::msg)?;
+    let facts = Arc::new(Facts::new(daemon.config.clone(), metrics.clone(), health.clone())?);
+    let (actions, todo) = Actions::new(&daemon.config.state.dir);
+    let actions = Arc::new(actions);
+    let page = admin::spawn(bound, admin::State { facts, actions: actions.clone() }, stopped(stop.clone()))?;
     let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
     let (grants, owner) = lease::channel_of();
     let leasing = tokio::spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
@@ -67,6 +88,8 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     };
     let scheduling = tokio::spawn(schedule(daemon.clone(), owner.clone(), stop.clone()));
     let maintaining = tokio::spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
+    let measuring = tokio::spawn(measure::keep(daemon.clone(), daemon.config.state.open_tables()?, stop.clone()));
+    let acting = tokio::spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
     let reconciling = tokio::spawn(reconcile(daemon, owner, stop.clone()));
     watch::ready();
 
@@ -75,7 +98,7 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     if let Err(error) = summary {
         return Err(error.into());
     }
-    for task in [observed, scheduling, maintaining, reconciling, leasing] {
+    for task in [observed, scheduling, maintaining, measuring, acting, reconciling, leasing] {
         task.await.context("a loop of the daemon ended unexpectedly")?;
     }
     match page.join() {
@@ -145,6 +168,7 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
         let wait = (due - now).to_std().unwrap_or_default();
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
+            () = daemon.run_now.notified() => {}
             () = owner.lost() => {
                 settled = false;
                 continue;
@@ -155,16 +179,19 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
         daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
         let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
         let measured = |measure: &Measure| watch::measure(&daemon.metrics, measure);
+        daemon.in_round.store(true, Ordering::Release);
         let result = tokio::select! {
             result = night(&daemon.config, &launch, &measured) => result,
             () = owner.lost() => {
                 tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
+                daemon.in_round.store(false, Ordering::Release);
                 settled = false;
                 continue;
             }
             // Dropping the night kills its child; what it had finished is resumed by the next one.
             _ = stop.wait_for(|stop| *stop) => return,
         };
+        daemon.in_round.store(false, Ordering::Release);
         daemon.metrics.rounds.last_end.set(Utc::now().timestamp() as f64);
         match result {
             Ok(night) => daemon.ended(&night),
@@ -178,15 +205,21 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
 }
 
 impl Daemon {
+    /// Shows in the metrics what is served now.
+    fn show(&self, promoted: &promotion::Promoted) {
+        self.metrics.endpoint.current.set(&promoted.to);
+        self.metrics.endpoint.proof.set(1);
+        self.metrics.endpoint.proof_time.set(Utc::now().timestamp() as f64);
+        self.changed.notify_one();
+    }
+
     fn ended(&self, night: &Night) {
         self.health.ready("round");
         let outcome = RoundOutcome::from_name(night.verdict.outcome.name()).unwrap_or(RoundOutcome::Failed);
         self.metrics.rounds.ended.get(outcome).inc();
         watch::measure_round(&self.metrics, &night.verdict);
         if let Some(promoted) = &night.promoted {
-            self.metrics.endpoint.current.set(&promoted.to);
-            self.metrics.endpoint.proof.set(1);
-            self.metrics.endpoint.proof_time.set(Utc::now().timestamp() as f64);
+            self.show(promoted);
         }
         tracing::info!(
             round = night.verdict.round,
@@ -254,35 +287,14 @@ fn plan_path(paths: &Paths, round: &str) -> PathBuf {
     paths.round(round).join(Path::new("plan.json"))
 }
 
-fn page_state(daemon: &Arc<Daemon>, paths: &Paths) -> admin::State {
-    let (status_paths, registry) = (paths.clone(), paths.registry());
-    admin::State {
-        metrics: daemon.metrics.clone(),
-        health: daemon.health.clone(),
-        status: Arc::new(move || {
-            let newest = round::book::newest_verdict(&status_paths).ok().flatten();
-            let unfinished = status_paths.unfinished().ok().flatten();
-            json!({ "running_round": unfinished, "last_round": newest })
-        }),
-        current: Arc::new(move || match Registry::open(&registry).and_then(|r| r.current()) {
-            Ok(current) => json!(current),
-            Err(error) => json!({ "error": error.to_string() }),
-        }),
-    }
-}
-
 /// Ingests until `stop` turns true, with metrics and health on the page: one instance of several that only ingest.
 pub async fn ingest_only(config: Config, stop: channel::Receiver<bool>) -> Result<ingest::Summary> {
     let (metrics, health) = (Arc::new(Metrics::new()?), Arc::new(Health::default()));
     let (tables, counters) = (config.state.open_tables()?, Arc::new(ingest::Counters::default()));
-    let state = admin::State {
-        metrics: metrics.clone(),
-        health: health.clone(),
-        status: Arc::new(|| json!({ "only": "ingest" })),
-        current: Arc::new(|| serde_json::Value::Null),
-    };
-    let listener = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
-    let page = admin::spawn(listener, state, stopped(stop.clone()))?;
+    let facts = Arc::new(Facts::new(config.clone(), metrics.clone(), health.clone())?);
+    let state = admin::State { facts, actions: Arc::new(Actions::none(&config.state.dir)) };
+    let bound = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
+    let page = admin::spawn(bound, state, stopped(stop.clone()))?;
     let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
     let summary = ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await?;
     observed.await.context("a loop of the page ended unexpectedly")?;

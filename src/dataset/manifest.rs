@@ -97,6 +97,14 @@ pub(super) fn exists(out: &Path) -> bool {
     out.join(MANIFEST).exists()
 }
 
+/// Returns what a complete dataset is, without reading its prompts; nothing where `out` holds none.
+pub fn peek(out: &Path) -> Result<Option<Manifest>, DatasetError> {
+    match durable::read_json(&out.join(MANIFEST)) {
+        Err(error) if error.is_not_found() => Ok(None),
+        read => Ok(Some(read?)),
+    }
+}
+
 /// Returns the manifest of a dataset whose files are not written yet: without any hash.
 pub(super) fn draft(round: &str, inputs: Inputs, assembled: &Assembled, settings: &Settings, seed: u64) -> Manifest {
     Manifest {

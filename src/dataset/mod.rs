@@ -59,7 +59,7 @@ pub use burst::Burst;
 pub use explain::Explained;
 pub use feedback::Feedback;
 pub use freeze::{Freezing, freeze, preview};
-pub use manifest::{Inputs, Manifest, OffsetRange, Part, load, store};
+pub use manifest::{Inputs, Manifest, OffsetRange, Part, load, peek, store};
 pub use settings::Settings;
 use split::SplitRow;
 pub use split::{Audit, AuditSplit, Gate, GateSplit, Split, SplitOf, Train, TrainSplit};

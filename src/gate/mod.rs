@@ -20,6 +20,7 @@ pub mod picture;
 pub mod rows;
 pub mod settings;
 pub mod simulate;
+pub mod standing;
 pub mod suite;
 pub mod trial;
 pub mod verdict;

@@ -11,17 +11,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+pub mod answers;
 pub mod book;
 pub mod child;
 mod dry_run;
 pub mod erase;
 mod judging;
 pub mod replay;
+pub mod live;
 mod rows;
 mod state;
 mod suites;
 mod train;
 mod trial;
+pub mod view;
 
 pub use dry_run::{Forecast, forecast};
 pub use state::{Control, Paths, Plan};

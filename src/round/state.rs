@@ -63,6 +63,11 @@ impl Paths {
         self.root.join("round.lock")
     }
 
+    /// The file that says how far the running step is.
+    pub(super) fn live(&self) -> PathBuf {
+        self.root.join("round.live.json")
+    }
+
     /// Folder of the receipts of erasures, and of what is still to be erased.
     pub fn erasures(&self) -> PathBuf {
         self.root.join("erasures")

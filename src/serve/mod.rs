@@ -13,6 +13,7 @@ mod api;
 mod chat;
 mod emit;
 mod job;
+mod key;
 pub mod log;
 mod worker;
 
@@ -35,6 +36,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
 use crate::engine::{BatchLimits, Model};
+use crate::secret::Secret;
 
 use adapters::{AliasRequest, LoadRequest, Names, UnloadRequest};
 use api::ApiError;
@@ -45,8 +47,10 @@ use log::CallLog;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Address and port to listen on. There is no authentication: keep it on loopback or behind a gateway.
+    /// Address and port to listen on. One that other machines can reach needs a key, and a gateway in front for TLS.
     pub address: String,
+    /// File that holds the key which clients must show (`Authorization: Bearer`); empty: none, on loopback only.
+    pub api_key_file: PathBuf,
     /// Name under which the base model is served; empty: the model's own name.
     pub base_model: String,
     /// Folder below which adapters may be loaded at run time; empty: the load and unload routes do not exist.
@@ -79,6 +83,7 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             address: "127.0.0.1:8000".into(),
+            api_key_file: PathBuf::new(),
             base_model: String::new(),
             adapter_root: PathBuf::new(),
             max_adapters: 8,
@@ -128,6 +133,13 @@ impl Settings {
 pub enum ServeError {
     #[error("cannot serve on {address}: {source}; choose another serve.address")]
     Listen { address: String, source: std::io::Error },
+    #[error("{0}")]
+    Key(String),
+    #[error(
+        "serve.address {0} can be reached from other machines, and the server has no key: write one into a file and name it in \
+         serve.api_key_file, or listen on 127.0.0.1"
+    )]
+    Open(std::net::SocketAddr),
     #[error("the engine's thread could not start or ended too early: {0}")]
     Engine(String),
 }
@@ -208,9 +220,11 @@ async fn run(
     engine: Sender<Command>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
+    let address = listener.local_addr().map_err(|e| ServeError::Key(format!("serve.address: {e}")))?;
+    let key = key::read(settings, address)?;
     let log = Arc::new(log);
     let (server, over) = Server::new(base, settings, engine, log.clone());
-    let result = answer(listener, Arc::new(server), shutdown).await;
+    let result = answer(listener, Arc::new(server), key, shutdown).await;
     // A stream is logged a moment after its connection has ended.
     if tokio::time::timeout(LAST_WORDS, over).await.is_err() {
         tracing::warn!("streams were still under way when the server stopped; they are not logged");
@@ -227,6 +241,7 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 async fn answer(
     listener: TcpListener,
     server: Arc<Server>,
+    key: Option<Secret>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     let drain = Duration::from_secs(server.settings.drain_seconds);
@@ -241,7 +256,7 @@ async fn answer(
         stopping.notified().await;
         tokio::time::sleep(drain).await;
     };
-    let serving = axum::serve(listener, router(server)).with_graceful_shutdown(signal).into_future();
+    let serving = axum::serve(listener, router(server, key)).with_graceful_shutdown(signal).into_future();
     tokio::select! {
         result = serving => result.map_err(|source| ServeError::Listen { address, source }),
         () = deadline => {
@@ -251,7 +266,7 @@ async fn answer(
     }
 }
 
-fn router(server: Arc<Server>) -> Router {
+fn router(server: Arc<Server>, key: Option<Secret>) -> Router {
     let mut router = Router::new()
         .route("/health", get(health))
         .route("/v1/models", get(models))
@@ -268,6 +283,7 @@ fn router(server: Arc<Server>) -> Router {
             ..ApiError::bad("Method Not Allowed", None)
         })
         .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))
+        .layer(axum::middleware::from_fn_with_state(Arc::new(key), key::check))
         .with_state(server)
 }
 
@@ -330,5 +346,7 @@ fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, A
     serde_json::from_slice(&bytes(body)?).map_err(|e| api::invalid(&e))
 }
 
+#[cfg(test)]
+mod key_tests;
 #[cfg(test)]
 pub(crate) mod tests;

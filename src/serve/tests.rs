@@ -39,7 +39,7 @@ impl Fake {
         Fake::over(settings, CallLog::None, other.adapters.clone()).await
     }
 
-    async fn with(mut settings: Settings, log: CallLog) -> Fake {
+    pub(crate) async fn with(mut settings: Settings, log: CallLog) -> Fake {
         let adapters = Arc::new(tempfile::tempdir().unwrap());
         settings.adapter_root = adapters.path().to_owned();
         Fake::over(settings, log, adapters).await

@@ -123,6 +123,23 @@ fn wrong_in_variables(dashboard: &Value) -> Vec<String> {
     wrong
 }
 
+/// Returns what is wrong with the way from this dashboard to the others, and with its marks of promotions and rollbacks.
+fn wrong_in_links(dashboard: &Value) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let tagged = |value: &Value| value["tags"].as_array().is_some_and(|tags| tags.iter().any(|tag| tag == "taod"));
+    let links = dashboard["links"].as_array().cloned().unwrap_or_default();
+    if !links.iter().any(|link| link["type"] == "dashboards" && tagged(link)) || !tagged(dashboard) {
+        wrong.push("no link leads to the others".into());
+    }
+    let marks = dashboard["annotations"]["list"].to_string();
+    for outcome in ["promoted", "rolled_back"] {
+        if !marks.contains(outcome) {
+            wrong.push(format!("{outcome} is not marked"));
+        }
+    }
+    wrong
+}
+
 fn wrong_in_dashboard(dashboard: &Value) -> Vec<String> {
     let series = series();
     let mut wrong = wrong_in_variables(dashboard);
@@ -133,6 +150,18 @@ fn wrong_in_dashboard(dashboard: &Value) -> Vec<String> {
         if dashboard[field].as_str().unwrap_or_default().is_empty() {
             wrong.push(format!("has no {field}"));
         }
+    }
+    wrong.extend(wrong_in_links(dashboard));
+    for annotation in dashboard["annotations"]["list"].as_array().into_iter().flatten() {
+        let name = annotation["name"].as_str().unwrap_or("an annotation");
+        if annotation["datasource"]["uid"] != "$datasource" {
+            wrong.push(format!("{name} does not use $datasource"));
+        }
+        let query = annotation["expr"].as_str().unwrap_or_default();
+        if query.is_empty() {
+            wrong.push(format!("{name} asks for nothing"));
+        }
+        wrong.extend(wrong_in_query(query, &series).into_iter().map(|what| format!("{name}: {what}")));
     }
     let panels = dashboard["panels"].as_array().cloned().unwrap_or_default();
     for panel in panels.iter().filter(|panel| panel["type"] != "row") {
@@ -166,6 +195,20 @@ fn every_metric_of_taod_is_on_a_dashboard() {
 }
 
 #[test]
+fn each_dashboard_has_an_address_of_its_own() {
+    let mut seen = std::collections::BTreeSet::new();
+    for path in files("dashboards", "json") {
+        let dashboard: Value = serde_json::from_str(&text(&path)).unwrap();
+        let ids: Vec<i64> = dashboard["panels"].as_array().unwrap().iter().filter_map(|p| p["id"].as_i64()).collect();
+        let different: std::collections::BTreeSet<_> = ids.iter().collect();
+        assert_eq!(ids.len(), different.len(), "{path} gives two panels one id");
+        assert!(path.ends_with(&format!("/{}.json", dashboard["uid"].as_str().unwrap())), "{path}");
+        assert!(seen.insert(dashboard["title"].to_string()), "{path} has the title of another");
+    }
+    assert_eq!(seen.len(), 5);
+}
+
+#[test]
 fn each_rule_bites() {
     let path = "dashboards/taod.json";
     let broken = |from: &str, to: &str| {
@@ -185,4 +228,7 @@ fn each_rule_bites() {
     broken(r#""uid": "$datasource""#, r#""uid": "prometheus-1""#);
     broken(r#""editable": false"#, r#""editable": true"#);
     broken(r#""description": "Rows committed"#, r#""descriptions": "Rows committed"#);
+    broken(r#"outcome=\"rolled_back\""#, r#"outcome=\"rolled\""#);
+    broken("increase(taod_endpoint_promotions_total", "sum(taod_endpoint_promotions_total");
+    broken(r#""type": "dashboards""#, r#""type": "link""#);
 }

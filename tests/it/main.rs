@@ -7,6 +7,7 @@
 
 mod harness;
 
+mod alerts;
 mod bad_input;
 mod bad_tables;
 mod bench_commit;
@@ -27,11 +28,14 @@ mod kafka_late;
 mod kafka_security;
 mod layers;
 mod metrics;
+mod page_browser;
+mod page_tls;
 mod power_loss;
 mod readers;
 mod remote;
 mod reward_models;
 mod round;
+mod security;
 mod spark;
 mod stores;
 mod tables;

@@ -1,0 +1,90 @@
+//! Decisions in plain words: what was promoted, refused, rolled back, frozen, and why, the refusals included.
+
+use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::{FactError, Facts, time};
+use crate::gate::standing::trials;
+use crate::gate::{State, TrialRow};
+use crate::registry::{Event, Happened};
+
+/// One decision.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(in super::super) struct Decision {
+    pub(in super::super) time: DateTime<Utc>,
+    /// `registered`, `promoted`, `overridden`, `rolled_back`, `aborted`, `quarantined`, `frozen`, `thawed`, or how a trial ended: `refused`,
+    /// `futile`, `expired`, `void`.
+    pub(in super::super) kind: String,
+    /// What happened, in one sentence.
+    pub(in super::super) words: String,
+    /// The adapter that it is about, where it is about one.
+    pub(in super::super) version: Option<String>,
+    pub(in super::super) trial: Option<String>,
+}
+
+impl Facts {
+    /// Returns the newest decisions, the newest first.
+    pub(in super::super) async fn decisions(&self, limit: usize) -> Result<Vec<Decision>, FactError> {
+        let events = self.registry()?.history().map_err(FactError::failed)?;
+        let rows = self.trial_rows().await?;
+        let mut all: Vec<Decision> = events.into_iter().map(of_event).collect();
+        all.extend(trials(&rows).into_iter().filter_map(of_trial));
+        all.sort_by_key(|decision| std::cmp::Reverse(decision.time));
+        all.truncate(limit);
+        Ok(all)
+    }
+}
+
+fn of_event(event: Event) -> Decision {
+    let (kind, version, trial, words) = match event.what {
+        Happened::Registered { version, .. } => {
+            let words = format!("{version} was trained and put into the registry.");
+            ("registered", Some(version), None, words)
+        }
+        Happened::Promoted { from, to, trial, .. } => {
+            let words = format!(
+                "{to} took the place of {from}: it passed trial {trial}, and the endpoint was shown to answer as it."
+            );
+            ("promoted", Some(to), Some(trial), words)
+        }
+        Happened::Overridden { from, to, operator, reason, .. } => {
+            let words = format!("{operator} put {to} in the place of {from} without a verdict of the gate: {reason}.");
+            ("overridden", Some(to), None, words)
+        }
+        Happened::RolledBack { from, to, reason, .. } => {
+            let words = format!("{from} was taken back, {to} is served again: {reason}. {from} is out for good.");
+            ("rolled_back", Some(from), None, words)
+        }
+        Happened::Aborted { to, reason, .. } => {
+            let words = format!("The change to {to} was given up before clients saw it: {reason}.");
+            ("aborted", Some(to), None, words)
+        }
+        Happened::Quarantined { version, reason } => {
+            let words = format!("{version} may never be served again: {reason}.");
+            ("quarantined", Some(version), None, words)
+        }
+        Happened::Frozen { reason, by } => ("frozen", None, None, format!("{by} froze promotions: {reason}.")),
+        Happened::Thawed { reason, by } => ("thawed", None, None, format!("{by} lifted the freeze: {reason}.")),
+    };
+    Decision { time: time(event.time_us), kind: kind.to_string(), words, version, trial }
+}
+
+/// Returns how a trial ended that led to no promotion; the others stand in the registry's history.
+fn of_trial(row: &TrialRow) -> Option<Decision> {
+    let said = match row.state {
+        State::Open | State::Promoted => return None,
+        State::Refused => "was refused by a guardrail",
+        State::Futile => "was dropped, since the evidence spoke against it",
+        State::Expired => "was dropped, since its nights were over",
+        State::Void => "lost its trial, which became void",
+    };
+    let facts = &row.facts;
+    Some(Decision {
+        time: time(row.time_us),
+        kind: row.state.as_str().to_string(),
+        words: format!("{} {said}: {}. {} stays.", facts.challenger, row.reason, facts.incumbent),
+        version: Some(facts.challenger.clone()),
+        trial: Some(facts.trial.clone()),
+    })
+}

@@ -1,0 +1,152 @@
+//! Trials of the gate: the evidence after every prompt, the bar, what the guardrails say.
+
+use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::{FactError, Facts, time};
+use crate::gate::standing::{standing, trials};
+use crate::gate::{self, StepRow, TrialRow};
+use crate::round::book;
+use crate::table::Name;
+
+/// One trial in a list.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(in super::super) struct Trial {
+    pub(in super::super) trial: String,
+    /// Which challenger of its year this is, counted from 1.
+    pub(in super::super) number: u32,
+    /// `open`, `promoted`, `refused`, `futile`, `expired` or `void`.
+    pub(in super::super) state: String,
+    pub(in super::super) challenger: String,
+    pub(in super::super) incumbent: String,
+    /// Nights begun.
+    pub(in super::super) nights: u32,
+    /// Fresh prompts judged.
+    pub(in super::super) prompts: u64,
+    /// Natural logarithm of the wealth: the evidence.
+    pub(in super::super) ln_wealth: f64,
+    /// Natural logarithm of the wealth that decides.
+    pub(in super::super) bar: f64,
+    pub(in super::super) reason: String,
+    /// When the newest change of it was stored.
+    pub(in super::super) changed: DateTime<Utc>,
+}
+
+/// A trial with everything that decided it.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(in super::super) struct TrialDetail {
+    #[serde(flatten)]
+    pub(in super::super) trial: Trial,
+    /// Mean of the differences in score, new less incumbent.
+    pub(in super::super) mean_gain: f64,
+    /// The part of the year's error budget that it was opened with.
+    pub(in super::super) level: f64,
+    pub(in super::super) guardrails: Vec<Guardrail>,
+    pub(in super::super) evidence: Vec<Evidence>,
+    /// The verdict in plain words, several lines.
+    pub(in super::super) words: String,
+}
+
+/// What a guardrail says.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(in super::super) struct Guardrail {
+    pub(in super::super) guardrail: String,
+    /// `pass`, `not yet` or `fail`.
+    pub(in super::super) outcome: String,
+    pub(in super::super) reason: String,
+}
+
+/// One fresh prompt of a trial.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(in super::super) struct Evidence {
+    /// Counted from 1 over the whole trial.
+    pub(in super::super) step: u64,
+    pub(in super::super) night: u32,
+    pub(in super::super) prompt_hash: String,
+    pub(in super::super) workload: Option<String>,
+    pub(in super::super) new_score: f64,
+    pub(in super::super) incumbent_score: f64,
+    /// The stake on this prompt.
+    pub(in super::super) lambda: f64,
+    /// The evidence after it.
+    pub(in super::super) ln_wealth: f64,
+}
+
+impl Facts {
+    /// Returns the newest trials, the newest first.
+    pub(in super::super) async fn trials(&self, limit: usize) -> Result<Vec<Trial>, FactError> {
+        let rows = self.trial_rows().await?;
+        Ok(trials(&rows).into_iter().take(limit).map(document).collect())
+    }
+
+    pub(super) async fn trial_rows(&self) -> Result<Vec<TrialRow>, FactError> {
+        let _reading = self.reading().await?;
+        match self.tables.exists(Name::Trials).await.map_err(FactError::failed)? {
+            true => book::read(&self.tables, Name::Trials).await.map_err(FactError::failed),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// Returns one trial with its evidence.
+    pub(in super::super) async fn trial(&self, id: &str) -> Result<TrialDetail, FactError> {
+        let rows = self.trial_rows().await?;
+        let Some(last) = trials(&rows).into_iter().find(|row| row.facts.trial == id) else {
+            return Err(FactError::Missing(format!("there is no trial {id:?}")));
+        };
+        let reading = self.reading().await?;
+        let mut steps: Vec<StepRow> = book::read(&self.tables, Name::GateSteps).await.map_err(FactError::failed)?;
+        drop(reading);
+        let verdict = standing(id, &rows, &steps).map_err(FactError::failed)?;
+        steps.retain(|step| step.trial == id);
+        steps.sort_by_key(|step| step.step);
+        let words = gate::explain(&verdict);
+        let said = |finding: gate::Finding| Guardrail {
+            guardrail: finding.guardrail.as_str().to_string(),
+            outcome: match finding.outcome {
+                gate::Outcome::Pass => "pass",
+                gate::Outcome::NotYet => "not yet",
+                gate::Outcome::Fail => "fail",
+            }
+            .to_string(),
+            reason: finding.reason,
+        };
+        Ok(TrialDetail {
+            trial: document(last),
+            mean_gain: verdict.mean_gain,
+            level: verdict.alpha,
+            guardrails: verdict.findings.into_iter().map(said).collect(),
+            evidence: steps.into_iter().map(evidence).collect(),
+            words,
+        })
+    }
+}
+
+pub(super) fn document(row: &TrialRow) -> Trial {
+    Trial {
+        trial: row.facts.trial.clone(),
+        number: row.facts.number,
+        state: row.state.as_str().to_string(),
+        challenger: row.facts.challenger.clone(),
+        incumbent: row.facts.incumbent.clone(),
+        nights: row.night,
+        prompts: row.steps,
+        ln_wealth: row.ln_wealth,
+        bar: gate::level::bar(row.facts.alpha),
+        reason: row.reason.clone(),
+        changed: time(row.time_us),
+    }
+}
+
+fn evidence(row: StepRow) -> Evidence {
+    Evidence {
+        step: row.step,
+        night: row.night,
+        prompt_hash: row.prompt_hash,
+        workload: row.workload,
+        new_score: row.new_score,
+        incumbent_score: row.incumbent_score,
+        lambda: row.lambda,
+        ln_wealth: row.ln_wealth,
+    }
+}
