@@ -12,8 +12,6 @@
 //! not compile is refused there, with its place. Words, sentences and lines are defined in [`text`].
 
 mod check;
-pub mod ifeval;
-mod sql;
 pub mod text;
 
 #[cfg(test)]
@@ -135,22 +133,6 @@ pub enum Kind {
         /// The bound, in [0, 1).
         max_overlap: f64,
     },
-    /// An instruction of IFEval, with the names and arguments of its data set, such as
-    /// `instruction = "punctuation:no_comma"`; see [`ifeval`]. It is met or not, without partial credit.
-    Ifeval(ifeval::Instruction),
-    /// The answer is SQL, alone or as one block of code. Partial credit: 0.5 where it parses but does not run on the schema.
-    Sql {
-        /// Whose SQL: `generic`, `ansi`, `sqlite`, `postgresql`, `mysql` and others of the crate sqlparser.
-        #[serde(default = "generic")]
-        dialect: String,
-        /// `CREATE TABLE` statements, and `INSERT`s if wanted, of an SQLite database on which the answer has to run as a query. It
-        /// may read only, and only for about a second.
-        schema: Option<String>,
-    },
-}
-
-fn generic() -> String {
-    "generic".into()
 }
 
 impl Kind {
@@ -171,8 +153,6 @@ impl Kind {
             Kind::Language { .. } => "language",
             Kind::Ended {} => "ended",
             Kind::NotCopyOfPrompt { .. } => "not_copy_of_prompt",
-            Kind::Ifeval(_) => "ifeval",
-            Kind::Sql { .. } => "sql",
         }
     }
 }

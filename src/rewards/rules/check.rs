@@ -5,8 +5,7 @@ use regex::Regex;
 use serde_json::Value;
 use whatlang::Lang;
 
-use super::sql::Sql;
-use super::{Kind, LetterCase, Unit, ifeval, text};
+use super::{Kind, LetterCase, Unit, text};
 use crate::record::FinishReason;
 
 /// Runs of this many words are compared by `not_copy_of_prompt`.
@@ -39,8 +38,6 @@ pub enum Check {
     Language(Lang),
     Ended,
     NotCopyOfPrompt { max_overlap: f64 },
-    Ifeval(ifeval::Check),
-    Sql(Sql),
 }
 
 impl Check {
@@ -74,8 +71,6 @@ impl Check {
                 }
                 Check::NotCopyOfPrompt { max_overlap: *max_overlap }
             }
-            Kind::Sql { dialect, schema } => Check::Sql(Sql::compile(dialect, schema.as_deref())?),
-            Kind::Ifeval(instruction) => Check::Ifeval(ifeval::Check::compile(instruction)?),
         })
     }
 
@@ -111,9 +106,6 @@ impl Check {
                 let overlap = text::overlap(&text::terms(body), &text::terms(answer.prompt), COPY_RUN);
                 if overlap <= *max_overlap { 1.0 } else { (1.0 - overlap) / (1.0 - max_overlap) }
             }
-            // White space at an end is part of its form.
-            Check::Ifeval(check) => pass(check.holds(answer.text)),
-            Check::Sql(sql) => sql.credit(body),
         }
     }
 }
