@@ -34,6 +34,8 @@ pub enum Point {
     /// Rows are on their way out: the list of the erased names them; their files' successors are in the store; or the
     /// commit that replaces those is made, and the old bytes are still there.
     DuringErasure,
+    /// A change of what is served: after the intent, each load, each move of the alias, each step, and `current`.
+    DuringPromotion,
 }
 
 impl Point {
@@ -60,6 +62,7 @@ impl Point {
             Point::BetweenLettersAndRows => "between_letters_and_rows",
             Point::DuringCompaction => "during_compaction",
             Point::DuringErasure => "during_erasure",
+            Point::DuringPromotion => "during_promotion",
         }
     }
 }
@@ -145,7 +148,7 @@ mod tests {
     #[test]
     fn names_are_told_apart() {
         let mut names: std::collections::BTreeSet<_> = Point::OF_INGESTION.map(Point::name).into();
-        names.extend([Point::DuringCompaction.name(), Point::DuringErasure.name()]);
-        assert_eq!(names.len(), Point::OF_INGESTION.len() + 2);
+        names.extend([Point::DuringCompaction, Point::DuringErasure, Point::DuringPromotion].map(Point::name));
+        assert_eq!(names.len(), Point::OF_INGESTION.len() + 3);
     }
 }

@@ -5,10 +5,15 @@
 //! the command line.
 
 mod actions;
+pub mod canary;
 mod lease;
+pub mod live;
 pub mod maintenance;
 mod measure;
+mod panel;
 pub mod promotion;
+mod shadow;
+mod tend;
 mod watch;
 
 use std::path::{Path, PathBuf};
@@ -27,7 +32,7 @@ use crate::config::Config;
 use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
-use crate::metrics::{Metrics, Part, RoundOutcome};
+use crate::metrics::{Metrics, Promotion as Change, RoundOutcome};
 use crate::progress::Measure;
 use crate::registry::{Promotion, Registry};
 use crate::round::{self, Outcome, Paths, Verdict};
@@ -35,8 +40,6 @@ use crate::schedule::Schedule;
 
 /// How long a loop of the daemon may take for one turn before the watchdog calls it stuck.
 const TURN: Duration = Duration::from_secs(60);
-/// How often the endpoint is asked whether it still has the served version.
-const RECONCILE: Duration = Duration::from_secs(60);
 
 /// Everything the loops of the daemon share.
 struct Daemon {
@@ -90,7 +93,8 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let maintaining = tokio::spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
     let measuring = tokio::spawn(measure::keep(daemon.clone(), daemon.config.state.open_tables()?, stop.clone()));
     let acting = tokio::spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
-    let reconciling = tokio::spawn(reconcile(daemon, owner, stop.clone()));
+    let tending = tokio::spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
+    let watching = tokio::spawn(live::keep(daemon, owner, stop.clone()));
     watch::ready();
 
     let summary = ingesting.await.context("ingestion ended unexpectedly")?;
@@ -98,7 +102,7 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     if let Err(error) = summary {
         return Err(error.into());
     }
-    for task in [observed, scheduling, maintaining, measuring, acting, reconciling, leasing] {
+    for task in [observed, scheduling, maintaining, measuring, acting, tending, watching, leasing] {
         task.await.context("a loop of the daemon ended unexpectedly")?;
     }
     match page.join() {
@@ -152,15 +156,10 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
     // The settings were checked when the config was read.
     let Ok(schedule) = Schedule::new(&daemon.config.schedule) else { return };
     let mut last_start = last_round(&daemon.config);
-    let mut settled = false;
     loop {
         tokio::select! {
             () = owner.gained() => {}
             _ = stop.wait_for(|stop| *stop) => return,
-        }
-        if !settled {
-            settle(&daemon).await;
-            settled = true;
         }
         let now = Utc::now();
         let Some(due) = schedule.due(last_start, now) else { return };
@@ -169,10 +168,7 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = daemon.run_now.notified() => {}
-            () = owner.lost() => {
-                settled = false;
-                continue;
-            }
+            () = owner.lost() => continue,
             _ = stop.wait_for(|stop| *stop) => return,
         }
         last_start = Some(Utc::now());
@@ -185,7 +181,6 @@ async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channe
             () = owner.lost() => {
                 tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
                 daemon.in_round.store(false, Ordering::Release);
-                settled = false;
                 continue;
             }
             // Dropping the night kills its child; what it had finished is resumed by the next one.
@@ -219,6 +214,7 @@ impl Daemon {
         self.metrics.rounds.ended.get(outcome).inc();
         watch::measure_round(&self.metrics, &night.verdict);
         if let Some(promoted) = &night.promoted {
+            self.metrics.endpoint.promotions.get(Change::Promoted).inc();
             self.show(promoted);
         }
         tracing::info!(
@@ -227,51 +223,6 @@ impl Daemon {
             reason = night.verdict.outcome.reason(),
             "the round ended"
         );
-    }
-}
-
-/// Settles a promotion that a crash interrupted, before anything else changes what is served.
-async fn settle(daemon: &Daemon) {
-    let paths = Paths::new(&daemon.config.state.dir);
-    let interrupted = Registry::open(&paths.registry()).and_then(|registry| registry.intent());
-    let result = match interrupted {
-        Ok(None) => Ok(()),
-        Ok(Some(_)) => match load_model(&daemon.config).await {
-            Ok(model) => promotion::recover(&daemon.config, &model).await,
-            Err(error) => Err(error),
-        },
-        Err(error) => Err(error.into()),
-    };
-    if let Err(error) = result {
-        daemon.metrics.daemon.errors.get(Part::Promotion).inc();
-        daemon.health.not_ready("promotion", format!("{error:#}"));
-        tracing::error!(error = format!("{error:#}"), "an interrupted promotion could not be settled");
-    }
-}
-
-/// Puts the served version back on servers that lost it, for instance by a restart.
-async fn reconcile(daemon: Arc<Daemon>, owner: lease::Owner, mut stop: channel::Receiver<bool>) {
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(RECONCILE) => {}
-            _ = stop.wait_for(|stop| *stop) => return,
-        }
-        if !owner.holds() {
-            continue;
-        }
-        match promotion::reconcile(&daemon.config).await {
-            Ok(changed) => {
-                daemon.health.ready("endpoint");
-                for url in changed {
-                    tracing::warn!(url, "the served version was missing and was loaded again");
-                }
-            }
-            Err(error) => {
-                daemon.metrics.endpoint.errors.inc();
-                daemon.health.not_ready("endpoint", format!("{error:#}"));
-                tracing::warn!(error = format!("{error:#}"), "the endpoint could not be checked");
-            }
-        }
     }
 }
 

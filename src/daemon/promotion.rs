@@ -1,24 +1,32 @@
 //! The one place where the gate's key, the registry and the endpoint meet.
 //!
 //! A promotion, an operator's override and a rollback are the same change of the served version; they differ only in
-//! how the registry lets them begin. What a round's child claims is recomputed from the tables first.
+//! how the registry lets them begin. What a round's child claims is recomputed from the tables first. Whoever makes a
+//! change holds the registry's turn, so that an open intent which can be seen with the turn in hand is an interrupted
+//! one; each change settles such a one first, and so does [`tend`], which the daemon calls without end.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
 
+use super::panel::panel;
+use super::shadow;
+use super::{canary, load_model};
 use crate::config::Config;
-use crate::dataset;
-use crate::endpoint::promote::{Fleet, Outcome as Ended, Promotion};
-use crate::endpoint::proof::{Answered, Panel, Proof, Tokens, Who};
-use crate::engine::{Adapter, Model, ScoreItem, logprobs};
-use crate::record::Message;
-use crate::registry::{BASE, Intent, Recovery, Registry};
+use crate::durable;
+use crate::endpoint::fleet::{Fleet, Reconciled};
+use crate::endpoint::promote::{Ledger, Outcome as Ended, Promotion};
+use crate::endpoint::proof::Proof;
+use crate::endpoint::server::Answers;
+use crate::endpoint::{Kind as Server, compat};
+use crate::engine::{Adapter, Model};
+use crate::registry::{BASE, Base, Intent, Kind, Lineage, Recovery, Registry};
 use crate::round::{Paths, Verdict, book};
 use crate::table::{Name, Tables};
 
@@ -27,20 +35,14 @@ use crate::table::{Name, Tables};
 pub struct Promoted {
     pub from: String,
     pub to: String,
-    /// What showed, on each replica, that the stable name is answered by the new version.
+    /// What showed, wherever the stable name is asked, that it is answered by the new version.
     pub proofs: Vec<Proof>,
 }
 
 impl Promoted {
     /// Returns the proof in words.
     pub fn explain(&self) -> String {
-        let distance = |proof: &Proof| -> String {
-            let each = proof.distances.iter().map(|(who, d)| format!("{who:?} {d:.4}").to_lowercase());
-            let used = proof.prompts_used;
-            format!("{} over {used} prompts", each.collect::<Vec<_>>().join(", "))
-        };
-        let shown: Vec<String> = self.proofs.iter().map(distance).collect();
-        format!("the stable name answers as {}; distance in nats a token: {}", self.to, shown.join("; "))
+        format!("the stable name answers as {}; {}", self.to, distances(&self.proofs))
     }
 }
 
@@ -51,6 +53,17 @@ pub struct Approval<'a> {
     pub reason: &'a str,
 }
 
+/// Returns the numbers behind proofs in words.
+pub fn distances(proofs: &[Proof]) -> String {
+    let distance = |proof: &Proof| -> String {
+        let each = proof.distances.iter().map(|(who, d)| format!("{who:?} {d:.4}").to_lowercase());
+        let used = proof.prompts_used;
+        format!("{} over {used} prompts", each.collect::<Vec<_>>().join(", "))
+    };
+    let shown: Vec<String> = proofs.iter().map(distance).collect();
+    format!("distance in nats a token: {}", shown.join("; "))
+}
+
 /// Promotes what a round's verdict claims, after recomputing the claim from the tables.
 pub async fn promote(
     config: &Config,
@@ -58,15 +71,11 @@ pub async fn promote(
     approval: Option<Approval<'_>>,
     model: &Model,
 ) -> Result<Promoted> {
-    let paths = Paths::new(&config.state.dir);
-    let tables = config.state.open_tables()?;
-    let passed = book::prove(&tables, verdict, &config.gate).await?;
-    let registry = Registry::open(&paths.registry())?;
-    let intent = registry.promote(&passed, now_us())?;
-    let promoted = carry_out(config, &registry, &intent, model).await?;
-    book::close_promoted(&tables, &passed).await?;
-    record(&tables, &intent, ("promote", Some(passed.trial()), approval), &promoted).await?;
-    Ok(promoted)
+    let desk = Desk::open(config, model).await?;
+    let passed = book::prove(&desk.tables, verdict, &config.gate).await?;
+    desk.check(passed.challenger())?;
+    let intent = desk.registry.promote(&passed, now_us())?;
+    desk.carry_out(&intent, approval).await
 }
 
 /// Promotes a registered version on an operator's word, which is recorded.
@@ -77,143 +86,249 @@ pub async fn override_promote(
     reason: &str,
     model: &Model,
 ) -> Result<Promoted> {
-    let (registry, tables) = open(config)?;
-    let intent = registry.override_promote(version, operator, reason, now_us())?;
-    let promoted = carry_out(config, &registry, &intent, model).await?;
-    record(&tables, &intent, ("override", None, None), &promoted).await?;
-    Ok(promoted)
+    let desk = Desk::open(config, model).await?;
+    desk.check(version)?;
+    let intent = desk.registry.override_promote(version, operator, reason, now_us())?;
+    desk.carry_out(&intent, None).await
 }
 
 /// Returns to the version served before and quarantines the present one.
 pub async fn rollback(config: &Config, reason: &str, model: &Model) -> Result<Promoted> {
-    let (registry, tables) = open(config)?;
-    let intent = registry.rollback(reason, now_us())?;
-    let promoted = carry_out(config, &registry, &intent, model).await?;
-    record(&tables, &intent, ("rollback", None, None), &promoted).await?;
-    Ok(promoted)
+    let desk = Desk::open(config, model).await?;
+    let intent = desk.registry.rollback(reason, now_us())?;
+    desk.carry_out(&intent, None).await
 }
 
-/// Settles a change that a crash interrupted: forward where the stable name moved, else back.
-pub async fn recover(config: &Config, model: &Model) -> Result<()> {
+/// Makes the adapter that is in production already the first incumbent. That it is, is proven first.
+pub async fn import(config: &Config, folder: &Path, operator: &str, reason: &str, model: &Model) -> Result<Promoted> {
+    let desk = Desk::open(config, model).await?;
+    let version = desk.register(folder, operator)?;
+    desk.check(&version)?;
+    let fleet = Fleet::new(&config.endpoint)?;
+    let panel = panel(config, &desk.registry, BASE, &version, model)?;
+    let shown = fleet.prove_served(&fleet.target(&desk.registry, &version), &panel).await;
+    shown.with_context(|| {
+        format!("{version} is registered but not shown to be in production: `taod adapters promote` puts it there")
+    })?;
+    let intent = desk.registry.import(&version, operator, reason, now_us())?;
+    desk.carry_out(&intent, None).await
+}
+
+/// Registers an adapter that taod did not train, and returns its version.
+pub async fn register(config: &Config, folder: &Path, operator: &str, model: &Model) -> Result<String> {
+    let desk = Desk::open(config, model).await?;
+    let version = desk.register(folder, operator)?;
+    desk.check(&version).map(|()| version)
+}
+
+/// Makes the model of the config the new base: it is served bare, the open trial is void, and adapters of the former
+/// base are refused from now on.
+pub async fn new_base(config: &Config, operator: &str, reason: &str, model: &Model) -> Result<Promoted> {
+    let desk = Desk::open(config, model).await?;
+    let base = Base { name: model.identity().name.clone(), sha256: model.identity().sha256.clone() };
+    let intent = desk.registry.new_base(base, operator, reason, now_us())?;
+    desk.carry_out(&intent, None).await
+}
+
+/// What looking after the endpoint came to.
+#[derive(Debug, Default)]
+pub struct Tended {
+    /// The change that had been interrupted, and how it was settled.
+    pub settled: Option<(String, Ended)>,
+    pub reconciled: Reconciled,
+    /// What showed that the served version is behind the stable name; made anew where something had to be put back.
+    pub proofs: Option<Vec<Proof>>,
+}
+
+/// Settles a change that a crash or a dead replica interrupted, and puts the served version back on every replica that
+/// lost it. `None` where another process is changing what is served.
+pub async fn tend(config: &Config) -> Result<Option<Tended>> {
     let (registry, tables) = open(config)?;
+    let Some(_turn) = registry.turn()? else { return Ok(None) };
+    let mut tended = Tended::default();
+    if registry.intent()?.is_some() {
+        let model = load_model(config).await?;
+        tended.settled = settle(config, &registry, &tables, &model).await?;
+    }
+    let fleet = Fleet::new(&config.endpoint)?;
+    let current = registry.current()?;
+    if current.promotion.is_none() {
+        tended.reconciled = fleet.introduce().await;
+        return Ok(Some(tended));
+    }
+    let version = current.version;
+    let current = fleet.target(&registry, &version);
+    let retired = registry.retired(now_us().saturating_sub(grace_us(config)))?;
+    tended.reconciled = fleet.reconcile(&current, &retired).await;
+    canary::tend(&registry, &fleet, &current).await?;
+    if !tended.reconciled.changed.is_empty() {
+        let model = load_model(config).await?;
+        let panel = panel(config, &registry, &version, &version, &model)?;
+        tended.proofs = Some(fleet.prove_served(&current, &panel).await?);
+    }
+    Ok(Some(tended))
+}
+
+/// Settles the open intent, if there is one: forward where the stable name moved, else back.
+async fn settle(
+    config: &Config,
+    registry: &Registry,
+    tables: &Tables,
+    model: &Model,
+) -> Result<Option<(String, Ended)>> {
     let intent = match registry.recover()? {
-        Recovery::Clean => return Ok(()),
+        Recovery::Clean => return Ok(None),
         Recovery::Moved(intent) | Recovery::Underway(intent) => intent,
     };
     let fleet = Fleet::new(&config.endpoint)?;
-    let panel = panel(config, &registry, &intent, model)?;
-    match Promotion::new(&fleet, &registry, &intent, &panel).recover().await? {
-        Ended::Done { proofs } => {
-            tracing::info!(to = intent.to(), "an interrupted promotion was completed");
-            let promoted = Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs };
-            record(&tables, &intent, ("recovered", None, None), &promoted).await
-        }
-        Ended::Undone => {
-            tracing::info!(to = intent.to(), "an interrupted promotion was undone");
-            Ok(())
-        }
+    let panel = panel(config, registry, before(&intent), intent.to(), model)?;
+    let ended = Promotion::new(&fleet, registry, &intent, &panel, &Rows { config, tables, approval: None }).recover().await?;
+    let how = if matches!(ended, Ended::Done { .. }) { "completed" } else { "undone" };
+    tracing::info!(to = intent.to(), "an interrupted promotion was {how}");
+    Ok(Some((intent.to().to_string(), ended)))
+}
+
+/// Returns the version that may still answer. One of a former base model cannot even be loaded on the new one.
+fn before(intent: &Intent) -> &str {
+    match intent.why() {
+        Kind::NewBase { .. } => BASE,
+        _ => intent.from(),
     }
 }
 
-/// Puts the served version back on every replica that lost it, as after a restart of the server.
-pub async fn reconcile(config: &Config) -> Result<Vec<String>> {
-    let (registry, _) = open(config)?;
-    if registry.intent()?.is_some() {
-        return Ok(Vec::new());
-    }
-    let fleet = Fleet::new(&config.endpoint)?;
-    let current = fleet.target(&registry, &registry.current()?.version);
-    Ok(fleet.reconcile(&current).await?)
-}
-
-fn open(config: &Config) -> Result<(Registry, Tables)> {
+pub(super) fn open(config: &Config) -> Result<(Registry, Tables)> {
     let paths = Paths::new(&config.state.dir);
     Ok((Registry::open(&paths.registry())?, config.state.open_tables()?))
 }
 
-async fn carry_out(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<Promoted> {
-    let prepared = Fleet::new(&config.endpoint).map_err(anyhow::Error::from);
-    let (fleet, panel) = match prepared.and_then(|fleet| Ok((fleet, panel(config, registry, intent, model)?))) {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            registry.abort(intent, &error.to_string(), now_us())?;
-            return Err(error);
-        }
-    };
-    let outcome = Promotion::new(&fleet, registry, intent, &panel).carry_out().await?;
-    let Ended::Done { proofs } = outcome else { bail!("the change to {} was undone", intent.to()) };
-    if let Err(error) = fleet.retire(&fleet.target(registry, intent.from())).await {
-        // Clients have the new version; an old one left in the server's memory is untidy, not wrong.
-        tracing::warn!(%error, version = intent.from(), "the old version could not be unloaded");
-    }
-    Ok(Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs })
+fn grace_us(config: &Config) -> i64 {
+    i64::try_from(config.endpoint.retire_after_seconds).unwrap_or(i64::MAX).saturating_mul(1_000_000)
 }
 
-/// Prepares the proof of who answers: the prompts, and the models that may be behind the name.
-fn panel(config: &Config, registry: &Registry, intent: &Intent, model: &Model) -> Result<Panel> {
-    let mut adapters = BTreeMap::new();
-    let mut hypotheses = vec![Who::Base];
-    for (who, version) in [(Who::Incumbent, intent.from()), (Who::New, intent.to())] {
-        if version != BASE {
-            registry.verify(version)?;
-            adapters.insert(who, Adapter::load(&registry.path(version), model)?);
-            hypotheses.push(who);
-        }
-    }
-    let model = model.clone();
-    let likelihood = move |who: Who, answers: &[Answered]| likelihood(&model, adapters.get(&who), answers);
-    let settings = config.endpoint.proof.clone();
-    let prompts = proof_prompts(config, settings.prompts)?;
-    Ok(Panel { prompts, hypotheses, likelihood: Arc::new(likelihood), settings })
+/// Everything that a change needs, with the turn to make it.
+pub(super) struct Desk<'a> {
+    pub(super) config: &'a Config,
+    pub(super) model: &'a Model,
+    pub(super) registry: Registry,
+    tables: Tables,
+    _turn: File,
 }
 
-/// Scores served answers under one model, token by token.
-fn likelihood(model: &Model, adapter: Option<&Adapter>, answers: &[Answered]) -> Result<Vec<Vec<f32>>, String> {
-    let mut pairs = Vec::with_capacity(answers.len());
-    for answer in answers {
-        let prompt = model.prompt_ids(&answer.messages, None).map_err(|e| e.to_string())?;
-        let completion = match &answer.tokens {
-            Tokens::Ids(ids) => ids.clone(),
-            Tokens::Pieces(pieces) => from_pieces(model, pieces)?,
+impl<'a> Desk<'a> {
+    /// Takes the turn, and settles what an earlier change left open.
+    pub(super) async fn open(config: &'a Config, model: &'a Model) -> Result<Self> {
+        let (registry, tables) = open(config)?;
+        let turn = registry.turn()?;
+        let turn = turn.context("another process is changing what is served: try again when it has ended")?;
+        settle(config, &registry, &tables, model).await?;
+        Ok(Desk { config, model, registry, tables, _turn: turn })
+    }
+
+    fn register(&self, folder: &Path, operator: &str) -> Result<String> {
+        Adapter::load(folder, self.model)?;
+        let identity = self.model.identity();
+        let notes = [
+            ("imported_by", operator.to_string()),
+            ("tokenizer_sha256", identity.tokenizer_sha256.clone()),
+            ("template_sha256", identity.template_sha256.clone()),
+        ];
+        let lineage = Lineage {
+            base: Base { name: identity.name.clone(), sha256: identity.sha256.clone() },
+            round: None,
+            dataset_sha256: None,
+            tables: BTreeMap::new(),
+            offsets: Vec::new(),
+            notes: notes.map(|(key, value)| (key.to_string(), value)).into(),
+            created_us: now_us(),
         };
-        pairs.push((prompt, completion));
+        Ok(self.registry.register(folder, lineage)?.version)
     }
-    let items: Vec<ScoreItem<'_>> = pairs.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
-    logprobs(model, adapter, &items).map_err(|e| e.to_string())
-}
 
-/// Finds the ids of tokens that a server gives only as text.
-fn from_pieces(model: &Model, pieces: &[String]) -> Result<Vec<u32>, String> {
-    let ids = model.tokenizer().encode(&pieces.concat()).map_err(|e| e.to_string())?;
-    match ids.len() == pieces.len() {
-        true => Ok(ids),
-        false => Err("the server's tokens are not those of this model's tokenizer".to_string()),
+    /// Refuses a version that the base model or the servers cannot take, before anything is called.
+    pub(super) fn check(&self, version: &str) -> Result<()> {
+        let manifest = self.registry.verify(version)?;
+        let bound = compat::Bound::of(&self.config.endpoint);
+        let folder = self.registry.path(version);
+        compat::check(&folder, &manifest, self.model.identity(), &bound)?;
+        self.export(version)
     }
-}
 
-/// Returns the prompts that a proof asks: training prompts of the newest dataset, so that no held-out prompt is spent,
-/// or fixed sentences where there is none.
-fn proof_prompts(config: &Config, count: usize) -> Result<Vec<Vec<Message>>> {
-    let paths = Paths::new(&config.state.dir);
-    for round in paths.round_ids()?.into_iter().rev() {
-        let folder = paths.round(&round).join("dataset");
-        if has_manifest(&folder) {
-            let dataset = dataset::load(&folder)?;
-            let mut prompts: Vec<_> = dataset.train.prompts().iter().filter(|p| p.tools.is_none()).collect();
-            prompts.sort_by(|a, b| a.prompt_hash.cmp(&b.prompt_hash));
-            let messages: Vec<_> = prompts.into_iter().take(count).map(|p| p.messages.clone()).collect();
-            if !messages.is_empty() {
-                return Ok(messages);
-            }
+    /// Writes a version in the format of servers that do not read PEFT's.
+    fn export(&self, version: &str) -> Result<()> {
+        let endpoint = &self.config.endpoint;
+        let file = endpoint.publish.folder.join(format!("{version}.gguf"));
+        if endpoint.kind != Server::Llamacpp || file.exists() {
+            return Ok(());
         }
+        durable::create_folder(&endpoint.publish.folder)?;
+        let adapter = Adapter::load(&self.registry.path(version), self.model)?;
+        Ok(adapter.save_gguf(&file, self.model.config())?)
     }
-    let fixed = ["Describe how rain forms.", "Write a short note to a colleague.", "What makes a good question?"];
-    let cycle = fixed.iter().cycle().enumerate().take(count);
-    Ok(cycle.map(|(i, text)| vec![Message::text("user", format!("{text} ({})", i + 1))]).collect())
+
+    async fn carry_out(&self, intent: &Intent, approval: Option<Approval<'_>>) -> Result<Promoted> {
+        let prepared = Fleet::new(&self.config.endpoint).map_err(anyhow::Error::from).and_then(|fleet| {
+            Ok((fleet, panel(self.config, &self.registry, before(intent), intent.to(), self.model)?))
+        });
+        let (fleet, panel) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.registry.abort(intent, &error.to_string(), now_us())?;
+                return Err(error);
+            }
+        };
+        let rows = Rows { config: self.config, tables: &self.tables, approval };
+        let outcome = Promotion::new(&fleet, &self.registry, intent, &panel, &rows).carry_out().await?;
+        let Ended::Done { proofs } = outcome else { bail!("the change to {} was undone", intent.to()) };
+        Ok(Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs })
+    }
 }
 
-fn has_manifest(folder: &Path) -> bool {
-    folder.join("manifest.json").exists()
+/// The table `promotions`, the end of the trial that a promotion came from, and the prompts for its rehearsal.
+struct Rows<'a> {
+    config: &'a Config,
+    tables: &'a Tables,
+    /// Known to the process that promotes; one that completes an interrupted promotion finds it in the history alone.
+    approval: Option<Approval<'a>>,
+}
+
+#[async_trait]
+impl Ledger for Rows<'_> {
+    async fn rehearse(&self, at: &dyn Answers, from: &str, to: &str) -> Result<(), String> {
+        shadow::rehearse(self.config, self.tables, at, from, to).await.map_err(|error| format!("{error:#}"))
+    }
+
+    async fn record(&self, intent: &Intent, proofs: &[Proof]) -> Result<(), String> {
+        self.store(intent, proofs).await.map_err(|error| format!("{error:#}"))
+    }
+}
+
+impl Rows<'_> {
+    async fn store(&self, intent: &Intent, proofs: &[Proof]) -> Result<()> {
+        let (action, trial) = match intent.why() {
+            Kind::Gated { trial } => ("promote", Some(trial.as_str())),
+            Kind::Override { .. } => ("override", None),
+            Kind::Rollback { .. } => ("rollback", None),
+            Kind::Import { .. } => ("import", None),
+            Kind::NewBase { base, .. } => {
+                book::void_open(self.tables, &format!("the base model changed to {}", base.name)).await?;
+                ("new_base", None)
+            }
+        };
+        if let Some(trial) = trial {
+            book::close_promoted(self.tables, trial).await?;
+        }
+        let row = PromotionRow {
+            id: intent.promotion(),
+            action,
+            time: Utc::now(),
+            version: intent.to(),
+            previous: intent.from(),
+            trial,
+            detail: json!({ "proofs": proofs, "why": intent.why(), "approval": self.approval }),
+        };
+        let app_id = format!("taod/promotions/{}", intent.promotion());
+        Ok(book::append_once(self.tables, Name::Promotions, &app_id, &[row]).await?)
+    }
 }
 
 /// A row of `promotions`.
@@ -228,26 +343,6 @@ struct PromotionRow<'a> {
     detail: serde_json::Value,
 }
 
-async fn record(
-    tables: &Tables,
-    intent: &Intent,
-    (action, trial, approval): (&str, Option<&str>, Option<Approval<'_>>),
-    promoted: &Promoted,
-) -> Result<()> {
-    let row = PromotionRow {
-        id: intent.promotion(),
-        action,
-        time: Utc::now(),
-        version: &promoted.to,
-        previous: &promoted.from,
-        trial,
-        detail: json!({ "proofs": promoted.proofs, "approval": approval }),
-    };
-    let app_id = format!("taod/promotions/{}", intent.promotion());
-    book::append_once(tables, Name::Promotions, &app_id, &[row]).await?;
-    Ok(())
-}
-
-fn now_us() -> i64 {
+pub(super) fn now_us() -> i64 {
     Utc::now().timestamp_micros()
 }

@@ -1,24 +1,43 @@
 //! The production endpoint: how adapters get into it, how it is proven which one answers, and how clients follow.
 //!
-//! [`vllm`] speaks to one server (vLLM, or our own [`serve`](crate::serve), which has the same routes); [`proof`] tells
-//! by likelihood which model answered; [`promote`] puts both in the one order that a crash cannot break.
+//! [`server`] is what every server can do, with a driver for each kind in a file of its own; [`fleet`] is all replicas of
+//! one endpoint and the name that clients use; [`proof`] tells by likelihood which model answered; [`promote`] puts them
+//! in the one order that a crash cannot break.
 
+pub mod compat;
+mod directory;
+pub mod fleet;
+pub mod gateway;
+mod hook;
+mod http;
+mod llamacpp;
+mod mistralrs;
+mod paths;
 pub mod promote;
 pub mod proof;
+pub mod publish;
+pub mod server;
+mod sglang;
 pub mod vllm;
+pub mod watch;
+
+use std::collections::BTreeMap;
 
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::durable::FileError;
 use crate::secret::SecretError;
+use paths::PathMap;
 
 /// What an operator sets of the production endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// What runs there: "serve" (taod's own) or "vllm".
+    /// What runs there: "serve" (taod's own), "vllm", "sglang", "mistralrs", "llamacpp", "directory" (a server that reads a
+    /// folder: NIM, vLLM's resolver, KServe, GIE's sidecar) or "webhook" (something of yours loads what it is told).
     pub kind: Kind,
     /// Addresses of the servers themselves, one for each replica (never a load balancer's), such as
     /// "http://10.0.0.5:8000".
@@ -27,10 +46,19 @@ pub struct Settings {
     pub base_model: String,
     /// Name that clients ask for and that follows each promotion.
     pub stable_name: String,
-    /// How clients come to the promoted version: "native" (taod serve: a compare-and-set alias), "inplace" (vLLM: the
-    /// stable name is loaded again from the new folder; vLLM then reads that folder at every request, so it must never
-    /// be deleted), or "clients" (they read the name from /api/v1/current; until they do, they ask the old version).
+    /// Highest rank of an adapter that the servers take (vLLM's --max-lora-rank); 0: not known, so not checked.
+    pub max_lora_rank: u64,
+    /// How clients come to the promoted version: "native" (taod serve: a compare-and-set alias), "gateway" (taod moves
+    /// the alias of a gateway before the servers), "inplace" (the stable name is loaded again from the new folder;
+    /// vLLM then reads that folder at every request, so it must never be deleted), "reload" (the stable name is
+    /// unloaded and loaded: for a moment it is not there), or "clients" (they read the name from /api/v1/current;
+    /// until they do, they ask the old version). docs/endpoints.md has what each costs.
     pub alias: Alias,
+    /// Where the servers see another path than taod: the beginning of ours = the beginning of theirs.
+    pub path_map: BTreeMap<String, String>,
+    /// Time that a version stays loaded after clients were led away from it, in seconds. A rollback within it is
+    /// faster, and with "clients" they need it.
+    pub retire_after_seconds: u64,
     /// File that holds the servers' API key; empty: none.
     pub api_key_file: PathBuf,
     /// Time to reach a server, in seconds, 1 or more.
@@ -41,8 +69,17 @@ pub struct Settings {
     pub load_timeout_seconds: u64,
     /// Further tries after a connection error or a busy answer (429, 503), 0 to 10. Other failures are final.
     pub retries: u32,
+    /// Address that is posted to when an adapter is to be loaded or unloaded (webhook; llamacpp: something that restarts
+    /// the server; directory: if anything has to be told); empty: nothing is told.
+    pub hook: String,
     /// How it is proven which model answers.
     pub proof: proof::Settings,
+    /// The gateway, where `alias` is "gateway".
+    pub gateway: gateway::Settings,
+    /// What taod puts where servers look, where `kind` is "directory" or "llamacpp".
+    pub publish: publish::Settings,
+    /// The watch over what clients get from a promoted version.
+    pub watch: watch::Settings,
 }
 
 /// What runs at the endpoint.
@@ -51,6 +88,55 @@ pub struct Settings {
 pub enum Kind {
     Serve,
     Vllm,
+    Sglang,
+    Mistralrs,
+    Llamacpp,
+    Directory,
+    Webhook,
+}
+
+impl Kind {
+    /// Returns the server's name for people.
+    fn as_str(self) -> &'static str {
+        match self {
+            Kind::Serve => "taod serve",
+            Kind::Vllm => "vLLM",
+            Kind::Sglang => "SGLang",
+            Kind::Mistralrs => "mistral.rs",
+            Kind::Llamacpp => "llama.cpp",
+            Kind::Directory | Kind::Webhook => "the server",
+        }
+    }
+
+    /// Returns the fields of adapter_config.json that the server ignores, so that it would serve something else.
+    fn ignored_fields(self) -> &'static [&'static str] {
+        match self {
+            Kind::Sglang => &["use_rslora", "rank_pattern", "alpha_pattern"],
+            // What llama.cpp ignores is written into the matrices of its file.
+            Kind::Serve | Kind::Vllm | Kind::Mistralrs | Kind::Llamacpp | Kind::Directory | Kind::Webhook => &[],
+        }
+    }
+
+    /// Returns how far its log-probs may be from ours, in nats a token on average.
+    fn tolerance(self) -> f64 {
+        match self {
+            Kind::Serve | Kind::Mistralrs => 0.01,
+            Kind::Vllm | Kind::Sglang | Kind::Directory | Kind::Webhook => 0.03,
+            // It rounds activations to 8 bits where its weights are quantised.
+            Kind::Llamacpp => 0.1,
+        }
+    }
+
+    /// Returns the ways by which the stable name can follow on such servers, or before them.
+    fn aliases(self) -> &'static [Alias] {
+        match self {
+            Kind::Serve => &[Alias::Native, Alias::Gateway, Alias::Inplace, Alias::Reload, Alias::Clients],
+            Kind::Vllm | Kind::Mistralrs => &[Alias::Gateway, Alias::Inplace, Alias::Reload, Alias::Clients],
+            Kind::Sglang => &[Alias::Gateway, Alias::Reload, Alias::Clients],
+            Kind::Llamacpp => &[Alias::Native],
+            Kind::Directory | Kind::Webhook => &[Alias::Gateway, Alias::Clients],
+        }
+    }
 }
 
 /// How the stable name follows a promotion.
@@ -58,8 +144,28 @@ pub enum Kind {
 #[serde(rename_all = "snake_case")]
 pub enum Alias {
     Native,
+    Gateway,
     Inplace,
+    Reload,
     Clients,
+}
+
+impl Alias {
+    /// Returns the config's word for it.
+    fn as_str(self) -> &'static str {
+        match self {
+            Alias::Native => "native",
+            Alias::Gateway => "gateway",
+            Alias::Inplace => "inplace",
+            Alias::Reload => "reload",
+            Alias::Clients => "clients",
+        }
+    }
+
+    /// Returns true where the stable name is an adapter's own, loaded from its folder.
+    fn is_loaded(self) -> bool {
+        matches!(self, Alias::Inplace | Alias::Reload)
+    }
 }
 
 impl Default for Settings {
@@ -69,13 +175,20 @@ impl Default for Settings {
             urls: vec!["http://127.0.0.1:8000".into()],
             base_model: "base".into(),
             stable_name: "production".into(),
+            max_lora_rank: 0,
             alias: Alias::Native,
+            path_map: BTreeMap::new(),
+            retire_after_seconds: 600,
             api_key_file: PathBuf::new(),
             connect_timeout_seconds: 5,
             request_timeout_seconds: 120,
             load_timeout_seconds: 300,
             retries: 3,
+            hook: String::new(),
             proof: proof::Settings::default(),
+            gateway: gateway::Settings::default(),
+            publish: publish::Settings::default(),
+            watch: watch::Settings::default(),
         }
     }
 }
@@ -98,9 +211,21 @@ impl Settings {
         if self.base_model == self.stable_name {
             return Err(format!("stable_name = {:?} is the base model's name: choose another one", self.stable_name));
         }
-        if self.kind == Kind::Vllm && self.alias == Alias::Native {
-            return Err("alias = \"native\": vllm has no aliases; choose \"inplace\" or \"clients\"".into());
+        if !self.kind.aliases().contains(&self.alias) {
+            let ways: Vec<String> = self.kind.aliases().iter().map(|way| format!("{:?}", way.as_str())).collect();
+            let (server, alias) = (self.kind.as_str(), self.alias.as_str());
+            return Err(format!("alias = {alias:?} is nothing that {server} has; choose {}", ways.join(" or ")));
         }
+        if matches!(self.kind, Kind::Directory | Kind::Llamacpp) {
+            self.publish.validate().map_err(|message| format!("publish.{message}"))?;
+        }
+        if self.kind == Kind::Webhook && self.hook.is_empty() {
+            return Err("hook is empty: name the address that loads what it is told".into());
+        }
+        if self.alias == Alias::Gateway {
+            self.gateway.validate().map_err(|message| format!("gateway.{message}"))?;
+        }
+        PathMap::validate(&self.path_map)?;
         let seconds = [
             ("connect_timeout_seconds", self.connect_timeout_seconds),
             ("request_timeout_seconds", self.request_timeout_seconds),
@@ -112,6 +237,7 @@ impl Settings {
         if self.retries > 10 {
             return Err(format!("retries = {}: set it to at most 10", self.retries));
         }
+        self.watch.validate().map_err(|message| format!("watch.{message}"))?;
         self.proof.validate().map_err(|message| format!("proof.{message}"))
     }
 }
@@ -141,6 +267,24 @@ pub enum EndpointError {
     ReadBack { url: String, name: String, path: String, found: String },
     #[error("the alias '{name}' at endpoint {url} points at {current}, not at {expected}: something else moved it")]
     AliasMoved { url: String, name: String, current: String, expected: String },
+    #[error(
+        "endpoint {url} has no aliases of its own; set endpoint.alias to \"gateway\", \"inplace\", \"reload\" or \"clients\""
+    )]
+    NoAliases { url: String },
+    #[error(
+        "endpoint {url} does not have '{name}' {seconds} s after {path} was there for it; look at its log, restart it, or raise \
+         endpoint.load_timeout_seconds"
+    )]
+    NotFollowed { url: String, name: String, path: String, seconds: u64 },
+    #[error(
+        "a canary needs endpoint.alias = \"gateway\" and a gateway with weights (litellm, llm_d, webhook), so that a part of \
+         the requests can go to it"
+    )]
+    NoWeights,
+    #[error("an adapter cannot be published: {0}")]
+    Publish(FileError),
+    #[error("the gateway's file {file} cannot be used: {reason}")]
+    Gateway { file: String, reason: String },
     #[error(transparent)]
     Key(#[from] SecretError),
     #[error("no HTTP client can be made: {0}")]
@@ -148,6 +292,9 @@ pub enum EndpointError {
     #[error("the log-probs that the proof needs cannot be computed here: {0}")]
     Likelihood(String),
 }
+
+#[cfg(test)]
+mod driver_tests;
 
 #[cfg(test)]
 mod tests {
@@ -160,7 +307,12 @@ mod tests {
         let cases = [
             (Settings { urls: vec![], ..base.clone() }, "urls is empty"),
             (Settings { urls: vec!["localhost:8000".into()], ..base.clone() }, "http://"),
-            (Settings { kind: Kind::Vllm, ..base.clone() }, "vllm has no aliases"),
+            (Settings { kind: Kind::Vllm, ..base.clone() }, "nothing that vLLM has"),
+            (Settings { kind: Kind::Sglang, alias: Alias::Inplace, ..base.clone() }, "nothing that SGLang has"),
+            (Settings { kind: Kind::Llamacpp, ..base.clone() }, "publish.folder"),
+            (Settings { kind: Kind::Webhook, alias: Alias::Clients, ..base.clone() }, "hook is empty"),
+            (Settings { alias: Alias::Gateway, ..base.clone() }, "gateway.url"),
+            (Settings { path_map: [("a".into(), "/b".into())].into(), ..base.clone() }, "path_map"),
             (Settings { stable_name: "base".into(), ..base.clone() }, "stable_name"),
             (Settings { load_timeout_seconds: 0, ..base.clone() }, "load_timeout_seconds = 0"),
             (Settings { retries: 11, ..base.clone() }, "retries = 11"),

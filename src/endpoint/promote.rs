@@ -1,62 +1,71 @@
 //! The one order in which a version comes into production, so that a crash at any point can be settled.
 //!
 //! ```text
-//! intent -> load -> proof by unique name -> alias -> proof by stable name -> current -> intent closed
+//! intent -> load -> proof by unique name -> shadow -> alias -> proof by stable name -> current -> row -> intent closed
 //! ```
 //!
 //! The registry opens the intent before any server is called, and only it can: from a passed trial, an operator's
 //! override or a rollback. Each further step is done on all replicas before the next one begins. Until the alias
-//! moves, clients see nothing and the change is undone by unloading; once it moved on any replica, every replica has
-//! the proven version loaded, so [`Promotion::recover`] goes forward.
+//! moves, clients see nothing and the change is undone by unloading. Once it moved anywhere, every replica has the
+//! proven version loaded, so [`Promotion::recover`] goes forward; and once `current` moved there is no way back.
+//!
+//! A replica that cannot be reached stops a change, but not its undoing: what is left on it is put right by
+//! [`Fleet::reconcile`] when it comes back, because `current` says what every replica has to serve.
 
-use std::path::PathBuf;
-
+use async_trait::async_trait;
 use serde::Serialize;
 
-use crate::registry::{BASE, Intent, Registry, RegistryError};
+use crate::crash::{self, Point};
+use crate::registry::{Intent, Kind, Registry, RegistryError};
 
+use super::EndpointError;
+use super::fleet::{Fleet, Place, Target, load, unload};
 use super::proof::{Attribution, Panel, Proof, Who, prove};
-use super::vllm::{Load, Vllm};
-use super::{Alias, EndpointError, Settings};
+use super::server::Answers;
 
-/// A version as the endpoint knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// Its unique served name; the base model's name for the base.
-    pub name: String,
-    /// Its immutable folder, absolute; `None` for the base.
-    pub folder: Option<PathBuf>,
-}
+/// How long a gateway that has not followed yet is left alone before it is asked again.
+const ASK_AGAIN: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// The replicas of one logical endpoint and how clients find the promoted version.
-pub struct Fleet {
-    pub replicas: Vec<Vllm>,
-    pub alias: Alias,
-    pub stable_name: String,
-    pub base_model: String,
+/// What a change needs of those who know prompts and tables.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    /// Compares the answers of two names at one replica before clients see any of the second; an error stops the change.
+    async fn rehearse(&self, _at: &dyn Answers, _from: &str, _to: &str) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Records a change that clients have by now. Safe to repeat.
+    async fn record(&self, intent: &Intent, proofs: &[Proof]) -> Result<(), String>;
 }
 
 /// One step of a promotion whose intent is open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
     Load,
     ProveUnique,
+    /// The version answers what clients asked lately, and nobody but taod sees it.
+    Rehearse,
     Alias,
     ProveStable,
-    /// `current` is renamed and the intent closed.
-    Complete,
+    /// `current` is renamed.
+    Current,
+    /// The row is stored.
+    Record,
+    /// The intent is closed.
+    Close,
 }
 
 impl Step {
     /// The order; what comes before `Alias` is invisible to clients.
-    pub const ORDER: [Step; 5] = [Step::Load, Step::ProveUnique, Step::Alias, Step::ProveStable, Step::Complete];
+    pub const ORDER: [Step; 7] =
+        [Step::Load, Step::ProveUnique, Step::Alias, Step::ProveStable, Step::Current, Step::Record, Step::Close];
 }
 
 /// How a change, or a recovery, ended.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub enum Outcome {
-    /// Clients get the new version; the proofs are those of the stable name, one for each replica.
+    /// Clients get the new version; the proofs are those of the stable name, one for each place that is asked.
     Done { proofs: Vec<Proof> },
     /// An interrupted change was undone.
     Undone,
@@ -65,9 +74,11 @@ pub enum Outcome {
 /// Why a change did not happen, or is not over.
 #[derive(Debug, thiserror::Error)]
 pub enum PromoteError {
-    #[error("'{to}' was not promoted ({step:?} failed): {reason}; everything was undone, '{from}' is served as before")]
-    Aborted { from: String, to: String, step: Step, reason: Trouble },
-    #[error("the change to '{to}' stopped half-way ({step:?} failed): {reason}; it is settled by the next start")]
+    #[error("'{to}' was not promoted ({step:?} failed): {reason}; '{from}' is served as before{left}")]
+    Aborted { from: String, to: String, step: Step, reason: Trouble, left: Left },
+    #[error(
+        "the change to '{to}' stopped half-way ({step:?} failed): {reason}; the daemon settles it, and so does `taod adapters settle`"
+    )]
     Open { to: String, step: Step, reason: Trouble },
 }
 
@@ -80,6 +91,24 @@ pub enum Trouble {
     Registry(#[from] RegistryError),
     #[error("endpoint {url} answers for '{name}' with {found}, not with {expected}; distances in nats: {distances}")]
     NotProven { url: String, name: String, expected: &'static str, found: String, distances: String },
+    #[error("before clients saw it, {0}")]
+    Rehearsal(String),
+    #[error("the change could not be recorded: {0}")]
+    Ledger(String),
+}
+
+/// The places that an undoing could not reach, each with its reason.
+#[derive(Debug, Default)]
+pub struct Left(pub Vec<EndpointError>);
+
+impl std::fmt::Display for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let each: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        write!(f, "; put right when it can be reached again: {}", each.join("; "))
+    }
 }
 
 /// One change on its way.
@@ -88,147 +117,49 @@ pub struct Promotion<'a> {
     registry: &'a Registry,
     intent: &'a Intent,
     panel: &'a Panel,
+    ledger: &'a dyn Ledger,
     from: Target,
     to: Target,
     proofs: Vec<Proof>,
-}
-
-impl Fleet {
-    /// Returns the replicas that `settings` name.
-    pub fn new(settings: &Settings) -> Result<Self, EndpointError> {
-        Ok(Fleet {
-            replicas: Vllm::replicas(settings)?,
-            alias: settings.alias,
-            stable_name: settings.stable_name.clone(),
-            base_model: settings.base_model.clone(),
-        })
-    }
-
-    /// Returns what a version of the registry is at the endpoint.
-    pub fn target(&self, registry: &Registry, version: &str) -> Target {
-        match version {
-            BASE => Target { name: self.base_model.clone(), folder: None },
-            _ => {
-                let folder = registry.path(version);
-                let folder = std::path::absolute(&folder).unwrap_or(folder);
-                Target { name: version.to_owned(), folder: Some(folder) }
-            }
-        }
-    }
-
-    /// Brings every replica to `current`, as after a restart, when runtime adapters and aliases are gone. Only while
-    /// no intent is open. Returns the addresses of the replicas that had to be changed.
-    pub async fn reconcile(&self, current: &Target) -> Result<Vec<String>, EndpointError> {
-        let mut changed = Vec::new();
-        for replica in &self.replicas {
-            let loaded = current.folder.is_none() || lists(replica, &current.name, &current.folder).await?;
-            if loaded && (self.alias == Alias::Clients || self.points_at(replica, current).await?) {
-                continue;
-            }
-            load(replica, current).await?;
-            self.point(replica, current).await?;
-            changed.push(replica.url().to_owned());
-        }
-        Ok(changed)
-    }
-
-    /// Unloads a version that clients no longer get, on every replica.
-    pub async fn retire(&self, old: &Target) -> Result<(), EndpointError> {
-        for replica in &self.replicas {
-            unload(replica, old).await?;
-        }
-        Ok(())
-    }
-
-    /// Returns true where the stable name leads to `target` on this replica. With `clients` there is none.
-    async fn points_at(&self, replica: &Vllm, target: &Target) -> Result<bool, EndpointError> {
-        match self.alias {
-            Alias::Native => Ok(replica.alias(&self.stable_name).await?.as_ref() == Some(&target.name)),
-            Alias::Inplace => lists(replica, &self.stable_name, &target.folder).await,
-            Alias::Clients => Ok(false),
-        }
-    }
-
-    /// Moves the stable name from `from` to `to`. Safe to repeat. A stable name that does not exist yet is created,
-    /// but only from the base: else something is there that taod does not know.
-    async fn follow(&self, replica: &Vllm, from: &Target, to: &Target) -> Result<(), EndpointError> {
-        if self.alias != Alias::Native {
-            return self.point(replica, to).await;
-        }
-        let current = replica.alias(&self.stable_name).await?;
-        if current.as_ref() == Some(&to.name) {
-            return Ok(());
-        }
-        let expected = if current.is_none() && from.name == self.base_model { None } else { Some(from.name.as_str()) };
-        replica.move_alias(&self.stable_name, expected, &to.name).await
-    }
-
-    /// Points the stable name at `target`, whatever it points at now.
-    async fn point(&self, replica: &Vllm, target: &Target) -> Result<(), EndpointError> {
-        match (self.alias, &target.folder) {
-            (Alias::Native, _) => {
-                let current = replica.alias(&self.stable_name).await?;
-                replica.move_alias(&self.stable_name, current.as_deref(), &target.name).await
-            }
-            (Alias::Inplace, Some(folder)) => replica.load(&self.stable_name, folder, Load::InPlace).await,
-            (Alias::Inplace, None) => replica.unload(&self.stable_name).await,
-            (Alias::Clients, _) => Ok(()),
-        }
-    }
-}
-
-/// Returns true where a replica lists `name` from `folder`; for the base (no folder): where it does not list it.
-async fn lists(replica: &Vllm, name: &str, folder: &Option<PathBuf>) -> Result<bool, EndpointError> {
-    let cards = replica.models().await?;
-    let root = cards.into_iter().find(|card| card.id == name).map(|card| card.root.unwrap_or_default());
-    Ok(root == folder.as_ref().map(|folder| folder.display().to_string()))
-}
-
-async fn load(replica: &Vllm, target: &Target) -> Result<(), EndpointError> {
-    match &target.folder {
-        Some(folder) => replica.load(&target.name, folder, Load::Fresh).await,
-        None => Ok(()),
-    }
-}
-
-async fn unload(replica: &Vllm, target: &Target) -> Result<(), EndpointError> {
-    match target.folder {
-        Some(_) => replica.unload(&target.name).await,
-        None => Ok(()),
-    }
+    /// Whether clients may have been led to the new version by now.
+    exposed: bool,
 }
 
 impl<'a> Promotion<'a> {
     /// Prepares the change that `intent` opened; nothing happens yet. In the panel `Who::New` is where it goes to,
     /// `Who::Incumbent` where it comes from.
-    pub fn new(fleet: &'a Fleet, registry: &'a Registry, intent: &'a Intent, panel: &'a Panel) -> Self {
+    pub fn new(
+        fleet: &'a Fleet,
+        registry: &'a Registry,
+        intent: &'a Intent,
+        panel: &'a Panel,
+        ledger: &'a dyn Ledger,
+    ) -> Self {
         let (from, to) = (fleet.target(registry, intent.from()), fleet.target(registry, intent.to()));
-        Promotion { fleet, registry, intent, panel, from, to, proofs: Vec::new() }
+        Promotion { fleet, registry, intent, panel, ledger, from, to, proofs: Vec::new(), exposed: false }
     }
 
     /// Makes the change, or undoes all of it.
     pub async fn carry_out(mut self) -> Result<Outcome, PromoteError> {
+        crash::point(Point::DuringPromotion);
         self.go(&Step::ORDER).await
     }
 
     /// Settles a change that was interrupted: forward where `current` or the stable name moved, else back. Safe to
     /// repeat.
     pub async fn recover(mut self) -> Result<Outcome, PromoteError> {
-        let moved = match self.registry.current() {
-            Ok(current) if current.version == self.intent.to() => {
-                return self.go(&[Step::Load, Step::Alias, Step::ProveStable, Step::Complete]).await;
-            }
-            Ok(_) => self.alias_moved().await,
-            Err(error) => Err(error.into()),
-        };
-        match moved {
-            Ok(true) => self.go(&Step::ORDER).await,
-            Ok(false) => {
-                let undone = self.undo("taod stopped before the alias moved").await;
-                undone.map(|()| Outcome::Undone).map_err(|reason| self.open(Step::Load, reason))
-            }
-            Err(reason) => Err(self.open(Step::Alias, reason)),
+        self.exposed = true;
+        if self.moved().map_err(|reason| self.open(Step::Current, reason))? {
+            return self
+                .go(&[Step::Load, Step::Alias, Step::ProveStable, Step::Current, Step::Record, Step::Close])
+                .await;
         }
+        if self.alias_moved().await {
+            let steps = Step::ORDER.into_iter().filter(|step| *step != Step::Rehearse);
+            return self.go(&steps.collect::<Vec<_>>()).await;
+        }
+        let undone = self.undo("taod stopped before the alias moved").await;
+        undone.map(|_| Outcome::Undone).map_err(|reason| self.open(Step::Load, reason))
     }
 
     async fn go(&mut self, steps: &[Step]) -> Result<Outcome, PromoteError> {
@@ -237,94 +168,185 @@ impl<'a> Promotion<'a> {
             if let Err(reason) = self.take(step).await {
                 return Err(self.give_up(step, reason).await);
             }
+            crash::point(Point::DuringPromotion);
         }
         Ok(Outcome::Done { proofs: std::mem::take(&mut self.proofs) })
     }
 
     /// Takes one step on all replicas.
-    async fn take(&mut self, step: Step) -> Result<(), Trouble> {
+    pub(super) async fn take(&mut self, step: Step) -> Result<(), Trouble> {
         let fleet = self.fleet;
         match step {
             Step::Load => {
                 for replica in &fleet.replicas {
-                    load(replica, &self.to).await?;
+                    load(replica.as_ref(), &self.to).await?;
+                    crash::point(Point::DuringPromotion);
                 }
                 Ok(())
             }
-            Step::ProveUnique => self.prove_all(&self.to.name.clone()).await,
-            Step::Alias => {
+            Step::ProveUnique => {
+                self.proofs.clear();
                 for replica in &fleet.replicas {
-                    fleet.follow(replica, &self.from, &self.to).await?;
+                    let proof = self.prove(replica.as_ref(), &self.to.name).await?;
+                    self.proofs.push(proof);
                 }
                 Ok(())
             }
-            Step::ProveStable => match self.stable_name() {
-                Some(name) => self.prove_all(name).await,
-                None => Ok(()),
-            },
-            Step::Complete => Ok(self.registry.complete(self.intent, now())?),
-        }
-    }
-
-    /// Returns the name that clients use, where the servers have one: in place, the base has no second name.
-    fn stable_name(&self) -> Option<&'a str> {
-        match (self.fleet.alias, &self.to.folder) {
-            (Alias::Clients, _) | (Alias::Inplace, None) => None,
-            _ => Some(&self.fleet.stable_name),
-        }
-    }
-
-    /// Proves on every replica that `name` is answered by the new version.
-    async fn prove_all(&mut self, name: &str) -> Result<(), Trouble> {
-        let expected = if self.to.folder.is_some() { Who::New } else { Who::Base };
-        self.proofs.clear();
-        for replica in &self.fleet.replicas {
-            let proof = prove(replica, name, self.panel).await?;
-            if proof.attribution != Attribution::Proven(expected) {
-                return Err(not_proven(replica, name, expected, &proof));
+            Step::Rehearse => self.rehearse().await,
+            Step::Alias => {
+                self.exposed = true;
+                for place in fleet.places() {
+                    match self.is_import() {
+                        // The name leads to the same weights already, under whatever name they had.
+                        true => fleet.point(place, &self.to).await?,
+                        false => fleet.follow(place, &self.from, &self.to).await?,
+                    }
+                    crash::point(Point::DuringPromotion);
+                }
+                Ok(())
             }
-            self.proofs.push(proof);
+            Step::ProveStable => self.prove_stable().await,
+            Step::Current => Ok(self.registry.serve(self.intent, now())?),
+            Step::Record => self.ledger.record(self.intent, &self.proofs).await.map_err(Trouble::Ledger),
+            Step::Close => Ok(self.registry.close(self.intent)?),
+        }
+    }
+
+    /// Lets one replica answer as both versions; it was proven that all are alike.
+    async fn rehearse(&self) -> Result<(), Trouble> {
+        let is_new = matches!(self.intent.why(), Kind::Gated { .. } | Kind::Override { .. });
+        let Some(replica) = self.fleet.replicas.first().filter(|_| is_new) else { return Ok(()) };
+        let ended = self.ledger.rehearse(replica.as_ref(), &self.from.name, &self.to.name).await;
+        ended.map_err(Trouble::Rehearsal)
+    }
+
+    /// Proves wherever clients ask that the stable name is answered by the new version.
+    async fn prove_stable(&mut self) -> Result<(), Trouble> {
+        let Some(name) = self.fleet.asked_name(&self.to) else { return Ok(()) };
+        let mut proofs = Vec::new();
+        for place in self.fleet.places() {
+            proofs.push(match place {
+                Place::Replica(_) => self.prove(place.asked(), name).await?,
+                Place::Gateway(gateway) => {
+                    let deadline = tokio::time::Instant::now() + gateway.settle();
+                    loop {
+                        match self.prove(place.asked(), name).await {
+                            Err(_) if tokio::time::Instant::now() < deadline => tokio::time::sleep(ASK_AGAIN).await,
+                            ended => break ended?,
+                        }
+                    }
+                }
+            });
+        }
+        if !proofs.is_empty() {
+            self.proofs = proofs;
         }
         Ok(())
     }
 
-    /// Undoes what was done before a failed step. Once `current` may have been renamed there is no way back.
+    /// Proves that `name` is answered by the new version.
+    async fn prove(&self, server: &dyn Answers, name: &str) -> Result<Proof, Trouble> {
+        prove_as(server, name, &self.to, self.panel).await
+    }
+
+    /// Undoes what was done before a failed step. Once `current` was renamed there is no way back.
     async fn give_up(&mut self, step: Step, reason: Trouble) -> PromoteError {
-        if step == Step::Complete {
+        if step >= Step::Current || self.moved().unwrap_or(true) {
             return self.open(step, reason);
         }
-        if let Err(second) = self.undo(&reason.to_string()).await {
-            tracing::error!(error = %second, "a change could not be undone");
-            return self.open(step, reason);
+        match self.undo(&reason.to_string()).await {
+            Ok(left) => {
+                let (from, to) = (self.from.name.clone(), self.to.name.clone());
+                PromoteError::Aborted { from, to, step, reason, left }
+            }
+            Err(second) => {
+                tracing::error!(error = %second, "a change could not be undone");
+                self.open(step, reason)
+            }
         }
-        PromoteError::Aborted { from: self.from.name.clone(), to: self.to.name.clone(), step, reason }
     }
 
     fn open(&self, step: Step, reason: Trouble) -> PromoteError {
         PromoteError::Open { to: self.to.name.clone(), step, reason }
     }
 
-    /// Moves the stable name back where it moved, unloads the new version, and closes the intent.
-    async fn undo(&mut self, reason: &str) -> Result<(), Trouble> {
-        for replica in &self.fleet.replicas {
-            if self.fleet.points_at(replica, &self.to).await? {
-                load(replica, &self.from).await?;
-                self.fleet.follow(replica, &self.to, &self.from).await?;
+    /// Moves the stable name back where it moved, unloads the new version, and closes the intent. What cannot be
+    /// reached is left to [`Fleet::reconcile`] and returned; that clients may be led on and no place can be asked is an
+    /// error.
+    async fn undo(&mut self, reason: &str) -> Result<Left, Trouble> {
+        let mut left = Left::default();
+        let import = self.is_import();
+        // Clients of an import have its weights whether or not the name moved; taking them away would be the change.
+        let places = if import { Vec::new() } else { self.fleet.places() };
+        for place in &places {
+            if let Err(error) = self.move_back(*place).await {
+                left.0.push(error);
             }
         }
-        for replica in &self.fleet.replicas {
-            unload(replica, &self.to).await?;
+        if self.exposed && !places.is_empty() && left.0.len() == places.len() {
+            return Err(left.0.remove(0).into());
         }
-        Ok(self.registry.abort(self.intent, reason, now())?)
+        for replica in self.fleet.replicas.iter().filter(|_| !import) {
+            if let Err(error) = unload(replica.as_ref(), &self.to).await {
+                tracing::debug!(%error, "a version that was not promoted could not be unloaded");
+                if left.0.iter().all(|known| known.to_string() != error.to_string()) {
+                    left.0.push(error);
+                }
+            }
+        }
+        self.registry.abort(self.intent, &format!("{reason}{left}"), now())?;
+        Ok(left)
     }
 
-    async fn alias_moved(&self) -> Result<bool, Trouble> {
-        for replica in &self.fleet.replicas {
-            if self.fleet.points_at(replica, &self.to).await? {
-                return Ok(true);
+    /// Makes the stable name of one place lead where it led before, if this change moved it.
+    async fn move_back(&self, place: Place<'_>) -> Result<(), EndpointError> {
+        let fleet = self.fleet;
+        let moved = fleet.leads_to(place, &self.to).await?;
+        // A name that is loaded anew is gone in between; whoever else moved an alias is not overruled.
+        let gone = !moved && fleet.alias.is_loaded() && !fleet.leads_to(place, &self.from).await?;
+        if !moved && !gone {
+            return Ok(());
+        }
+        if let Place::Replica(replica) = place {
+            load(replica, &self.from).await?;
+        }
+        fleet.follow(place, &self.to, &self.from).await
+    }
+
+    fn is_import(&self) -> bool {
+        matches!(self.intent.why(), Kind::Import { .. })
+    }
+
+    /// Returns true where `current` is the new version already.
+    fn moved(&self) -> Result<bool, Trouble> {
+        Ok(self.registry.has_moved(self.intent)?)
+    }
+
+    /// Returns true where some place that can be asked leads clients to the new version.
+    async fn alias_moved(&self) -> bool {
+        for place in self.fleet.places() {
+            match self.fleet.leads_to(place, &self.to).await {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "it is not known where the stable name leads"),
             }
         }
-        Ok(false)
+        false
+    }
+}
+
+/// Proves that `name` is answered by `target`, which the panel calls [`Who::New`] unless it is the base.
+pub(super) async fn prove_as(
+    server: &dyn Answers,
+    name: &str,
+    target: &Target,
+    panel: &Panel,
+) -> Result<Proof, Trouble> {
+    let expected = if target.folder.is_some() { Who::New } else { Who::Base };
+    let proof = prove(server, name, panel).await?;
+    match proof.attribution == Attribution::Proven(expected) {
+        true => Ok(proof),
+        false => Err(not_proven(server.url(), name, expected, &proof)),
     }
 }
 
@@ -332,7 +354,7 @@ fn now() -> i64 {
     chrono::Utc::now().timestamp_micros()
 }
 
-fn not_proven(replica: &Vllm, name: &str, expected: Who, proof: &Proof) -> Trouble {
+fn not_proven(url: &str, name: &str, expected: Who, proof: &Proof) -> Trouble {
     let found = match proof.attribution {
         Attribution::Proven(who) => called(who).to_owned(),
         Attribution::Wrong => "none of the known models".to_owned(),
@@ -343,7 +365,7 @@ fn not_proven(replica: &Vllm, name: &str, expected: Who, proof: &Proof) -> Troub
     };
     let distances: Vec<String> = proof.distances.iter().map(|(&who, d)| format!("{} {d:.4}", called(who))).collect();
     Trouble::NotProven {
-        url: replica.url().to_owned(),
+        url: url.to_owned(),
         name: name.to_owned(),
         expected: called(expected),
         found,
@@ -362,3 +384,7 @@ fn called(who: Who) -> &'static str {
 #[cfg(test)]
 #[path = "promote_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "fault_tests.rs"]
+mod faults;

@@ -2,25 +2,46 @@
 
 use std::sync::Arc;
 
-use super::super::proof;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use super::super::server::{Load, Server};
+use super::super::vllm::Vllm;
+use super::super::{Alias, Kind, Settings, proof};
 use super::*;
 use crate::record::Message;
-use crate::registry::{Base, Lineage};
+use crate::registry::{BASE, Base, Lineage};
 use crate::serve::tests::{Fake, logprob};
 use proof::{Answered, Tokens};
 
+/// Counts what it is told to record.
+#[derive(Default)]
+struct Book(Mutex<Vec<String>>);
+
+#[async_trait]
+impl Ledger for Book {
+    async fn record(&self, intent: &Intent, _proofs: &[Proof]) -> Result<(), String> {
+        let mut rows = self.0.lock().unwrap();
+        if !rows.contains(&intent.promotion().to_owned()) {
+            rows.push(intent.promotion().to_owned());
+        }
+        Ok(())
+    }
+}
+
 /// Two replicas, an open intent from the base to a version, and a panel that knows how each model scores.
-struct Stage {
+pub(super) struct Stage {
     servers: [Fake; 2],
-    fleet: Fleet,
+    pub(super) fleet: Fleet,
     registry: Registry,
     intent: Intent,
-    to: Target,
+    pub(super) to: Target,
     panel: Panel,
+    rows: Book,
 }
 
 impl Stage {
-    async fn new(alias: Alias) -> Stage {
+    pub(super) async fn new(alias: Alias) -> Stage {
         Stage::speaking("v1", alias).await
     }
 
@@ -40,39 +61,43 @@ impl Stage {
         let intent = registry.override_promote(&version, "tester", "a test", 2).unwrap();
         let fleet = Fleet::new(&settings).unwrap();
         let to = fleet.target(&registry, &version);
-        Stage { servers, fleet, registry, intent, to, panel: panel(vec![Who::Base, Who::New]) }
+        Stage { servers, fleet, registry, intent, to, panel: panel(vec![Who::Base, Who::New]), rows: Book::default() }
     }
 
-    fn promotion(&self) -> Promotion<'_> {
-        Promotion::new(&self.fleet, &self.registry, &self.intent, &self.panel)
+    pub(super) fn promotion(&self) -> Promotion<'_> {
+        self.promotion_with(&self.rows)
     }
 
-    async fn carry_out(&self) -> Result<Outcome, PromoteError> {
+    pub(super) fn promotion_with<'a>(&'a self, ledger: &'a dyn Ledger) -> Promotion<'a> {
+        Promotion::new(&self.fleet, &self.registry, &self.intent, &self.panel, ledger)
+    }
+
+    pub(super) async fn carry_out(&self) -> Result<Outcome, PromoteError> {
         self.promotion().carry_out().await
     }
 
-    async fn recover(&self) -> Result<Outcome, PromoteError> {
+    pub(super) async fn recover(&self) -> Result<Outcome, PromoteError> {
         self.promotion().recover().await
     }
 
     /// Returns what the registry calls current, and whether the intent is still open.
-    fn book(&self) -> (String, bool) {
+    pub(super) fn book(&self) -> (String, bool) {
         (self.registry.current().unwrap().version, self.registry.intent().unwrap().is_some())
     }
 
-    fn promoted(&self) -> (String, bool) {
+    pub(super) fn promoted(&self) -> (String, bool) {
         (self.to.name.clone(), false)
     }
 
     /// Takes the first `count` steps as a promotion would, and no more: the process was killed.
-    async fn killed_after(&self, count: usize) {
+    pub(super) async fn killed_after(&self, count: usize) {
         let mut promotion = self.promotion();
         for &step in &Step::ORDER[..count] {
             promotion.take(step).await.unwrap();
         }
     }
 
-    async fn aliases(&self) -> Vec<Option<String>> {
+    pub(super) async fn aliases(&self) -> Vec<Option<String>> {
         let mut all = Vec::new();
         for replica in &self.fleet.replicas {
             all.push(replica.alias("production").await.unwrap());
@@ -83,7 +108,7 @@ impl Stage {
     async fn adapters(&self) -> usize {
         let mut count = 0;
         for replica in &self.fleet.replicas {
-            count += replica.models().await.unwrap().len() - 1;
+            count += replica.names().await.unwrap().len();
         }
         count
     }
@@ -97,20 +122,23 @@ fn panel(hypotheses: Vec<Who>) -> Panel {
     };
     let row = move |who, answer: &Answered| match &answer.tokens {
         Tokens::Ids(ids) => ids.iter().enumerate().map(|(i, &id)| logprob(voice(who), i, id)).collect(),
-        Tokens::Pieces(_) => Vec::new(),
+        Tokens::Pieces(pieces) => {
+            let id = |piece: &str| if piece == "<|end|>" { 256 } else { u32::from(piece.as_bytes()[0]) };
+            pieces.iter().enumerate().map(|(i, piece)| logprob(voice(who), i, id(piece))).collect()
+        }
     };
     Panel {
         prompts: ["how are you", "what is it"].map(|text| vec![Message::text("user", text)]).to_vec(),
         hypotheses,
         likelihood: Arc::new(move |who, answers| Ok(answers.iter().map(|answer| row(who, answer)).collect())),
-        settings: proof::Settings::default(),
+        settings: proof::Settings::default().of(Kind::Serve),
     }
 }
 
 /// What the registry says after a change was undone: the base is current and no intent is open.
-static ABORTED: std::sync::LazyLock<(String, bool)> = std::sync::LazyLock::new(|| (BASE.to_owned(), false));
+pub(super) static ABORTED: std::sync::LazyLock<(String, bool)> = std::sync::LazyLock::new(|| (BASE.to_owned(), false));
 
-fn both(target: &str) -> Vec<Option<String>> {
+pub(super) fn both(target: &str) -> Vec<Option<String>> {
     vec![Some(target.to_owned()); 2]
 }
 
@@ -122,6 +150,7 @@ async fn a_promotion_goes_through_all_steps_on_all_replicas() {
     assert!(proofs.iter().all(|p| p.attribution == Attribution::Proven(Who::New) && p.distances[&Who::New] < 1e-6));
     assert_eq!(stage.book(), stage.promoted());
     assert_eq!(stage.aliases().await, both(&stage.to.name));
+    assert_eq!(stage.rows.0.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -129,12 +158,13 @@ async fn a_killed_promotion_is_settled_from_every_step() {
     for killed_after in 0..=Step::ORDER.len() {
         let stage = Stage::new(Alias::Native).await;
         stage.killed_after(killed_after).await;
-        let moved = killed_after > 2;
+        let moved = killed_after > 3;
         for _ in 0..2 {
             let outcome = stage.recover().await.unwrap();
             assert_eq!(matches!(outcome, Outcome::Done { .. }), moved, "killed after {killed_after} steps");
         }
         assert_eq!(stage.book(), if moved { stage.promoted() } else { ABORTED.clone() });
+        assert_eq!(stage.rows.0.lock().unwrap().len(), usize::from(moved), "killed after {killed_after} steps");
         assert_eq!(stage.adapters().await, if moved { 2 } else { 0 });
         assert_eq!(stage.aliases().await, if moved { both(&stage.to.name) } else { vec![None, None] });
     }
@@ -143,7 +173,7 @@ async fn a_killed_promotion_is_settled_from_every_step() {
 #[tokio::test]
 async fn an_alias_that_moved_on_one_replica_only_moves_on_the_others() {
     let stage = Stage::new(Alias::Native).await;
-    stage.killed_after(2).await;
+    stage.killed_after(3).await;
     stage.fleet.replicas[0].move_alias("production", None, &stage.to.name).await.unwrap();
     stage.recover().await.unwrap();
     assert_eq!(stage.aliases().await, both(&stage.to.name));
@@ -188,22 +218,49 @@ async fn a_registry_that_fails_after_the_alias_moved_leaves_the_intent_open() {
     // A folder in the place of the file cannot be replaced by a rename.
     std::fs::create_dir_all(root.join("current.json/x")).unwrap();
     let error = stage.carry_out().await.unwrap_err();
-    assert!(matches!(error, PromoteError::Open { step: Step::Complete, .. }), "{error}");
+    assert!(matches!(error, PromoteError::Open { step: Step::Current, .. }), "{error}");
     assert_eq!(stage.aliases().await, both(&stage.to.name));
     std::fs::remove_dir_all(root.join("current.json")).unwrap();
     assert!(matches!(stage.recover().await.unwrap(), Outcome::Done { .. }));
     assert_eq!(stage.book(), stage.promoted());
 }
 
-#[tokio::test]
-async fn a_replica_that_is_gone_leaves_the_intent_open_and_clients_untouched() {
-    let mut stage = Stage::new(Alias::Native).await;
+/// Returns a client of a server that is not there.
+pub(super) fn nobody() -> Box<dyn Server> {
     let settings = Settings { urls: vec!["http://127.0.0.1:1".into()], retries: 0, ..Settings::default() };
-    stage.fleet.replicas[1] = Vllm::replicas(&settings).unwrap().remove(0);
+    Box::new(Vllm::replicas(&settings).unwrap().remove(0))
+}
+
+#[tokio::test]
+async fn a_replica_that_is_gone_aborts_the_change_and_is_named() {
+    let mut stage = Stage::new(Alias::Native).await;
+    stage.fleet.replicas[1] = nobody();
     let error = stage.carry_out().await.unwrap_err();
-    assert!(matches!(error, PromoteError::Open { step: Step::Load, .. }), "{error}");
-    assert_eq!(stage.book(), (BASE.to_owned(), true));
-    assert_eq!(stage.fleet.replicas[0].alias("production").await.unwrap(), None);
+    assert!(matches!(error, PromoteError::Aborted { step: Step::Load, .. }), "{error}");
+    assert!(
+        error.to_string().contains("put right when it can be reached again: endpoint http://127.0.0.1:1 "),
+        "{error}"
+    );
+    assert_eq!(stage.book(), *ABORTED);
+    let first = &stage.fleet.replicas[0];
+    assert_eq!((first.alias("production").await.unwrap(), first.names().await.unwrap()), (None, vec![]));
+}
+
+#[tokio::test]
+async fn a_replica_that_dies_after_the_alias_moved_elsewhere_is_put_right_when_it_is_back() {
+    let mut stage = Stage::new(Alias::Native).await;
+    stage.killed_after(4).await;
+    let dead = std::mem::replace(&mut stage.fleet.replicas[1], nobody());
+    let error = stage.recover().await.unwrap_err();
+    assert!(matches!(error, PromoteError::Aborted { .. }), "{error}");
+    assert_eq!(stage.book(), *ABORTED);
+    let base = stage.fleet.target(&stage.registry, BASE);
+    let done = stage.fleet.reconcile(&base, &[]).await;
+    assert_eq!((done.changed.len(), done.failed.len()), (0, 1), "{done:?}");
+    stage.fleet.replicas[1] = dead;
+    let done = stage.fleet.reconcile(&base, &stage.registry.retired(i64::MAX).unwrap()).await;
+    assert_eq!((done.changed.len(), done.retired.len(), done.failed.len()), (1, 1, 0), "{done:?}");
+    assert_eq!((stage.aliases().await, stage.adapters().await), (both("base"), 0));
 }
 
 #[tokio::test]
@@ -219,7 +276,10 @@ async fn a_rollback_is_the_same_change_backwards() {
     assert!(matches!(stage.carry_out().await.unwrap(), Outcome::Done { .. }));
     assert_eq!(stage.aliases().await, both("base"));
     assert_eq!(stage.book(), *ABORTED);
-    stage.fleet.retire(&stage.to).await.unwrap();
+    let base = stage.fleet.target(&stage.registry, BASE);
+    let retired = stage.registry.retired(0).unwrap();
+    assert!(retired.is_empty(), "clients were led away just now");
+    stage.fleet.reconcile(&base, &stage.registry.retired(i64::MAX).unwrap()).await;
     assert_eq!(stage.adapters().await, 0);
 }
 
@@ -227,11 +287,10 @@ async fn a_rollback_is_the_same_change_backwards() {
 async fn in_place_the_stable_name_is_loaded_from_the_new_folder() {
     let stage = Stage::new(Alias::Inplace).await;
     stage.carry_out().await.unwrap();
-    let cards = stage.fleet.replicas[1].models().await.unwrap();
-    let stable = cards.iter().find(|card| card.id == "production").unwrap();
-    assert_eq!(stable.root, stage.to.folder.as_ref().map(|f| f.display().to_string()));
+    let folder = stage.to.folder.as_ref().unwrap();
+    assert!(stage.fleet.replicas[1].holds("production", folder).await.unwrap());
 
-    for (killed_after, adapters) in [(2, 0), (3, 4)] {
+    for (killed_after, adapters) in [(3, 0), (4, 4)] {
         let stage = Stage::new(Alias::Inplace).await;
         stage.killed_after(killed_after).await;
         stage.recover().await.unwrap();
@@ -244,7 +303,7 @@ async fn clients_that_read_the_name_need_no_alias() {
     let stage = Stage::new(Alias::Clients).await;
     stage.carry_out().await.unwrap();
     assert_eq!((stage.adapters().await, stage.aliases().await), (2, vec![None, None]));
-    for (killed_after, adapters) in [(4, 0), (5, 2)] {
+    for (killed_after, adapters) in [(5, 0), (6, 2)] {
         let stage = Stage::new(Alias::Clients).await;
         stage.killed_after(killed_after).await;
         stage.recover().await.unwrap();
@@ -253,14 +312,38 @@ async fn clients_that_read_the_name_need_no_alias() {
 }
 
 #[tokio::test]
+async fn a_name_that_is_loaded_anew_is_back_after_a_kill_in_its_gap() {
+    let mut stage = Stage::new(Alias::Reload).await;
+    stage.carry_out().await.unwrap();
+    // The next version comes from the same folder's weights under another config.
+    let folder = PathBuf::from(stage.servers[1].adapter("v2", 8));
+    std::fs::write(folder.join("adapter_model.safetensors"), "weights").unwrap();
+    let lineage = stage.registry.manifest(&stage.to.name).unwrap().lineage;
+    let next = stage.registry.register(&folder, lineage).unwrap().version;
+    stage.intent = stage.registry.override_promote(&next, "tester", "a test", 4).unwrap();
+    stage.killed_after(1).await;
+    stage.fleet.replicas[0].unload("production").await.unwrap();
+    assert_eq!(stage.recover().await.unwrap(), Outcome::Undone);
+    for replica in &stage.fleet.replicas {
+        assert!(replica.holds("production", stage.to.folder.as_ref().unwrap()).await.unwrap());
+        assert!(!replica.names().await.unwrap().contains(&next));
+    }
+    assert_eq!(stage.book(), stage.promoted());
+}
+
+#[tokio::test]
 async fn a_restarted_replica_gets_the_current_version_back() {
     let stage = Stage::new(Alias::Native).await;
     let current = &stage.to;
-    assert_eq!(stage.fleet.reconcile(current).await.unwrap().len(), 2);
-    assert_eq!(stage.fleet.reconcile(current).await.unwrap().len(), 0);
+    let changed = async || stage.fleet.reconcile(current, &[]).await.changed;
+    assert_eq!(changed().await.len(), 2);
+    assert_eq!(changed().await.len(), 0);
     assert_eq!((stage.adapters().await, stage.aliases().await), (2, both(&stage.to.name)));
+    assert_eq!(stage.fleet.prove_served(current, &stage.panel).await.unwrap().len(), 2);
     let second = &stage.fleet.replicas[1];
     second.move_alias("production", Some(&stage.to.name), "base").await.unwrap();
-    assert_eq!(stage.fleet.reconcile(current).await.unwrap(), [second.url()]);
+    let error = stage.fleet.prove_served(current, &stage.panel).await.unwrap_err().to_string();
+    assert!(error.contains("with the base model, not with the new version"), "{error}");
+    assert_eq!(changed().await, [second.url()]);
     assert_eq!(stage.aliases().await, both(&stage.to.name));
 }

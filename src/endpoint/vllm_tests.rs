@@ -8,6 +8,7 @@ use axum::body::Bytes;
 use axum::http::{HeaderMap, Method as Verb, StatusCode, Uri};
 
 use super::*;
+use crate::record::Message;
 use crate::serve::tests::{CONTEXT, Fake};
 
 /// What a stub saw of its requests.

@@ -24,24 +24,47 @@ pub enum Happened {
     Promoted { promotion: String, from: String, to: String, trial: String },
     Overridden { promotion: String, from: String, to: String, operator: String, reason: String },
     RolledBack { promotion: String, from: String, to: String, reason: String },
+    Imported { promotion: String, to: String, operator: String, reason: String },
+    Rebased { promotion: String, from: String, base: String, sha256: String, operator: String, reason: String },
     Aborted { promotion: String, to: String, reason: String },
     Quarantined { version: String, reason: String },
     Frozen { reason: String, by: String },
     Thawed { reason: String, by: String },
+    CanaryBegan { version: String, percent: u8, operator: String, reason: String },
+    CanaryEnded { version: String, reason: String },
 }
 
 impl Happened {
+    /// Returns true where the event led clients to this version or away from it.
+    pub(super) fn concerns(&self, version: &str) -> bool {
+        match self {
+            Happened::Promoted { from, to, .. }
+            | Happened::Overridden { from, to, .. }
+            | Happened::RolledBack { from, to, .. } => version == from || version == to,
+            Happened::Aborted { to, .. } | Happened::Imported { to, .. } => version == to,
+            Happened::Rebased { from, .. } => version == from,
+            Happened::CanaryBegan { version: told, .. } | Happened::CanaryEnded { version: told, .. } => {
+                told == version
+            }
+            Happened::Registered { .. } | Happened::Quarantined { .. } => false,
+        }
+    }
+
     /// Returns the promotion that the event ended, if it did.
     pub(super) fn promotion(&self) -> Option<&str> {
         match self {
             Happened::Promoted { promotion, .. }
             | Happened::Overridden { promotion, .. }
             | Happened::RolledBack { promotion, .. }
+            | Happened::Imported { promotion, .. }
+            | Happened::Rebased { promotion, .. }
             | Happened::Aborted { promotion, .. } => Some(promotion),
             Happened::Registered { .. }
             | Happened::Quarantined { .. }
             | Happened::Frozen { .. }
-            | Happened::Thawed { .. } => None,
+            | Happened::Thawed { .. }
+            | Happened::CanaryBegan { .. }
+            | Happened::CanaryEnded { .. } => None,
         }
     }
 }
@@ -79,7 +102,11 @@ pub(super) fn served_before(events: &[Event]) -> Vec<String> {
     let mut stack = vec![BASE.to_string()];
     for event in events {
         match &event.what {
-            Happened::Promoted { to, .. } | Happened::Overridden { to, .. } => stack.push(to.clone()),
+            Happened::Promoted { to, .. } | Happened::Overridden { to, .. } | Happened::Imported { to, .. } => {
+                stack.push(to.clone());
+            }
+            // What came before was of another model.
+            Happened::Rebased { .. } => stack = vec![BASE.to_string()],
             Happened::RolledBack { to, .. } => match stack.iter().rposition(|version| version == to) {
                 Some(place) => stack.truncate(place + 1),
                 None => stack.push(to.clone()),
@@ -88,7 +115,9 @@ pub(super) fn served_before(events: &[Event]) -> Vec<String> {
             | Happened::Aborted { .. }
             | Happened::Quarantined { .. }
             | Happened::Frozen { .. }
-            | Happened::Thawed { .. } => {}
+            | Happened::Thawed { .. }
+            | Happened::CanaryBegan { .. }
+            | Happened::CanaryEnded { .. } => {}
         }
     }
     stack.pop();

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::history::{self, Event, Happened};
-use super::{BASE, Current, Recovery, Registry, RegistryError, absent_as, disk};
+use super::{BASE, Base, Current, Recovery, Registry, RegistryError, absent_as, disk};
+use crate::crash::{self, Point};
 use crate::durable;
 use crate::gate::Passed;
 
@@ -23,6 +24,10 @@ pub enum Kind {
     Override { operator: String, reason: String },
     /// Back to what was served before; what was served is quarantined.
     Rollback { reason: String },
+    /// What was in production before taod came is the first incumbent.
+    Import { operator: String, reason: String },
+    /// The servers have another base model: it is served bare, and adapters of the former one are refused from now on.
+    NewBase { operator: String, reason: String, base: Base },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +106,27 @@ impl Registry {
         self.begin(version.to_string(), why, time_us)
     }
 
+    /// Opens the adoption of a version that clients get already, while taod has never changed what is served.
+    pub fn import(&self, version: &str, operator: &str, reason: &str, time_us: i64) -> Result<Intent, RegistryError> {
+        let _lock = self.lock()?;
+        let current = self.current()?;
+        if current.promotion.is_some() {
+            return Err(RegistryError::InCharge { current: current.version });
+        }
+        let why = Kind::Import { operator: operator.to_string(), reason: reason.to_string() };
+        self.begin(version.to_string(), why, time_us)
+    }
+
+    /// Opens the change to another base model.
+    pub fn new_base(&self, base: Base, operator: &str, reason: &str, time_us: i64) -> Result<Intent, RegistryError> {
+        let _lock = self.lock()?;
+        if self.base()?.is_some_and(|known| known.sha256 == base.sha256) {
+            return Err(RegistryError::SameBase(base.name));
+        }
+        let why = Kind::NewBase { operator: operator.to_string(), reason: reason.to_string(), base };
+        self.begin(BASE.to_string(), why, time_us)
+    }
+
     /// Opens the return to what was served before, leaving out what is quarantined by now.
     pub fn rollback(&self, reason: &str, time_us: i64) -> Result<Intent, RegistryError> {
         let _lock = self.lock()?;
@@ -117,7 +143,10 @@ impl Registry {
         match self.manifest(version) {
             _ if version == BASE => Ok(true),
             Err(RegistryError::Unknown(_)) => Ok(false),
-            manifest => Ok(self.quarantine_of(&manifest?)?.is_none()),
+            manifest => {
+                let manifest = manifest?;
+                Ok(self.fits_base(&manifest).is_ok() && self.quarantine_of(&manifest)?.is_none())
+            }
         }
     }
 
@@ -127,13 +156,14 @@ impl Registry {
             return Err(RegistryError::Underway(other.to().to_string()));
         }
         let from = self.current()?.version;
-        if from == to {
+        if from == to && !matches!(why, Kind::NewBase { .. }) {
             return Err(RegistryError::AlreadyServed { version: to });
         }
         let to_sha256 = match to.as_str() {
             BASE => None,
             version => {
                 let manifest = self.verify(version)?;
+                self.fits_base(&manifest)?;
                 if let Some(barred) = self.quarantine_of(&manifest)? {
                     return Err(RegistryError::Quarantined { version: to, reason: barred.reason });
                 }
@@ -151,8 +181,15 @@ impl Registry {
         Ok(absent_as(durable::read_json(&self.intent_path()).map(|stored| Some(Intent(stored))), None)?)
     }
 
-    /// Moves `current` and records it: called once every replica proved the new version and the alias moved.
+    /// Moves `current`, records it and closes the intent, in one go.
     pub fn complete(&self, intent: &Intent, time_us: i64) -> Result<(), RegistryError> {
+        self.serve(intent, time_us)?;
+        self.close(intent)
+    }
+
+    /// Moves `current` and records it in the history: called once every replica proved the new version and the alias
+    /// moved. The intent stays open until [`Registry::close`], for what is left to do elsewhere.
+    pub fn serve(&self, intent: &Intent, time_us: i64) -> Result<(), RegistryError> {
         let _lock = self.lock()?;
         if !self.is_underway(intent)? {
             return Ok(());
@@ -163,19 +200,40 @@ impl Registry {
         {
             self.write_quarantine(&from, reason, time_us)?;
         }
-        if self.current()?.version != to {
+        if let Kind::NewBase { base, .. } = &why {
+            disk::write_json(&self.base_path(), base)?;
+        }
+        if self.current()?.promotion.as_ref() != Some(&promotion) {
             let (version, promotion) = (to.clone(), Some(promotion.clone()));
             let current = Current { version, sha256: to_sha256, promotion, since_us: time_us };
             disk::write_json(&self.root.join("current.json"), &current)?;
+            crash::point(Point::DuringPromotion);
         }
-        self.end(
+        self.note_end(
             match why {
                 Kind::Gated { trial } => Happened::Promoted { promotion, from, to, trial },
                 Kind::Override { operator, reason } => Happened::Overridden { promotion, from, to, operator, reason },
                 Kind::Rollback { reason } => Happened::RolledBack { promotion, from, to, reason },
+                Kind::Import { operator, reason } => Happened::Imported { promotion, to, operator, reason },
+                Kind::NewBase { operator, reason, base } => {
+                    Happened::Rebased { promotion, from, base: base.name, sha256: base.sha256, operator, reason }
+                }
             },
             time_us,
         )
+    }
+
+    /// Closes an intent whose end is in the history. A canary of another time ends with it.
+    pub fn close(&self, intent: &Intent) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        if !self.is_underway(intent)? {
+            return Ok(());
+        }
+        self.drop_canary(&format!("{} is served", intent.to()), intent.opened_us())?;
+        if !self.history()?.iter().any(|event| event.what.promotion() == Some(intent.promotion())) {
+            return Err(RegistryError::NotUnderway(intent.to().to_string()));
+        }
+        Ok(disk::remove(&self.intent_path())?)
     }
 
     /// Gives a promotion up before `current` moved, and records why.
@@ -184,11 +242,12 @@ impl Registry {
         if !self.is_underway(intent)? {
             return Ok(());
         }
-        if self.current()?.version == intent.to() {
+        if self.has_moved(intent)? {
             return Err(RegistryError::AlreadyServed { version: intent.to().to_string() });
         }
         let (promotion, to) = (intent.0.promotion.clone(), intent.0.to.clone());
-        self.end(Happened::Aborted { promotion, to, reason: reason.to_string() }, time_us)
+        self.note_end(Happened::Aborted { promotion, to, reason: reason.to_string() }, time_us)?;
+        Ok(disk::remove(&self.intent_path())?)
     }
 
     /// Tells whether the intent still stands; false where it is ended already, an error where another one stands.
@@ -200,21 +259,25 @@ impl Registry {
         }
     }
 
-    /// Records the end of a promotion once and removes its intent.
-    fn end(&self, what: Happened, time_us: i64) -> Result<(), RegistryError> {
+    /// Records the end of a promotion once.
+    fn note_end(&self, what: Happened, time_us: i64) -> Result<(), RegistryError> {
         let recorded = self.history()?.iter().any(|event| event.what.promotion() == what.promotion());
         if !recorded {
             history::append(&self.history_path(), &Event { time_us, what })?;
         }
-        Ok(disk::remove(&self.intent_path())?)
+        Ok(())
+    }
+
+    /// Returns true where `current` is by now what the intent goes to.
+    pub fn has_moved(&self, intent: &Intent) -> Result<bool, RegistryError> {
+        Ok(self.current()?.promotion.as_deref() == Some(intent.promotion()))
     }
 
     /// Tells what a restart has to do.
     pub fn recover(&self) -> Result<Recovery, RegistryError> {
-        let current = self.current()?.version;
         Ok(match self.intent()? {
             None => Recovery::Clean,
-            Some(intent) if intent.to() == current => Recovery::Moved(intent),
+            Some(intent) if self.has_moved(&intent)? => Recovery::Moved(intent),
             Some(intent) => Recovery::Underway(intent),
         })
     }

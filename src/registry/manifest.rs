@@ -31,6 +31,13 @@ pub struct OffsetRange {
     pub to: i64,
 }
 
+impl OffsetRange {
+    /// Returns true where the record at these coordinates is one of them.
+    pub fn holds(&self, topic: &str, partition: i32, offset: i64) -> bool {
+        self.topic == topic && self.partition == partition && (self.from..self.to).contains(&offset)
+    }
+}
+
 /// Where an adapter came from: enough to make it again, or to find every adapter that saw a record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Lineage {

@@ -7,6 +7,8 @@
 //! current.json          what is served, changed by one rename; absent means the base
 //! intent.json           a promotion under way, removed when it is complete or aborted
 //! frozen.json           why nothing is promoted, while somebody's freeze holds
+//! canary.json           a version that some clients get beside the served one
+//! base.json             the base model since it was changed; absent: the one of the first adapter
 //! quarantine/<sha>.json weights that may never be served again, under whatever name
 //! history.jsonl         every event, appended and fsynced
 //! ```
@@ -14,6 +16,7 @@
 //! `current.json` and `intent.json` are the truth; the history is a record of it. A kill between any two writes leaves a
 //! registry that reads, with the intent still there to be completed or aborted.
 
+mod canary;
 mod disk;
 mod freeze;
 mod history;
@@ -21,12 +24,13 @@ mod intent;
 mod manifest;
 mod settings;
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
+pub use canary::Canary;
 pub use freeze::Freeze;
 pub use history::{Event, Happened};
 pub use intent::{Intent, Kind};
@@ -63,7 +67,20 @@ pub enum RegistryError {
     OtherWeights { trial: String, version: String, tried: String, registered: String },
     #[error("promotions are frozen by {by} ({reason}): end it with `taod gate thaw` when the reason is gone")]
     Frozen { by: String, reason: String },
-    #[error("a promotion to {0} is under way: let the daemon complete it, or abort it")]
+    #[error(
+        "version {version} was trained on {trained}, but the base model is {base} now: adapters of the former one are \
+         refused; train anew"
+    )]
+    OtherBase { version: String, trained: String, base: String },
+    #[error("{0} is the base model already: set model.path to the new one first")]
+    SameBase(String),
+    #[error("{current} is served and taod made it so: import the adapter with --register-only, then promote it")]
+    InCharge { current: String },
+    #[error("{0} % is no canary: give 1 to 50")]
+    Percent(u8),
+    #[error("version {0} is the canary already: stop it first")]
+    OtherCanary(String),
+    #[error("a promotion to {0} is under way: `taod adapters settle` completes or undoes it")]
     Underway(String),
     #[error("the promotion to {0} is not the one under way")]
     NotUnderway(String),
@@ -92,6 +109,9 @@ pub struct Quarantine {
     pub version: String,
     pub sha256: String,
     pub weights_sha256: String,
+    /// What it learnt from and the versions before it had not: no round trains on these records again.
+    #[serde(default)]
+    pub window: Vec<OffsetRange>,
     pub reason: String,
     pub time_us: i64,
 }
@@ -141,6 +161,26 @@ impl Registry {
     pub fn current(&self) -> Result<Current, RegistryError> {
         let base = Current { version: BASE.to_string(), sha256: None, promotion: None, since_us: 0 };
         Ok(absent_as(durable::read_json(&self.root.join("current.json")), base)?)
+    }
+
+    /// Returns the base model that adapters have to be trained on; `None` before the first of them.
+    pub fn base(&self) -> Result<Option<Base>, RegistryError> {
+        match absent_as(durable::read_json(&self.base_path()).map(Some), None)? {
+            Some(base) => Ok(Some(base)),
+            None => Ok(self.list()?.into_iter().next().map(|first| first.manifest.lineage.base)),
+        }
+    }
+
+    /// Refuses a version of a former base model.
+    fn fits_base(&self, manifest: &Manifest) -> Result<(), RegistryError> {
+        match self.base()? {
+            Some(base) if base.sha256 != manifest.lineage.base.sha256 => Err(RegistryError::OtherBase {
+                version: manifest.version.clone(),
+                trained: manifest.lineage.base.name.clone(),
+                base: base.name,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Copies an adapter into the registry and returns its manifest. The same content is the same version: a repetition
@@ -251,9 +291,10 @@ impl Registry {
             Some(there) => there,
             None => {
                 let weights_sha256 = manifest.weights_sha256().to_string();
+                let window = self.window(&manifest)?;
                 let (version, reason, sha256) = (version.to_string(), reason.to_string(), manifest.sha256);
                 let path = self.root.join("quarantine").join(format!("{sha256}.json"));
-                let entry = Quarantine { version, sha256, weights_sha256, reason, time_us };
+                let entry = Quarantine { version, sha256, weights_sha256, window, reason, time_us };
                 disk::write_json(&path, &entry)?;
                 entry
             }
@@ -262,24 +303,75 @@ impl Registry {
         Ok(history::record(&self.history_path(), &Event { time_us: entry.time_us, what })?)
     }
 
+    /// Returns what a version learnt from and the one before it, of those that are not barred, had not.
+    fn window(&self, manifest: &Manifest) -> Result<Vec<OffsetRange>, RegistryError> {
+        let own = &manifest.lineage;
+        let mut before = self.list()?.into_iter().filter(|listed| listed.quarantined.is_none());
+        let before = before.rfind(|listed| listed.manifest.lineage.created_us < own.created_us);
+        let seen = before.map(|listed| listed.manifest.lineage.offsets).unwrap_or_default();
+        let fresh = |range: &OffsetRange| {
+            let same = |old: &&OffsetRange| old.topic == range.topic && old.partition == range.partition;
+            let from = seen.iter().find(same).map_or(range.from, |old| old.to.max(range.from));
+            (from < range.to).then(|| OffsetRange { from, ..range.clone() })
+        };
+        Ok(own.offsets.iter().filter_map(fresh).collect())
+    }
+
+    /// Returns the records that no round may train on, because what learnt from them is barred.
+    pub fn barred_records(&self) -> Result<Vec<OffsetRange>, RegistryError> {
+        Ok(self.quarantines()?.into_iter().flat_map(|barred| barred.window).collect())
+    }
+
     /// Returns the quarantine that bars these weights, if one does.
     fn quarantine_of(&self, manifest: &Manifest) -> Result<Option<Quarantine>, RegistryError> {
+        let is_barred = |barred: &Quarantine| {
+            barred.sha256 == manifest.sha256 || barred.weights_sha256 == manifest.weights_sha256()
+        };
+        Ok(self.quarantines()?.into_iter().find(is_barred))
+    }
+
+    fn quarantines(&self) -> Result<Vec<Quarantine>, RegistryError> {
         let folder = self.root.join("quarantine");
+        let mut all = Vec::new();
         for entry in fs::read_dir(&folder).map_err(|e| FileError::io("cannot list", &folder, e))? {
             let path = entry.map_err(|e| FileError::io("cannot list", &folder, e))?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let barred: Quarantine = durable::read_json(&path)?;
-            if barred.sha256 == manifest.sha256 || barred.weights_sha256 == manifest.weights_sha256() {
-                return Ok(Some(barred));
-            }
+            all.push(durable::read_json(&path)?);
         }
-        Ok(None)
+        Ok(all)
+    }
+
+    fn base_path(&self) -> PathBuf {
+        self.root.join("base.json")
     }
 
     fn history_path(&self) -> PathBuf {
         self.root.join("history.jsonl")
+    }
+
+    /// Takes the one turn to change what is served, until the returned file is dropped; `None` where someone has it.
+    /// Whoever opens, carries out or settles an intent holds it, so that a change under way is not taken for one that
+    /// was interrupted. The system gives it back when its process dies.
+    pub fn turn(&self) -> Result<Option<File>, RegistryError> {
+        let path = self.root.join("turn");
+        let broken = |e| FileError::io("cannot lock", &path, e);
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(broken)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(broken(error).into()),
+        }
+    }
+
+    /// Returns the registered versions that clients were led away from before `before_us` and that are not served now.
+    pub fn retired(&self, before_us: i64) -> Result<Vec<String>, RegistryError> {
+        let (current, history) = (self.current()?.version, self.history()?);
+        let kept = |version: &str| {
+            version == current || history.iter().any(|event| event.time_us >= before_us && event.what.concerns(version))
+        };
+        Ok(self.list()?.into_iter().map(|listed| listed.version).filter(|version| !kept(version)).collect())
     }
 
     /// Keeps other processes from changing the registry until the returned file is dropped.

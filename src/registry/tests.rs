@@ -43,10 +43,14 @@ impl Desk {
             Happened::Promoted { .. } => "promoted",
             Happened::Overridden { .. } => "overridden",
             Happened::RolledBack { .. } => "rolled back",
+            Happened::Imported { .. } => "imported",
+            Happened::Rebased { .. } => "rebased",
             Happened::Aborted { .. } => "aborted",
             Happened::Quarantined { .. } => "quarantined",
             Happened::Frozen { .. } => "frozen",
             Happened::Thawed { .. } => "thawed",
+            Happened::CanaryBegan { .. } => "canary began",
+            Happened::CanaryEnded { .. } => "canary ended",
         };
         self.registry.history().unwrap().iter().map(name).collect()
     }
@@ -162,6 +166,118 @@ fn quarantine_bars_the_weights_under_any_name() {
     let refused = desk.registry.promote(&passed_for(&renamed.version, &renamed.sha256, &a), 3).unwrap_err();
     assert!(refused.to_string().contains("leaks"), "{refused}");
     assert_eq!(desk.events().iter().filter(|event| **event == "quarantined").count(), 1);
+}
+
+#[test]
+fn what_was_in_production_before_is_the_first_incumbent_and_only_the_first() {
+    let desk = Desk::new();
+    let [a, b] = ["a", "b"].map(|weights| desk.register(weights).version);
+    let intent = desk.registry.import(&a, "operator", "it is there", 2).unwrap();
+    desk.registry.complete(&intent, 3).unwrap();
+    assert_eq!(desk.served(), a);
+    assert!(matches!(desk.registry.import(&b, "operator", "x", 4), Err(RegistryError::InCharge { .. })));
+    desk.serve(&b);
+    let intent = desk.registry.rollback("worse", 7).unwrap();
+    assert_eq!(intent.to(), a);
+    desk.registry.complete(&intent, 8).unwrap();
+    assert_eq!(desk.events()[2..], ["imported", "overridden", "quarantined", "rolled back"]);
+}
+
+#[test]
+fn another_base_is_served_bare_and_adapters_of_the_former_one_are_refused() {
+    let desk = Desk::new();
+    let a = desk.register("a").version;
+    desk.serve(&a);
+    let base = |sha256: &str| Base { name: "tiny-2".into(), sha256: sha256.into() };
+    assert!(matches!(desk.registry.new_base(base("b"), "operator", "x", 6), Err(RegistryError::SameBase(_))));
+    let intent = desk.registry.new_base(base("c"), "operator", "a better base", 7).unwrap();
+    desk.registry.complete(&intent, 8).unwrap();
+    assert_eq!((desk.served().as_str(), desk.registry.base().unwrap()), (BASE, Some(base("c"))));
+    let refused = desk.registry.override_promote(&a, "operator", "again", 9).unwrap_err();
+    assert!(refused.to_string().contains("trained on tiny, but the base model is tiny-2 now"), "{refused}");
+    assert!(matches!(desk.registry.rollback("back", 9), Err(RegistryError::NothingBefore(_))));
+    let lineage = Lineage { base: base("c"), ..lineage() };
+    let next = desk.registry.register(&desk.peft("n", "{}"), lineage).unwrap().version;
+    desk.serve(&next);
+    // From base to base there is nothing to move, but everything to record.
+    let again = desk.registry.new_base(base("d"), "operator", "once more", 12).unwrap();
+    desk.registry.complete(&again, 13).unwrap();
+    let last = desk.registry.new_base(base("e"), "operator", "and again", 14).unwrap();
+    assert!(!desk.registry.has_moved(&last).unwrap());
+    desk.registry.complete(&last, 15).unwrap();
+    assert_eq!(desk.events()[1..], ["overridden", "rebased", "registered", "overridden", "rebased", "rebased"]);
+}
+
+#[test]
+fn a_quarantine_bars_the_records_that_only_what_it_bars_had_learnt_from() {
+    let desk = Desk::new();
+    let ranges = |to: &[i64]| -> Vec<OffsetRange> {
+        let range = |(partition, to): (usize, &i64)| OffsetRange {
+            topic: "log".into(),
+            partition: partition as i32,
+            from: 0,
+            to: *to,
+        };
+        to.iter().enumerate().map(range).collect()
+    };
+    let register = |weights: &str, created_us, to: &[i64]| {
+        let lineage = Lineage { offsets: ranges(to), created_us, ..lineage() };
+        desk.registry.register(&desk.peft(weights, "{}"), lineage).unwrap().version
+    };
+    let [_, b, c] = [("a", 1, &[10, 10][..]), ("b", 2, &[15, 10][..]), ("c", 3, &[40, 10, 7][..])]
+        .map(|(w, t, to)| register(w, t, to));
+    desk.registry.quarantine(&b, "bad tone", 5).unwrap();
+    let barred = || -> Vec<(i32, i64, i64)> {
+        desk.registry.barred_records().unwrap().iter().map(|r| (r.partition, r.from, r.to)).collect()
+    };
+    assert_eq!(barred(), [(0, 10, 15)]);
+    desk.registry.quarantine(&c, "worse", 6).unwrap();
+    let mut all = barred();
+    all.sort_unstable();
+    // What the barred one had seen counts as not seen.
+    assert_eq!(all, [(0, 10, 15), (0, 10, 40), (2, 0, 7)]);
+}
+
+#[test]
+fn a_canary_is_kept_until_it_is_stopped_or_what_is_served_changes() {
+    let desk = Desk::new();
+    let [a, b, c] = ["a", "b", "c"].map(|weights| desk.register(weights).version);
+    desk.serve(&a);
+    let begin = |version: &str, percent| desk.registry.begin_canary(version, percent, "operator", "a try", 7);
+    assert!(matches!(begin(&a, 10), Err(RegistryError::AlreadyServed { .. })));
+    for percent in [0, 51] {
+        assert!(matches!(begin(&b, percent), Err(RegistryError::Percent(p)) if p == percent));
+    }
+    begin(&b, 10).unwrap();
+    assert!(matches!(begin(&c, 10), Err(RegistryError::OtherCanary(there)) if there == b));
+    assert!(!desk.registry.retired(i64::MAX).unwrap().contains(&b));
+    assert!(desk.registry.end_canary("enough", 8).unwrap().is_some_and(|ended| ended.version == b));
+    assert!(desk.registry.end_canary("enough", 9).unwrap().is_none());
+    begin(&c, 50).unwrap();
+    desk.serve(&b);
+    assert_eq!(desk.registry.canary().unwrap(), None);
+    let events = ["overridden", "canary began", "canary ended", "canary began", "overridden", "canary ended"];
+    assert_eq!(desk.events()[3..], events);
+}
+
+#[test]
+fn one_at_a_time_has_the_turn() {
+    let desk = Desk::new();
+    let turn = desk.registry.turn().unwrap();
+    assert!(turn.is_some() && desk.registry.turn().unwrap().is_none());
+    drop(turn);
+    assert!(desk.registry.turn().unwrap().is_some());
+}
+
+#[test]
+fn a_version_is_retired_once_nothing_led_to_it_for_long_enough() {
+    let desk = Desk::new();
+    let [a, b] = ["a", "b"].map(|weights| desk.register(weights).version);
+    desk.serve(&a);
+    assert_eq!(desk.registry.retired(6).unwrap(), [b.clone()]);
+    desk.serve(&b); // at time 6
+    assert!(desk.registry.retired(6).unwrap().is_empty());
+    assert_eq!(desk.registry.retired(7).unwrap(), [a]);
 }
 
 /// Registers, promotes and rolls back; the first error ends it.

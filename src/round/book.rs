@@ -172,11 +172,11 @@ pub async fn reject(tables: &Tables, trial: &str, why: &str) -> Result<(), Round
     }
 }
 
-/// Closes the trial of an adapter that the endpoint now serves.
-pub async fn close_promoted(tables: &Tables, passed: &Passed) -> Result<(), RoundError> {
+/// Closes the trial of an adapter that the endpoint now serves. Safe to repeat.
+pub async fn close_promoted(tables: &Tables, trial: &str) -> Result<(), RoundError> {
     let trials: Vec<TrialRow> = read(tables, Name::Trials).await?;
     let steps: Vec<StepRow> = read(tables, Name::GateSteps).await?;
-    let mut trial = Trial::resume(passed.trial(), &trials, &steps)?;
+    let mut trial = Trial::resume(trial, &trials, &steps)?;
     if trial.state() == gate::State::Open {
         let row = trial.close(&gate::Decision::Promote, Utc::now().timestamp_micros());
         if let Some(row) = row {
@@ -184,6 +184,18 @@ pub async fn close_promoted(tables: &Tables, passed: &Passed) -> Result<(), Roun
         }
     }
     Ok(())
+}
+
+/// Closes the trial that is open, if one is, because its evidence means nothing any more. Safe to repeat.
+pub async fn void_open(tables: &Tables, reason: &str) -> Result<(), RoundError> {
+    let trials: Vec<TrialRow> = read(tables, Name::Trials).await?;
+    let Some(open) = gate::trial::open_trial(&trials).map(|row| row.facts.trial.clone()) else { return Ok(()) };
+    let steps: Vec<StepRow> = read(tables, Name::GateSteps).await?;
+    let mut trial = Trial::resume(&open, &trials, &steps)?;
+    match trial.close(&gate::Decision::Void(reason.to_owned()), Utc::now().timestamp_micros()) {
+        Some(row) => Ok(store_trial(tables, &row).await?),
+        None => Ok(()),
+    }
 }
 
 /// Reads the verdict of the newest finished round.

@@ -366,6 +366,8 @@ impl Night<'_> {
             ("seed", self.plan.seed.to_string()),
             ("control", self.plan.control.map_or("none".to_string(), |c| format!("{c:?}"))),
             ("accepted_drift", self.plan.accepted_drift.join(", ")),
+            ("tokenizer_sha256", self.model.identity().tokenizer_sha256.clone()),
+            ("template_sha256", self.model.identity().template_sha256.clone()),
         ];
         Lineage {
             base,

@@ -20,6 +20,7 @@ use crate::dataset::{Dataset, Prompt};
 use crate::durable;
 use crate::engine::Adapter;
 use crate::record::derive_seed;
+use crate::registry::OffsetRange;
 use crate::rewards::{Item, Scored};
 use crate::table::Name;
 
@@ -62,10 +63,17 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
     if let Some(reason) = dataset.manifest.shortfall() {
         return Ok(Trained::Nothing { reason });
     }
-    let covered = |p: &&Prompt| night.rewards.covers(p.workload.as_deref());
-    let prompts: Vec<&Prompt> = dataset.train.prompts().iter().filter(covered).collect();
+    let barred = barred(night)?;
+    let usable = |p: &&Prompt| {
+        let first = &p.first_seen;
+        let in_window = barred.iter().any(|range| range.holds(&first.topic, first.partition, first.offset));
+        !in_window && night.rewards.covers(p.workload.as_deref())
+    };
+    let prompts: Vec<&Prompt> = dataset.train.prompts().iter().filter(usable).collect();
     if prompts.is_empty() {
-        return Ok(Trained::Nothing { reason: "no training prompt belongs to a workload with rules".to_string() });
+        return Ok(Trained::Nothing {
+            reason: "no training prompt belongs to a workload with rules and to no barred record".to_string(),
+        });
     }
     let mut previous: Option<PathBuf> = None;
     for pass in 1..=night.config.tuning.iterations {
@@ -100,6 +108,20 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
     match previous {
         Some(tuned) => Ok(Trained::Adapter(tuned.join("adapter"))),
         None => Ok(Trained::Nothing { reason: "tuning.iterations is 0".to_string() }),
+    }
+}
+
+/// Returns the records that barred versions learnt from, as they were when this round first asked: a resumed round must draw
+/// for the same prompts.
+fn barred(night: &Night<'_>) -> Result<Vec<OffsetRange>, RoundError> {
+    let path = night.folder.join("barred.json");
+    match durable::read_json(&path) {
+        Err(error) if error.is_not_found() => {
+            let barred = night.registry.barred_records()?;
+            durable::write_json(&path, &barred)?;
+            Ok(barred)
+        }
+        stored => Ok(stored?),
     }
 }
 

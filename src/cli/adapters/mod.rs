@@ -1,5 +1,7 @@
 //! `taod adapters`: the registry, and an operator's own changes of what is served.
 
+mod diff;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -8,7 +10,8 @@ use clap::{Args, Subcommand};
 use super::lines::Output;
 use super::{Exit, Global, block_on};
 use crate::config::Config;
-use crate::daemon::{load_model, promotion};
+use crate::daemon::{canary, load_model, promotion};
+use crate::endpoint::promote::Outcome;
 use crate::engine::{Adapter, Model};
 use crate::registry::{Listed, Registry};
 use crate::round::Paths;
@@ -26,6 +29,23 @@ pub enum Command {
     Show {
         /// The version; without it the one that is served.
         version: Option<String>,
+    },
+    /// Tell in what two versions differ: what each was trained on, its settings, and how far its weights lie apart.
+    Diff {
+        /// The one version.
+        from: String,
+        /// The other; without it the one that is served.
+        to: Option<String>,
+    },
+    /// Make the adapter that is in production already the first incumbent. That the endpoint answers with it is proven.
+    Import {
+        /// A PEFT folder.
+        folder: PathBuf,
+        /// Register it only, and leave what is served as it is.
+        #[arg(long)]
+        register_only: bool,
+        #[command(flatten)]
+        why: Why,
     },
     /// Compare a version's files with the hashes recorded of them.
     Verify {
@@ -50,8 +70,30 @@ pub enum Command {
         #[command(flatten)]
         why: Why,
     },
+    /// Give a version a part of the requests, at a gateway with weights; or end that.
+    Canary {
+        /// The version.
+        #[arg(required_unless_present = "stop", conflicts_with = "stop")]
+        version: Option<String>,
+        /// Its part of the requests, 1 to 50.
+        #[arg(long, default_value_t = 10)]
+        percent: u8,
+        /// End the canary: all requests go to the served version again.
+        #[arg(long)]
+        stop: bool,
+        #[command(flatten)]
+        why: Why,
+    },
     /// Return to the version served before; the present one is quarantined.
     Rollback {
+        #[command(flatten)]
+        why: Why,
+    },
+    /// Settle a change that was interrupted and put the served version on every server, as the daemon does each minute.
+    Settle,
+    /// Make the model of the config the new base: it is served bare, the open trial is void, and adapters of the former
+    /// base are refused from now on.
+    NewBase {
         #[command(flatten)]
         why: Why,
     },
@@ -98,6 +140,23 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
                 .with_context(|| format!("version {version} is not registered; `taod adapters list` shows what is"))?;
             out.text(&format!("{}\n", serde_json::to_string_pretty(&listed)?))?;
         }
+        Command::Diff { from, to } => {
+            let to = to.clone().map_or_else(|| registry.current().map(|current| current.version), Ok)?;
+            out.text(&format!("{:#}\n", diff::diff(&registry, from, &to)?))?;
+        }
+        Command::Import { folder, register_only: true, why } => {
+            let version = change(&config, async |model| promotion::register(&config, folder, &why.by, model).await)?;
+            out.text(&format!("{version} is registered\n"))?;
+        }
+        Command::Import { folder, register_only: false, why } => {
+            let import = async |model: &Model| promotion::import(&config, folder, &why.by, &why.reason, model).await;
+            out.text(&format!("{}\n", change(&config, import)?.explain()))?;
+        }
+        Command::Settle => out.text(&settle(&config)?)?,
+        Command::NewBase { why } => {
+            let new_base = async |model: &Model| promotion::new_base(&config, &why.by, &why.reason, model).await;
+            out.text(&format!("{}\n", change(&config, new_base)?.explain()))?;
+        }
         Command::Verify { version } => {
             let versions = match version {
                 Some(version) => vec![version.clone()],
@@ -131,6 +190,16 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
             })?;
             out.text(&format!("{}\n", promoted.explain()))?;
         }
+        Command::Canary { version: Some(version), percent, why, .. } => {
+            let proofs = change(&config, async |model| {
+                canary::begin(&config, version, *percent, &why.by, &why.reason, model).await
+            })?;
+            out.text(&format!("{version} gets {percent} % of the requests; {}\n", promotion::distances(&proofs)))?;
+        }
+        Command::Canary { version: None, why, .. } => match block_on(canary::end(&config, &why.signed(), false))?? {
+            Some(version) => out.text(&format!("{version} gets no requests any more\n"))?,
+            None => out.text("there is no canary\n")?,
+        },
         Command::Rollback { why } => {
             let promoted = change(&config, async |model| promotion::rollback(&config, &why.signed(), model).await)?;
             out.text(&format!("{}\n", promoted.explain()))?;
@@ -145,14 +214,33 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
 }
 
 /// Changes what the endpoint serves; the proof needs the base model.
-fn change(
-    config: &Config,
-    change: impl AsyncFnOnce(&Model) -> anyhow::Result<promotion::Promoted>,
-) -> anyhow::Result<promotion::Promoted> {
+fn change<T>(config: &Config, change: impl AsyncFnOnce(&Model) -> anyhow::Result<T>) -> anyhow::Result<T> {
     block_on(async {
         let model = load_model(config).await?;
         change(&model).await
     })?
+}
+
+/// Looks after the endpoint once, and says what had to be done.
+fn settle(config: &Config) -> anyhow::Result<String> {
+    let tended = block_on(promotion::tend(config))??;
+    let tended = tended.context("another process is changing what is served: try again when it has ended")?;
+    let mut lines = Vec::new();
+    match &tended.settled {
+        Some((to, Outcome::Done { .. })) => lines.push(format!("the interrupted change to {to} was completed")),
+        Some((to, Outcome::Undone)) => lines.push(format!("the interrupted change to {to} was undone")),
+        None => {}
+    }
+    lines.extend(tended.reconciled.changed.iter().map(|url| format!("{url} has the served version again")));
+    lines.extend(
+        tended.reconciled.retired.iter().map(|(url, version)| format!("{url} does not hold {version} any more")),
+    );
+    let failed: Vec<String> = tended.reconciled.failed.iter().map(ToString::to_string).collect();
+    ensure!(failed.is_empty(), "{}", [lines, failed].concat().join("; "));
+    if lines.is_empty() {
+        lines.push("nothing was to be done".into());
+    }
+    Ok(lines.join("\n") + "\n")
 }
 
 fn list(versions: &[Listed]) -> String {

@@ -1,0 +1,172 @@
+//! The watch over what clients get from a promoted version, and the rollback where it falls.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::Deserialize;
+use tokio::sync::watch as channel;
+
+use super::{Daemon, lease, load_model, promotion};
+use crate::config::Config;
+use crate::endpoint::watch::{Action, Seen, judge};
+use crate::metrics::{Part, Promotion};
+use crate::record::{FinishReason, Message};
+use crate::registry::{BASE, Registry};
+use crate::rewards::{Item, Rewards};
+use crate::round::Paths;
+use crate::table::{Name, Table};
+
+/// A logged answer, as it is scored.
+#[derive(Debug, Deserialize)]
+pub(super) struct Answer {
+    workload: Option<String>,
+    messages: serde_json::Value,
+    response: String,
+    finish_reason: Option<String>,
+}
+
+impl Answer {
+    pub(super) fn item(self) -> Option<Item> {
+        let length = self.finish_reason.as_deref() == Some(FinishReason::Length.as_str());
+        Some(Item {
+            workload: self.workload,
+            messages: read_messages(&self.messages)?,
+            response: self.response,
+            finish_reason: if length { FinishReason::Length } else { FinishReason::Stop },
+            prompt_ids: None,
+            token_ids: None,
+        })
+    }
+}
+
+/// Reads messages whether the table gives them as a tree or as text.
+fn read_messages(value: &serde_json::Value) -> Option<Vec<Message>> {
+    match value.as_str() {
+        Some(text) => serde_json::from_str(text).ok(),
+        None => serde_json::from_value(value.clone()).ok(),
+    }
+}
+
+/// Looks at the live reward now and then, while this process owns the lease.
+pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
+    let settings = &daemon.config.endpoint.watch;
+    if settings.action == Action::Off {
+        return;
+    }
+    let every = Duration::from_secs(60 * settings.every_minutes);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(every) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        tokio::select! {
+            () = owner.gained() => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        tokio::select! {
+            looked = look_and_act(&daemon.config) => daemon.looked(looked),
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+    }
+}
+
+impl Daemon {
+    fn looked(&self, looked: Result<Option<promotion::Promoted>>) {
+        match looked {
+            Ok(None) => self.health.ready("live reward"),
+            Ok(Some(back)) => {
+                self.metrics.endpoint.promotions.get(Promotion::RolledBack).inc();
+                self.metrics.endpoint.current.set(&back.to);
+                tracing::error!(from = back.from, to = back.to, "the live reward fell, so the version was rolled back");
+            }
+            Err(error) => {
+                self.metrics.daemon.errors.get(Part::Promotion).inc();
+                self.health.not_ready("live reward", format!("{error:#}"));
+                tracing::error!(error = format!("{error:#}"), "the live reward could not be watched");
+            }
+        }
+    }
+}
+
+/// Looks at the canary, and takes it away where it earns less than the served version. Returns the reason.
+async fn look_at_canary(config: &Config) -> Result<Option<String>> {
+    let paths = Paths::new(&config.state.dir);
+    let registry = Registry::open(&paths.registry())?;
+    let Some(canary) = registry.canary()? else { return Ok(None) };
+    let served = registry.current()?.version;
+    let since = |version: &str| {
+        // The names are ours: no quote is in them. A gateway may put a provider before a name.
+        let own = format!("coalesce(served_version, model) like '%{version}'");
+        format!("{own} and {}", at(">=", canary.since_us))
+    };
+    let served = if served == BASE { config.endpoint.base_model.clone() } else { served };
+    let seen = compare(config, &since(&served.replace('\'', "''")), &since(&canary.version)).await?;
+    let Some(fall) = seen.fall() else { return Ok(None) };
+    let reason = format!("as canary {fall}");
+    if config.endpoint.watch.action == Action::Rollback {
+        super::canary::end(config, &reason, true).await?;
+    }
+    Ok(Some(reason))
+}
+
+/// Looks at the live reward, and rolls back where it fell and the settings say so. Returns the rollback.
+pub async fn look_and_act(config: &Config) -> Result<Option<promotion::Promoted>> {
+    if let Some(reason) = look_at_canary(config).await? {
+        tracing::error!(reason, "the canary earns less than what is served");
+    }
+    let Some(reason) = look(config).await?.and_then(|seen| seen.fall()) else { return Ok(None) };
+    if config.endpoint.watch.action != Action::Rollback {
+        tracing::error!(reason, "the live reward fell; roll back, or set endpoint.watch.action");
+        return Ok(None);
+    }
+    let model = load_model(config).await?;
+    promotion::rollback(config, &reason, &model).await.map(Some)
+}
+
+/// Scores the answers before and after the newest promotion; `None` where no promoted version is served.
+pub async fn look(config: &Config) -> Result<Option<Seen>> {
+    let paths = Paths::new(&config.state.dir);
+    let current = Registry::open(&paths.registry())?.current()?;
+    if current.version == BASE {
+        return Ok(None);
+    }
+    let settle = i64::try_from(config.endpoint.watch.settle_seconds)?.saturating_mul(1_000_000);
+    let before = format!("{} order by event_time desc", at("<", current.since_us));
+    let after = format!("{} order by event_time", at(">=", current.since_us.saturating_add(settle)));
+    compare(config, &before, &after).await.map(Some)
+}
+
+/// Scores two kinds of answers, so many of each as the settings allow, and holds one against the other.
+async fn compare(config: &Config, before: &str, after: &str) -> Result<Seen> {
+    let (settings, tables) = (&config.endpoint.watch, config.state.open_tables()?);
+    let (queries, limit) = (tables.open_one(Name::Queries).await?, settings.max_answers);
+    let before = answers(&queries, &format!("{before} limit {limit}")).await?;
+    let after = answers(&queries, &format!("{after} limit {limit}")).await?;
+    if before.len().min(after.len()) < settings.min_answers {
+        return Ok(Seen::Waiting { before: before.len(), after: after.len() });
+    }
+    let (rewards, workloads) = (config.rewards.clone(), config.workload.clone());
+    let work = move || {
+        let rewards = Rewards::without_base(&rewards, &workloads)?;
+        let score = |answers: Vec<Answer>| -> Result<Vec<f64>> {
+            let items = answers.into_iter().filter_map(Answer::item);
+            let items: Vec<Item> = items.filter(|item| rewards.covers(item.workload.as_deref())).collect();
+            Ok(rewards.gate(&items)?.into_iter().map(|scored| scored.total).collect())
+        };
+        Ok::<_, anyhow::Error>((score(before)?, score(after)?))
+    };
+    let (before, after) = tokio::task::spawn_blocking(work).await??;
+    Ok(judge(&before, &after, settings))
+}
+
+fn at(relation: &str, us: i64) -> String {
+    format!("event_time {relation} arrow_cast({us}, 'Timestamp(Microsecond, Some(\"UTC\"))')")
+}
+
+/// Returns the answers that clients got, not those that taod asked for.
+pub(super) async fn answers(queries: &Table, which: &str) -> Result<Vec<Answer>> {
+    let columns = "workload, messages, response, finish_reason";
+    let theirs = "kind = 'call' and status = 200 and response is not null and coalesce(reason, '') <> 'self'";
+    Ok(queries.select(&format!("select {columns} from t where {theirs} and {which}")).await?)
+}
