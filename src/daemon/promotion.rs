@@ -327,7 +327,8 @@ impl Rows<'_> {
             detail: json!({ "proofs": proofs, "why": intent.why(), "approval": self.approval }),
         };
         let app_id = format!("taod/promotions/{}", intent.promotion());
-        Ok(book::append_once(self.tables, Name::Promotions, &app_id, &[row]).await?)
+        book::append_once(self.tables, Name::Promotions, &app_id, &[row]).await?;
+        Ok(())
     }
 }
 

@@ -189,7 +189,7 @@ pub async fn close_promoted(tables: &Tables, trial: &str) -> Result<(), RoundErr
 /// Closes the trial that is open, if one is, because its evidence means nothing any more. Safe to repeat.
 pub async fn void_open(tables: &Tables, reason: &str) -> Result<(), RoundError> {
     let trials: Vec<TrialRow> = read(tables, Name::Trials).await?;
-    let Some(open) = gate::trial::open_trial(&trials).map(|row| row.facts.trial.clone()) else { return Ok(()) };
+    let Some(open) = gate::history::open_trial(&trials).map(|row| row.facts.trial.clone()) else { return Ok(()) };
     let steps: Vec<StepRow> = read(tables, Name::GateSteps).await?;
     let mut trial = Trial::resume(&open, &trials, &steps)?;
     match trial.close(&gate::Decision::Void(reason.to_owned()), Utc::now().timestamp_micros()) {
