@@ -10,7 +10,7 @@ use tokio::sync::watch as channel;
 use super::{Daemon, lease, load_model, promotion};
 use crate::config::Config;
 use crate::endpoint::watch::{Action, Seen, judge};
-use crate::metrics::{Part, Promotion};
+use crate::metrics::Part;
 use crate::record::{FinishReason, Message};
 use crate::registry::{BASE, Registry};
 use crate::rewards::{Item, Rewards};
@@ -76,7 +76,6 @@ impl Daemon {
         match looked {
             Ok(None) => self.health.ready("live reward"),
             Ok(Some(back)) => {
-                self.metrics.endpoint.promotions.get(Promotion::RolledBack).inc();
                 self.metrics.endpoint.current.set(&back.to);
                 tracing::error!(from = back.from, to = back.to, "the live reward fell, so the version was rolled back");
             }

@@ -105,11 +105,16 @@ fn served(metrics: &Metrics, paths: &Paths, count: &mut Counted, since_start: bo
     let events = registry.history()?;
     for event in events.iter().skip(count.events).filter(|_| since_start) {
         let outcome = match event.what {
-            Happened::Promoted { .. } | Happened::Overridden { .. } => Promotion::Promoted,
+            Happened::Promoted { .. } | Happened::Overridden { .. } | Happened::Imported { .. } => Promotion::Promoted,
             Happened::RolledBack { .. } => Promotion::RolledBack,
             Happened::Aborted { .. } => Promotion::Aborted,
             Happened::Quarantined { .. } => Promotion::Quarantined,
-            Happened::Registered { .. } | Happened::Frozen { .. } | Happened::Thawed { .. } => continue,
+            Happened::Registered { .. }
+            | Happened::Rebased { .. }
+            | Happened::CanaryBegan { .. }
+            | Happened::CanaryEnded { .. }
+            | Happened::Frozen { .. }
+            | Happened::Thawed { .. } => continue,
         };
         metrics.endpoint.promotions.get(outcome).inc();
     }

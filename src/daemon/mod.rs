@@ -32,7 +32,7 @@ use crate::config::Config;
 use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
-use crate::metrics::{Metrics, Promotion as Change, RoundOutcome};
+use crate::metrics::{Metrics, RoundOutcome};
 use crate::progress::Measure;
 use crate::registry::{Promotion, Registry};
 use crate::round::{self, Outcome, Paths, Verdict};
@@ -214,7 +214,6 @@ impl Daemon {
         self.metrics.rounds.ended.get(outcome).inc();
         watch::measure_round(&self.metrics, &night.verdict);
         if let Some(promoted) = &night.promoted {
-            self.metrics.endpoint.promotions.get(Change::Promoted).inc();
             self.show(promoted);
         }
         tracing::info!(

@@ -11,7 +11,7 @@ use tokio::sync::watch as channel;
 use super::promotion::{self, Tended};
 use super::{Daemon, lease};
 use crate::endpoint::promote::{Outcome, Trouble};
-use crate::metrics::{Part, Promotion};
+use crate::metrics::Part;
 
 /// How often the endpoint is looked after.
 const EVERY: Duration = Duration::from_secs(60);
@@ -45,9 +45,6 @@ impl Daemon {
                 self.health.ready("promotion");
                 if let Some((to, Outcome::Done { .. })) = &tended.settled {
                     m.current.set(to);
-                    m.promotions.get(Promotion::Promoted).inc();
-                } else if tended.settled.is_some() {
-                    m.promotions.get(Promotion::Aborted).inc();
                 }
                 for url in &tended.reconciled.changed {
                     tracing::warn!(url, "the served version was missing and was put back");

@@ -46,7 +46,10 @@ impl Happened {
             Happened::CanaryBegan { version: told, .. } | Happened::CanaryEnded { version: told, .. } => {
                 told == version
             }
-            Happened::Registered { .. } | Happened::Quarantined { .. } => false,
+            Happened::Registered { .. }
+            | Happened::Quarantined { .. }
+            | Happened::Frozen { .. }
+            | Happened::Thawed { .. } => false,
         }
     }
 

@@ -116,7 +116,9 @@ impl Stage {
         let whole = self.folder.path().join("whole.toml");
         std::fs::write(&whole, text.replace("\"state\"", &format!("{:?}", state.display().to_string()))).unwrap();
         let config = Loaded::read(Some(&whole)).unwrap().config;
-        block_on(taod::daemon::promotion::reconcile(&config)).unwrap()
+        let tended = block_on(taod::daemon::promotion::tend(&config)).unwrap().unwrap();
+        assert!(tended.reconciled.failed.is_empty(), "{:?}", tended.reconciled.failed);
+        tended.reconciled.changed
     }
 
     /// Checks that nothing was done that could break a vLLM, and that the server is well.

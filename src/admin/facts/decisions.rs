@@ -64,6 +64,22 @@ fn of_event(event: Event) -> Decision {
             let words = format!("{version} may never be served again: {reason}.");
             ("quarantined", Some(version), None, words)
         }
+        Happened::Imported { to, operator, reason, .. } => {
+            let words = format!("{operator} told that {to} is what the endpoint serves already: {reason}.");
+            ("imported", Some(to), None, words)
+        }
+        Happened::Rebased { base, operator, reason, .. } => {
+            let words = format!("{operator} made {base} the base model; adapters of the former one are refused: {reason}.");
+            ("new_base", None, None, words)
+        }
+        Happened::CanaryBegan { version, percent, operator, reason } => {
+            let words = format!("{operator} gave {version} to {percent} % of the requests: {reason}.");
+            ("canary_began", Some(version), None, words)
+        }
+        Happened::CanaryEnded { version, reason } => {
+            let words = format!("{version} is no canary any more: {reason}.");
+            ("canary_ended", Some(version), None, words)
+        }
         Happened::Frozen { reason, by } => ("frozen", None, None, format!("{by} froze promotions: {reason}.")),
         Happened::Thawed { reason, by } => ("thawed", None, None, format!("{by} lifted the freeze: {reason}.")),
     };
