@@ -61,7 +61,9 @@ pub struct Global {
         long,
         global = true,
         env = "TAOD_LOG",
-        default_value = "info,buoyant_kernel=warn,buoyant_kernel_engine=warn,deltalake_core=warn",
+        // The tables keep bounds of coordinates and times alone, which each query of another column would be warned of.
+        default_value = "info,buoyant_kernel=warn,buoyant_kernel_engine=warn,deltalake_core=warn,\
+                         deltalake_core::kernel::snapshot::stats_projection=error",
         value_name = "FILTER"
     )]
     pub log: String,
