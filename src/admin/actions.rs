@@ -163,7 +163,7 @@ mod tests {
         let (actions, mut todo) = Actions::new(folder.path());
         actions.ask(Action::Promote { version: "taod-1".into() }, "anna", "it is better").unwrap();
         let begun = todo.try_recv().unwrap();
-        assert_eq!(actions.list(9).unwrap(), [begun.clone()]);
+        assert_eq!(actions.list(9).unwrap(), std::slice::from_ref(&begun));
         actions.ask(Action::Freeze, "bob", "holidays").unwrap();
         actions.end(begun, Err("the endpoint is down".into())).unwrap();
         std::fs::File::options().append(true).open(&actions.path).unwrap().write_all(b"\n{\"torn").unwrap();

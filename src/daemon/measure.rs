@@ -12,9 +12,9 @@ use super::Daemon;
 use crate::gate::standing::{standing, trials};
 use crate::gate::{self, State, StepRow, TrialRow};
 use crate::metrics::{Guardrail, Metrics, Promotion, Split, Stage, TrialOutcome};
-use crate::registry::{Happened, Registry, RegistryError};
-use crate::round::{Paths, RoundError, answers, book, live, view};
-use crate::table::{Name, TableError, Tables};
+use crate::registry::{Happened, Registry};
+use crate::round::{Paths, answers, book, live, view};
+use crate::table::{Name, Tables};
 
 /// How often the running step is looked at, and during a round the tables.
 const EVERY: Duration = Duration::from_secs(15);
@@ -32,19 +32,6 @@ struct Counted {
     scored: Option<String>,
 }
 
-/// Why something could not be measured.
-#[derive(Debug, thiserror::Error)]
-enum MeasureError {
-    #[error(transparent)]
-    Round(#[from] RoundError),
-    #[error(transparent)]
-    Table(#[from] TableError),
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    #[error(transparent)]
-    Gate(#[from] gate::GateError),
-}
-
 /// Measures until `stop` turns true: at the start, during rounds, and once after each.
 pub(super) async fn keep(daemon: Arc<Daemon>, tables: Tables, mut stop: channel::Receiver<bool>) {
     let paths = Paths::new(&daemon.config.state.dir);
@@ -53,10 +40,13 @@ pub(super) async fn keep(daemon: Arc<Daemon>, tables: Tables, mut stop: channel:
     loop {
         running_step(&daemon.metrics, &paths);
         let running = daemon.in_round.load(Ordering::Acquire);
-        if running || was_running {
-            if let Err(error) = all(&daemon.metrics, &paths, &tables, &mut counted).await {
-                tracing::warn!(%error, "rounds and trials could not be measured; the next try is in a moment");
-            }
+        if (running || was_running)
+            && let Err(error) = all(&daemon.metrics, &paths, &tables, &mut counted).await
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "rounds and trials could not be measured; the next try is in a moment"
+            );
         }
         was_running = running;
         tokio::select! {
@@ -86,7 +76,7 @@ async fn all(
     paths: &Paths,
     tables: &Tables,
     counted: &mut Option<Counted>,
-) -> Result<(), MeasureError> {
+) -> Result<(), anyhow::Error> {
     let since_start = counted.is_some();
     let mut count = counted.take().unwrap_or_default();
     served(metrics, paths, &mut count, since_start)?;
@@ -99,7 +89,7 @@ async fn all(
     result
 }
 
-fn served(metrics: &Metrics, paths: &Paths, count: &mut Counted, since_start: bool) -> Result<(), MeasureError> {
+fn served(metrics: &Metrics, paths: &Paths, count: &mut Counted, since_start: bool) -> Result<(), anyhow::Error> {
     let registry = Registry::open(&paths.registry())?;
     metrics.endpoint.current.set(&registry.current()?.version);
     let events = registry.history()?;
@@ -128,7 +118,7 @@ async fn latest_round(
     tables: &Tables,
     count: &mut Counted,
     since_start: bool,
-) -> Result<(), MeasureError> {
+) -> Result<(), anyhow::Error> {
     let Some(seen) = view::rounds(paths, 5)?.into_iter().find(|seen| seen.dataset.is_some()) else { return Ok(()) };
     if let Some(dataset) = &seen.dataset {
         for (split, part) in
@@ -158,7 +148,7 @@ async fn latest_trial(
     tables: &Tables,
     count: &mut Counted,
     since_start: bool,
-) -> Result<(), MeasureError> {
+) -> Result<(), anyhow::Error> {
     if !tables.exists(Name::Trials).await? {
         return Ok(());
     }

@@ -182,7 +182,8 @@ async fn settle(
     };
     let fleet = Fleet::new(&config.endpoint)?;
     let panel = panel(config, registry, before(&intent), intent.to(), model)?;
-    let ended = Promotion::new(&fleet, registry, &intent, &panel, &Rows { config, tables, approval: None }).recover().await?;
+    let ended =
+        Promotion::new(&fleet, registry, &intent, &panel, &Rows { config, tables, approval: None }).recover().await?;
     let how = if matches!(ended, Ended::Done { .. }) { "completed" } else { "undone" };
     tracing::info!(to = intent.to(), "an interrupted promotion was {how}");
     Ok(Some((intent.to().to_string(), ended)))

@@ -58,8 +58,16 @@ pub enum Step {
 
 impl Step {
     /// The order; what comes before `Alias` is invisible to clients.
-    pub const ORDER: [Step; 7] =
-        [Step::Load, Step::ProveUnique, Step::Alias, Step::ProveStable, Step::Current, Step::Record, Step::Close];
+    pub const ORDER: [Step; 8] = [
+        Step::Load,
+        Step::ProveUnique,
+        Step::Rehearse,
+        Step::Alias,
+        Step::ProveStable,
+        Step::Current,
+        Step::Record,
+        Step::Close,
+    ];
 }
 
 /// How a change, or a recovery, ended.

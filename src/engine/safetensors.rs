@@ -24,6 +24,9 @@ pub(crate) struct Shard {
     data_start: u64,
 }
 
+/// The bytes of a tensor, their type and its shape.
+type RawTensor<'a> = (Vec<u8>, DType, &'a [usize]);
+
 impl Shard {
     pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
         let broken = |problem: String| EngineError::file(path, problem, DOWNLOAD_AGAIN);
@@ -80,7 +83,7 @@ impl Shard {
     }
 
     /// Returns the bytes of a tensor, their type and its shape.
-    fn read(&self, name: &str) -> Result<Option<(Vec<u8>, DType, &[usize])>, EngineError> {
+    fn read(&self, name: &str) -> Result<Option<RawTensor<'_>>, EngineError> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
         let fault = |problem: String| EngineError::tensor(&self.path, name, problem, DOWNLOAD_AGAIN);
         let dtype = match info.dtype {

@@ -368,8 +368,11 @@ impl Registry {
     /// Returns the registered versions that clients were led away from before `before_us` and that are not served now.
     pub fn retired(&self, before_us: i64) -> Result<Vec<String>, RegistryError> {
         let (current, history) = (self.current()?.version, self.history()?);
+        let canary = self.canary()?.map(|canary| canary.version);
         let kept = |version: &str| {
-            version == current || history.iter().any(|event| event.time_us >= before_us && event.what.concerns(version))
+            version == current
+                || canary.as_deref() == Some(version)
+                || history.iter().any(|event| event.time_us >= before_us && event.what.concerns(version))
         };
         Ok(self.list()?.into_iter().map(|listed| listed.version).filter(|version| !kept(version)).collect())
     }

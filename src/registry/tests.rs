@@ -274,7 +274,7 @@ fn a_version_is_retired_once_nothing_led_to_it_for_long_enough() {
     let desk = Desk::new();
     let [a, b] = ["a", "b"].map(|weights| desk.register(weights).version);
     desk.serve(&a);
-    assert_eq!(desk.registry.retired(6).unwrap(), [b.clone()]);
+    assert_eq!(desk.registry.retired(6).unwrap(), std::slice::from_ref(&b));
     desk.serve(&b); // at time 6
     assert!(desk.registry.retired(6).unwrap().is_empty());
     assert_eq!(desk.registry.retired(7).unwrap(), [a]);

@@ -86,11 +86,14 @@ pub struct Counts {
     pub uninformative: usize,
 }
 
+/// Answers to one prompt, each with its reward.
+type ScoredAnswers = Vec<(f64, String)>;
+
 /// Makes pairs of lines, at most `per_prompt` of each prompt's scored answers, whose scores differ by more than `margin`.
 pub fn pairs(lines: Vec<Line>, per_prompt: usize, margin: f64) -> Result<(Vec<Pair>, Counts), PairError> {
     let mut counts = Counts { lines: lines.len(), ..Counts::default() };
     let mut found = Vec::new();
-    let mut scored: BTreeMap<String, (Vec<Message>, Vec<(f64, String)>)> = BTreeMap::new();
+    let mut scored: BTreeMap<String, (Vec<Message>, ScoredAnswers)> = BTreeMap::new();
     for (index, line) in lines.into_iter().enumerate() {
         let fail = |reason: &str| PairError { line: index, reason: reason.to_owned() };
         match line {

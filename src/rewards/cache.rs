@@ -174,7 +174,7 @@ mod tests {
         let mut cache = open(folder.path(), "a", 10);
         keys(40).chunks(3).for_each(|new| cache.add(new).unwrap());
         let size = std::fs::metadata(&cache.path).unwrap().len() as usize;
-        assert!(size <= 10 * RECORD && size >= 5 * RECORD, "{size}");
+        assert!((5 * RECORD..=10 * RECORD).contains(&size), "{size}");
         assert!(cache.get(&[39; 32]).is_some() && cache.get(&[0; 32]).is_none());
         (0..40).for_each(|i| drop(open(folder.path(), &i.to_string(), 10)));
         assert!(std::fs::read_dir(folder.path()).unwrap().count() <= MAX_FILES);

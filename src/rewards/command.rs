@@ -204,12 +204,16 @@ impl Command {
         let mut scores = Vec::with_capacity(asked);
         loop {
             let program = || self.program.clone();
-            match answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let answered = scores.len() == asked;
+            // What a program left behind may hold its output open: once all is there, only a line too many is waited for.
+            let until = if answered { deadline.min(Instant::now() + GRACE) } else { deadline };
+            match answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Answer::Line(text)) if scores.len() < asked => scores.push(self.read(&text, scores.len())?),
                 // One more than was asked for: the lines do not belong to the answers.
                 Ok(Answer::Line(_)) => return Ok([scores, vec![0.0]].concat()),
                 Ok(Answer::TooLong) => return Err(CommandError::Long { program: program(), line: scores.len() }),
                 Err(RecvTimeoutError::Disconnected) => return Ok(scores),
+                Err(RecvTimeoutError::Timeout) if answered => return Ok(scores),
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(CommandError::Slow { program: program(), seconds: self.settings.timeout_s });
                 }
@@ -252,8 +256,9 @@ fn read_lines(stdout: impl Read, sender: &mpsc::SyncSender<Answer>) {
             Ok(_) if bytes.trim_ascii().is_empty() => continue,
             Ok(_) => Answer::Line(String::from_utf8_lossy(&bytes).trim().to_owned()),
         };
-        // Nobody listens any more: the pipe is closed, and the program with it.
-        if matches!(answer, Answer::TooLong) || sender.send(answer).is_err() {
+        // Where nobody listens any more, or no line can follow, the pipe is closed, and the program with it.
+        let is_last = matches!(answer, Answer::TooLong);
+        if sender.send(answer).is_err() || is_last {
             return;
         }
     }

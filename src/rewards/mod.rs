@@ -102,7 +102,7 @@ pub enum RewardError {
     )]
     Range { part: String, index: usize, value: f64 },
     #[error("scorer {name}: {source}")]
-    Scorer { name: String, source: ScorerError },
+    Scorer { name: String, source: Box<ScorerError> },
     #[error("the quality guardrail needs the base model; load the rewards with it")]
     NoBase,
     #[error(transparent)]

@@ -149,7 +149,7 @@ impl Loaded {
         let name = definition.name.clone();
         let is_absolute = definition.kind.is_absolute();
         let body = Body::open(&name, &definition.kind);
-        let fail = |source| RewardError::Scorer { name: name.clone(), source };
+        let fail = |source| RewardError::Scorer { name: name.clone(), source: Box::new(source) };
         let loaded = Loaded { name: name.clone(), is_absolute, body: body.map_err(fail)?, cache: Mutex::new(None) };
         if let Some(folder) = folder.filter(|_| is_absolute) {
             let cache = ScoreCache::open(folder, &name, &loaded.identity(), KEPT);
@@ -180,7 +180,7 @@ impl Loaded {
 
     /// Returns the raw score of each answer: those that are kept, and new ones for the rest, which are kept as they come.
     pub(super) fn score(&self, items: &[&Item]) -> Result<Vec<f64>, RewardError> {
-        let fail = |source| RewardError::Scorer { name: self.name.clone(), source };
+        let fail = |source| RewardError::Scorer { name: self.name.clone(), source: Box::new(source) };
         if !self.is_absolute {
             return self.body.score(items).map_err(fail);
         }
@@ -208,7 +208,9 @@ impl Loaded {
             && !self.is_absolute
         {
             let pairs: Vec<(&Item, &Item)> = pairs.iter().map(|(a, b)| (a, b)).collect();
-            return judge.prefer(&pairs).map_err(|e| RewardError::Scorer { name: self.name.clone(), source: e.into() });
+            return judge
+                .prefer(&pairs)
+                .map_err(|e| RewardError::Scorer { name: self.name.clone(), source: Box::new(e.into()) });
         }
         let items: Vec<&Item> = pairs.iter().flat_map(|(a, b)| [a, b]).collect();
         Ok(self.score(&items)?.chunks_exact(2).map(|both| both[0] - both[1]).collect())

@@ -49,7 +49,8 @@ impl Drop for Running {
 
 /// Writes an adapter that changes the model clearly, another one for each seed.
 fn adapter(model: &Model, folder: &Path, seed: u64) -> PathBuf {
-    let spec = LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true, ..LoraSpec::default() };
+    let spec =
+        LoraSpec { rank: 8, alpha: 16.0, targets: vec![Linear::Q, Linear::K], use_rslora: true, ..LoraSpec::default() };
     let mut lora = LoraMatrices::fresh(model.config(), &spec, seed);
     for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
         *value = (((at + seed as usize) * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.4;

@@ -69,7 +69,8 @@ fn of_event(event: Event) -> Decision {
             ("imported", Some(to), None, words)
         }
         Happened::Rebased { base, operator, reason, .. } => {
-            let words = format!("{operator} made {base} the base model; adapters of the former one are refused: {reason}.");
+            let words =
+                format!("{operator} made {base} the base model; adapters of the former one are refused: {reason}.");
             ("new_base", None, None, words)
         }
         Happened::CanaryBegan { version, percent, operator, reason } => {

@@ -38,7 +38,7 @@ pub(super) struct Encoder {
 enum Body {
     Bert { model: BertModel, pooler: Linear, classifier: Linear },
     Roberta(XLMRobertaForSequenceClassification),
-    Deberta(DebertaV2SeqClassificationModel),
+    Deberta(Box<DebertaV2SeqClassificationModel>),
     ModernBert { model: ModernBert, pooling: Pooling, dense: Linear, norm: LayerNorm, classifier: Linear },
 }
 
@@ -145,9 +145,15 @@ impl Body {
                     "pooler_hidden_size": width,
                 });
                 let mut shape: debertav2::Config = shape(folder, config, defaults)?;
+                // candle-transformers has no forward pass of it.
+                if shape.conv_kernel_size.is_some_and(|width| width > 0) {
+                    let problem = "has a convolution (conv_kernel_size), which is not supported; DeBERTa-v3 has none";
+                    return Err(ClassifierError::load(&folder.join("config.json"), problem));
+                }
                 (shape.id2label, shape.label2id) = (None, None);
                 let label = std::collections::HashMap::from([(0, "score".to_owned())]);
-                DebertaV2SeqClassificationModel::load(vars.pp("deberta"), &shape, Some(label)).map(Body::Deberta)
+                DebertaV2SeqClassificationModel::load(vars.pp("deberta"), &shape, Some(label))
+                    .map(|model| Body::Deberta(Box::new(model)))
             }
             "modernbert" => Self::load_modernbert(folder, config, vars, width)?,
             _ => {

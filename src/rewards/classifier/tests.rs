@@ -9,7 +9,7 @@ struct Golden {
 }
 
 const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma2"];
-const ENCODERS: [&str; 5] = ["bert", "roberta", "deberta-v2", "deberta-v3", "modernbert"];
+const ENCODERS: [&str; 4] = ["bert", "roberta", "deberta-v3", "modernbert"];
 const NEAR: f64 = 1e-4;
 
 fn folder(name: &str) -> PathBuf {
@@ -77,6 +77,12 @@ fn encoders_read_single_texts_too() {
         let off = worst(&model.score_texts(&texts).unwrap(), &cases, "alone");
         assert!(off < NEAR, "{name}: {off}");
     }
+}
+
+#[test]
+fn what_has_a_convolution_is_refused() {
+    let message = refusal(&settings("deberta-v2"));
+    assert!(message.contains("conv_kernel_size") && message.contains("DeBERTa-v3"), "{message}");
 }
 
 #[test]
