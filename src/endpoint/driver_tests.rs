@@ -183,7 +183,7 @@ async fn a_folder_is_published_whole_and_stays_when_it_is_retired() {
         how,
         base_model_path: if how == publish::How::Copy { "/models/served".into() } else { String::new() },
         list: publish::List::Gie,
-        list_file: folder.path().join("sidecar.yaml"),
+        list_path: folder.path().join("sidecar.yaml"),
         remove: how == publish::How::Copy,
     };
     for how in [publish::How::Link, publish::How::Copy] {
@@ -198,7 +198,7 @@ async fn a_folder_is_published_whole_and_stays_when_it_is_retired() {
         assert_eq!(place.is_symlink(), how == publish::How::Link);
         let config = std::fs::read_to_string(place.join("adapter_config.json")).unwrap();
         assert_eq!(config.contains("/models/served"), how == publish::How::Copy, "{config}");
-        let sidecar = || -> Value { crate::durable::read_json(&settings.publish.list_file).unwrap() };
+        let sidecar = || -> Value { crate::durable::read_json(&settings.publish.list_path).unwrap() };
         let wanted = sidecar()["vLLMLoRAConfig"]["ensureExist"]["models"][0].clone();
         assert_eq!(wanted, json!({"id": "taod-1", "source": place, "base-model": "base"}));
         server.unload("taod-1").await.unwrap();

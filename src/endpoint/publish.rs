@@ -33,7 +33,7 @@ pub struct Settings {
     /// LLMInferenceService).
     pub list: List,
     /// That file, absolute.
-    pub list_file: PathBuf,
+    pub list_path: PathBuf,
     /// Whether a retired version's folder goes, too. NIM unloads it then; vLLM's engine dies of it.
     pub remove: bool,
 }
@@ -57,8 +57,8 @@ pub enum List {
 
 impl Default for Settings {
     fn default() -> Self {
-        let (folder, base_model_path, list_file) = Default::default();
-        Settings { folder, how: How::Link, base_model_path, list: List::None, list_file, remove: false }
+        let (folder, base_model_path, list_path) = Default::default();
+        Settings { folder, how: How::Link, base_model_path, list: List::None, list_path, remove: false }
     }
 }
 
@@ -68,8 +68,8 @@ impl Settings {
         if !self.folder.is_absolute() {
             return Err(format!("folder = {:?}: set it to an absolute path", self.folder.display()));
         }
-        if self.list != List::None && !self.list_file.is_absolute() {
-            return Err(format!("list_file = {:?}: set it to an absolute path", self.list_file.display()));
+        if self.list != List::None && !self.list_path.is_absolute() {
+            return Err(format!("list_path = {:?}: set it to an absolute path", self.list_path.display()));
         }
         match !self.base_model_path.is_empty() && self.how == How::Link {
             true => Err("base_model_path changes the files: set how = \"copy\"".into()),
@@ -180,8 +180,8 @@ impl Publisher {
         durable::write_json(&self.settings.folder.join(MANIFEST), published)?;
         match self.settings.list {
             List::None => Ok(()),
-            List::Gie => durable::write_json(&self.settings.list_file, &self.sidecar(published)),
-            List::Kserve => durable::write_json(&self.settings.list_file, &self.kserve(published)),
+            List::Gie => durable::write_json(&self.settings.list_path, &self.sidecar(published)),
+            List::Kserve => durable::write_json(&self.settings.list_path, &self.kserve(published)),
         }
     }
 

@@ -41,7 +41,7 @@ fn guardrails_refuse_what_the_score_cannot_see() {
         let blind = run(&low, Guards::Waved, scenario, Shape::Continuous, 4);
         let seeing = run(&low, Guards::Asked, scenario, Shape::Continuous, 4);
         assert!(blind.false_promotions >= 2, "{blind:?}");
-        assert!(seeing.promotions * 4 <= blind.promotions, "{seeing:?} where {blind:?}");
+        assert!(seeing.promotions * 2 <= blind.promotions, "{seeing:?} where {blind:?}");
         assert!(seeing.refused + seeing.expired > 0, "{seeing:?}");
     }
 }
