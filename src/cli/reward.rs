@@ -32,7 +32,7 @@ pub enum Command {
 ///
 /// Input lines: {"messages" or "prompt", "chosen", "rejected"}, or {"messages", "response", "reward"}, of which pairs are built;
 /// a user's thumb is a reward of 1 or 0. DIR becomes a model for sequence classification that `transformers` loads and that
-/// [[rewards.scorers]] of kind "classifier" names. Rank, learning rate and the like are those of [tuning]; one step takes
+/// [[rewards.scorers]] of kind "classifier" names. Rank, learning rate and the like are those of `tuning`; one step takes
 /// tuning.batch_samples pairs.
 #[derive(Debug, Args)]
 pub struct Train {

@@ -181,7 +181,7 @@ impl Fleet {
     }
 
     /// Attributes the answers of the stable name, wherever it is asked; an error where they are not those of `current`,
-    /// which the panel calls [`Who::New`].
+    /// which the panel calls `Who::New`.
     pub async fn prove_served(&self, current: &Target, panel: &Panel) -> Result<Vec<Proof>, Trouble> {
         let Some(name) = self.asked_name(current) else { return Ok(Vec::new()) };
         let mut proofs = Vec::new();

@@ -70,7 +70,7 @@ pub struct Base<'a> {
     ropes: Vec<Rope>,
 }
 
-/// The weights of all products, rounded: those of each layer in the order of [`Linear::ALL`], and the output layer.
+/// The weights of all products, rounded: those of each layer in the order of `Linear::ALL`, and the output layer.
 struct RoundedWeights {
     layers: Vec<[BothWays; 7]>,
     head: BothWays,

@@ -2,7 +2,7 @@
 //!
 //! LiteLLM reads the file through `include` in its config, TensorZero through a glob of its config files, and of llm-d
 //! (Gateway API Inference Extension) it is an `InferenceModelRewrite` for `kubectl apply`. JSON is YAML, so two of them are written as
-//! JSON. What is not of the form that [`write`] makes is not read: it is somebody else's.
+//! JSON. What is not of the form that [`write()`] makes is not read: it is somebody else's.
 
 use serde_json::{Value, json};
 
@@ -35,7 +35,7 @@ pub(super) fn write(kind: Kind, route: &Route, target: &str, canary: Option<&Can
     format!("{value:#}\n")
 }
 
-/// Returns the version that a file leads to, if [`write`] made it.
+/// Returns the version that a file leads to, if [`write()`] made it.
 pub(super) fn read(kind: Kind, text: &str) -> Option<String> {
     let name = match kind {
         Kind::Tensorzero => {

@@ -3,7 +3,7 @@
 //! Nothing here decides. A simulated night opens trials, orders and absorbs blocks, examines guardrails and proves a
 //! promotion by the very functions that a round calls ([`Trial`](super::Trial), [`verify`](super::verify)); only the
 //! differences are drawn, from laws in [`world`](Scenario). Seeds are fixed: the same arguments give the same table.
-//! [`naive`] holds the rules that the gate is compared with.
+//! [`mod@naive`] holds the rules that the gate is compared with.
 
 mod coverage;
 mod naive;
