@@ -118,6 +118,7 @@ async fn hook(python: PathBuf, model: PathBuf, folder: PathBuf, port: u16) -> (S
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs llama.cpp, minutes of it: `make test-full`"]
 async fn llama_cpp_gets_a_file_of_ours_and_its_scales_are_the_alias() {
     let Some((python, models)) = engines() else { return };
     let gguf = models.join(SMOLLM2);
@@ -147,6 +148,7 @@ async fn llama_cpp_gets_a_file_of_ours_and_its_scales_are_the_alias() {
 }
 
 #[test]
+#[ignore = "needs mistral.rs, minutes of it: `make test-full`"]
 fn mistral_rs_replaces_a_name_by_compare_and_set() {
     let Some((python, models)) = engines() else { return };
     let folder = tempfile::tempdir().unwrap();
