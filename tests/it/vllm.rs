@@ -52,7 +52,7 @@ impl Stage {
         // The state is told by a relative path, as an operator may.
         let config = format!(
             "[state]\ndir = \"state\"\n[model]\npath = {:?}\n\
-             [endpoint]\nkind = \"vllm\"\nurls = [{:?}]\nbase_model = {BASE:?}\nstable_name = {STABLE:?}\n\
+             [endpoint]\nretire_after_seconds = 0\nkind = \"vllm\"\nurls = [{:?}]\nbase_model = {BASE:?}\nstable_name = {STABLE:?}\n\
              alias = {alias:?}\nretries = 0\n[endpoint.proof]\nprompts = 3\nmax_tokens = 12\n",
             stage.model_path.display().to_string(),
             stage.relay.url,
@@ -137,6 +137,8 @@ impl Stage {
             let now = taod::durable::sha256_file(&Path::new(&path).join("adapter_model.safetensors"));
             assert_eq!(now.ok(), Some(loaded), "hazard 1: {path} is not what it was when it was loaded");
         }
+        // What clients were led away from goes when the endpoint is looked after, at once with no grace.
+        self.reconcile();
         let current = self.registry().current().unwrap().version;
         let mut served = vec![BASE.to_owned()];
         if current != registry::BASE {
