@@ -56,6 +56,7 @@ test-page:
 	TAOD_REQUIRE=chromium TAOD_SCREENSHOTS=$(SHOTS) $(CARGO) test $(FLAGS) --test it -- --ignored page_browser
 
 check: setup
+	$(CARGO) metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
 	$(CARGO) fmt --check
 	$(CARGO) fmt --check --manifest-path tests/fuzz/Cargo.toml
 	$(CARGO) clippy $(FLAGS) --no-default-features --features decode --lib -- -D warnings
