@@ -1,6 +1,6 @@
 //! Drawing on this machine: every prompt in every way that is asked for, in one batch.
 
-use super::{Candidate, CandidateError, PLAIN, Strategy, Stream};
+use super::{Candidate, CandidateError, Formats, PLAIN, Strategy, Stream};
 use crate::dataset::Prompt;
 use crate::engine::{BatchLimits, Batcher, Completion, Group, Model, Policy, SamplingSettings, WeightForm};
 use crate::progress::Step;
@@ -15,6 +15,8 @@ pub struct Draw {
     pub limits: BatchLimits,
     /// Further answers, drawn in other ways.
     pub strategies: Vec<Strategy>,
+    /// Workloads whose answers must be something; an answer that stands after reasoning is free.
+    pub formats: Formats,
 }
 
 /// What one prompt is asked in one way.
@@ -95,6 +97,8 @@ fn plan<'a>(
                 (asked, s.sampling(&how.sampling), s.samples)
             }
         };
+        let reasons = strategy.is_some_and(|strategy| strategy.answer_after.is_some());
+        let format = prompt.workload.as_ref().and_then(|workload| how.formats.get(workload)).filter(|_| !reasons);
         if fits(&prompt_ids) && fits(&asked) {
             let seed = |k: usize| {
                 let place = [stream.name, stream.sampler, &prompt.prompt_hash, &k.to_string()];
@@ -104,7 +108,7 @@ fn plan<'a>(
                 id: owner as u64,
                 prompt: asked,
                 seeds: (first..first + samples).map(seed).collect(),
-                sampling,
+                sampling: SamplingSettings { grammar: format.cloned(), ..sampling },
             };
             asks.push(Ask { owner, strategy, first, prompt_ids: prompt_ids.clone(), group });
         }
@@ -172,13 +176,17 @@ mod tests {
         Strategy { name: name.into(), samples: 2, temperature, system, answer_after }
     }
 
-    fn drawn(strategies: Vec<Strategy>, max_tokens: usize) -> (Model, Vec<Candidate>) {
+    fn model() -> Model {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny-llama");
-        let model = Model::load(&path.display().to_string()).unwrap();
+        Model::load(&path.display().to_string()).unwrap()
+    }
+
+    fn drawn(strategies: Vec<Strategy>, max_tokens: usize) -> (Model, Vec<Candidate>) {
+        let model = model();
         let policy = Policy::new(&model, None, WeightForm::F32).unwrap();
         let sampling = SamplingSettings { max_tokens, ..SamplingSettings::default() };
         let limits = BatchLimits { max_sequences: 4, ..BatchLimits::default() };
-        let how = Draw { samples: 3, sampling, limits, strategies };
+        let how = Draw { samples: 3, sampling, limits, strategies, formats: Formats::new() };
         let stream = Stream { seed: 5, name: "train/1", sampler: "base" };
         let (prompt, mut step) = (prompt("why"), Progress::silent().step("draw", 0, "tokens"));
         let candidates = draw(&policy, &[&prompt], &how, stream, &mut step).unwrap().remove(0);
@@ -204,6 +212,35 @@ mod tests {
             let finished = brief.finish_reason == FinishReason::Stop;
             assert_eq!(brief.token_ids, model.tokenizer().answer_ids(&brief.text, finished).unwrap());
         }
+    }
+
+    #[test]
+    fn answers_of_a_workload_with_a_format_keep_it_and_tell_what_they_were_drawn_from() {
+        let model = model();
+        let schema =
+            serde_json::json!({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]});
+        let formats =
+            Formats::from([("json".to_string(), crate::engine::Grammar::json_schema(&model, &schema).unwrap())]);
+        let policy = Policy::new(&model, None, WeightForm::F32).unwrap();
+        let sampling = SamplingSettings { max_tokens: 60, ..SamplingSettings::default() };
+        let strategies = vec![strategy("think", None, None, Some("no model says this"))];
+        let how = Draw { samples: 3, sampling, limits: BatchLimits::default(), strategies, formats };
+        let stream = Stream { seed: 5, name: "train/1", sampler: "base" };
+        let ruled = Prompt { workload: Some("json".into()), ..prompt("why") };
+        let mut step = Progress::silent().step("draw", 0, "tokens");
+        let all = draw(&policy, &[&ruled, &prompt("why")], &how, stream, &mut step).unwrap();
+        for candidate in &all[0] {
+            assert!(candidate.text.starts_with('{'), "{:?}", candidate.text);
+            let log_probs = candidate.logprobs.iter().zip(&candidate.sampler_logprobs);
+            assert!(log_probs.clone().all(|(own, drawn)| *drawn >= own - 1e-4), "{candidate:?}");
+            assert!(log_probs.clone().any(|(own, drawn)| *drawn > own + 0.1), "{candidate:?}");
+        }
+        for free in &all[1] {
+            let mut log_probs = free.logprobs.iter().zip(&free.sampler_logprobs);
+            assert!(log_probs.all(|(own, drawn)| (own - drawn).abs() < 1e-4), "{free:?}");
+        }
+        let settings = super::super::Settings { follow_json_rules: true, ..Default::default() };
+        assert!(settings.off_policy().unwrap().contains("follow_json_rules"));
     }
 
     #[test]

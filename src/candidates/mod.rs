@@ -11,6 +11,7 @@ mod draw;
 pub mod remote;
 mod strategy;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
-use crate::engine::{Adapter, BatchLimits, Batcher, EngineError, Model, Policy, Precision, SamplingSettings};
+use crate::engine::{Adapter, BatchLimits, Batcher, EngineError, Grammar, Model, Policy, Precision, SamplingSettings};
 use crate::progress::Progress;
 use crate::record::FinishReason;
 pub use draw::{Draw, draw};
@@ -50,6 +51,9 @@ pub struct Settings {
     pub cache_mib: usize,
     /// Precision of the weights that answers are drawn with; an adapter is merged into them before they are rounded.
     pub precision: Precision,
+    /// Draw answers of a workload whose rules ask for JSON (`json`, with or without a schema) from texts that keep that rule alone.
+    /// They are off-policy: what the rule forbids had a probability. Reasoning before the answer is not possible then.
+    pub follow_json_rules: bool,
     /// More answers to each prompt, drawn in other ways.
     pub strategies: Vec<Strategy>,
     /// A server that samples instead of this machine.
@@ -68,6 +72,7 @@ impl Default for Settings {
             max_sequences: 64,
             cache_mib: BatchLimits::CACHE_MIB,
             precision: Precision::default(),
+            follow_json_rules: false,
             strategies: Vec::new(),
             remote: remote::Settings::default(),
         }
@@ -124,6 +129,9 @@ impl Settings {
         if self.precision == Precision::Int8 {
             return Some("candidates.precision is int8".to_string());
         }
+        if self.follow_json_rules {
+            return Some("candidates.follow_json_rules is on".to_string());
+        }
         self.strategies.first().map(|strategy| format!("candidates.strategies has {:?}", strategy.name))
     }
 
@@ -137,7 +145,13 @@ impl Settings {
         let Settings { temperature, top_p, max_tokens, .. } = *self;
         let stop = self.stop.clone();
         let sampling = SamplingSettings { temperature, top_p, max_tokens, stop, ..SamplingSettings::default() };
-        Draw { samples: self.samples_per_prompt, sampling, limits: self.limits(), strategies: self.strategies.clone() }
+        Draw {
+            samples: self.samples_per_prompt,
+            sampling,
+            limits: self.limits(),
+            strategies: self.strategies.clone(),
+            formats: Formats::new(),
+        }
     }
 }
 
@@ -267,13 +281,16 @@ pub struct Manifest {
     pub sha256: Vec<String>,
 }
 
+/// What answers must be, by their workload.
+pub type Formats = BTreeMap<String, Grammar>;
+
 /// Samples all prompts into `out`, chunk by chunk, and returns the manifest; a folder that is already complete is
 /// returned as it stands, a partly written one is continued.
 pub fn sample(
     model: &Model,
     adapter: Option<&Adapter>,
     prompts: &[&Prompt],
-    settings: &Settings,
+    (settings, formats): (&Settings, &Formats),
     stream: Stream<'_>,
     out: &Path,
     progress: &Progress,
@@ -297,6 +314,7 @@ pub fn sample(
         sha256: Vec::new(),
     };
     let mut untold = 0;
+    let how = Draw { formats: formats.clone(), ..settings.draw() };
     // The server has the base alone.
     let remote = (settings.remote.is_on() && adapter.is_none()).then(|| Remote::open(&settings.remote)).transpose()?;
     let mut local = None;
@@ -307,7 +325,7 @@ pub fn sample(
         let path = chunk_path(out, index);
         if !path.exists() {
             let drawn = match &remote {
-                Some(remote) => remote.draw(model, chunk, &settings.draw(), stream, &mut step)?,
+                Some(remote) => remote.draw(model, chunk, &how, stream, &mut step)?,
                 None => {
                     // Made at the first chunk that is missing. Prompts in common are read once for all chunks, which
                     // changes no bit of what is drawn.
@@ -321,7 +339,7 @@ pub fn sample(
                             local.insert((policy, batcher))
                         }
                     };
-                    draw_on(batcher, policy, chunk, &settings.draw(), stream, &mut step)?
+                    draw_on(batcher, policy, chunk, &how, stream, &mut step)?
                 }
             };
             durable::write_json_lines(&path, &drawn.concat())?;

@@ -17,7 +17,7 @@ use tokio::runtime::Runtime;
 
 use super::{Candidate, CandidateError, Draw, PLAIN, Stream};
 use crate::dataset::Prompt;
-use crate::engine::{Model, first_stop};
+use crate::engine::{Grammar, Model, first_stop};
 use crate::progress::Step;
 use crate::query_log::format::exclusion::{INTERNAL_HEADER, INTERNAL_USER};
 use crate::record::{FinishReason, derive_seed};
@@ -123,7 +123,8 @@ impl<'a> Remote<'a> {
             if ids.len() + how.sampling.max_tokens <= model.config().max_positions {
                 let seed = derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash]);
                 // Servers take a seed as a signed number.
-                asked.push(Asked { index, prompt, ids, seed: seed >> 1 });
+                let format = prompt.workload.as_ref().and_then(|workload| how.formats.get(workload));
+                asked.push(Asked { index, prompt, ids, format, seed: seed >> 1 });
             }
         }
         let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
@@ -156,6 +157,10 @@ impl<'a> Remote<'a> {
         });
         if !how.sampling.stop.is_empty() {
             body["stop"] = json!(how.sampling.stop);
+        }
+        if let Some(format) = asked.format {
+            let schema = json!({"name": "answer", "schema": format.schema(), "strict": true});
+            body["response_format"] = json!({"type": "json_schema", "json_schema": schema});
         }
         if let Some(tools) = &asked.prompt.tools {
             body["tools"] = json!(tools);
@@ -214,7 +219,7 @@ impl<'a> Remote<'a> {
         if choices.len() != how.samples {
             return Err(self.fault(format!("it gives {} answers where {} were asked for", choices.len(), how.samples)));
         }
-        let is_plain = how.sampling.temperature == 1.0 && how.sampling.top_p == 1.0;
+        let is_plain = asked.format.is_none() && how.sampling.temperature == 1.0 && how.sampling.top_p == 1.0;
         let candidate = |(sample, choice): (usize, &Value)| {
             let Said { text, token_ids, logprobs, finish_reason } = self.said(choice, model, &how.sampling.stop)?;
             Ok(Candidate {
@@ -274,6 +279,7 @@ struct Asked<'a> {
     index: usize,
     prompt: &'a Prompt,
     ids: Vec<u32>,
+    format: Option<&'a Grammar>,
     seed: u64,
 }
 

@@ -1,5 +1,8 @@
 //! `taod generate` and `taod logprobs`: the engine alone.
 
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +10,7 @@ use super::answers::{Answer, ModelArgs, Prompt};
 use super::lines::{Input, Output};
 use super::{Exit, Screen};
 use crate::engine::{
-    BatchLimits, Completion, Group, Policy, Precision, SamplingSettings, ScoreItem, generate, logprobs,
+    BatchLimits, Completion, Grammar, Group, Model, Policy, Precision, SamplingSettings, ScoreItem, generate, logprobs,
 };
 use crate::record::{FinishReason, derive_seed};
 
@@ -48,6 +51,12 @@ pub struct Generate {
     /// A string that ends an answer; its text stops before it, its token ids hold it. May be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// A JSON Schema that every answer keeps, as a file; --max-tokens may still cut it short.
+    #[arg(long, value_name = "FILE")]
+    json_schema: Option<PathBuf>,
+    /// Memory of keys and values, in MiB.
+    #[arg(long, default_value_t = BatchLimits::CACHE_MIB, value_name = "MIB")]
+    cache_mib: usize,
     /// Changes every draw.
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
@@ -80,9 +89,11 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         repetition_penalty: args.repetition_penalty,
         max_tokens: args.max_tokens,
         stop: args.stop.clone(),
+        grammar: args.json_schema.as_deref().map(|path| grammar(path, &model)).transpose()?,
         ..SamplingSettings::default()
     };
     let policy = Policy::new(&model, adapter.as_ref(), args.precision.form())?;
+    let limits = BatchLimits { cache_mib: args.cache_mib, ..BatchLimits::default() };
     let mut out = Output::stdout();
     let mut step = screen.progress().step("generating", prompts.len() as u64 * args.samples, "answers");
     for (chunk, prompts) in prompts.chunks(CHUNK).enumerate() {
@@ -95,7 +106,7 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         };
         let groups: Vec<Group> = prompts.iter().enumerate().map(group).collect::<anyhow::Result<_>>()?;
         let mut on_done = |_: u64, _: usize, _: &Completion| step.advance(1, "");
-        let answers = generate(&policy, groups, &BatchLimits::default(), &mut on_done)?;
+        let answers = generate(&policy, groups, &limits, &mut on_done)?;
         for (at, samples) in answers.iter().enumerate() {
             for (sample, completion) in samples.iter().enumerate() {
                 out.line(&line(first + at, sample, completion))?;
@@ -104,6 +115,12 @@ pub(super) fn run_generate(args: &Generate, screen: &Screen) -> anyhow::Result<E
         out.flush()?;
     }
     Ok(Exit::Done)
+}
+
+fn grammar(path: &Path, model: &Model) -> anyhow::Result<Grammar> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("--json-schema {}", path.display()))?;
+    let schema = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    Grammar::json_schema(model, &schema).with_context(|| path.display().to_string())
 }
 
 fn line(index: usize, sample: usize, completion: &Completion) -> SampleLine<'_> {

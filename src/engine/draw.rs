@@ -6,6 +6,7 @@ use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
 use super::error::EngineError;
+use super::grammar::{GivenUp, Grammar, Walk};
 use super::{math, stop};
 
 /// How tokens are drawn.
@@ -30,6 +31,9 @@ pub struct SamplingSettings {
     pub frequency_penalty: f64,
     /// Strings that end an answer; its text stops before them.
     pub stop: Vec<String>,
+    /// What an answer must be: tokens that do not go on with it are never drawn. `max_tokens` may still cut it short.
+    #[serde(skip)]
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplingSettings {
@@ -45,6 +49,7 @@ impl Default for SamplingSettings {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             stop: Vec::new(),
+            grammar: None,
         }
     }
 }
@@ -128,14 +133,16 @@ pub(crate) struct Drawn {
     pub(crate) sampler_logprob: f32,
 }
 
-/// Draws a token. One random number is used per token, whatever the settings, also where nothing is random.
+/// Draws a token. One random number is used per token, whatever the settings, also where nothing is random. It fails only
+/// where a grammar does.
 pub(crate) fn draw(
     logits: &[f32],
     sampling: &SamplingSettings,
     said: Option<&Said>,
+    walk: Option<&mut Walk>,
     rng: &mut impl Rng,
     scratch: &mut Scratch,
-) -> Drawn {
+) -> Result<Drawn, GivenUp> {
     let chance: f64 = rng.random();
     let Scratch { weights, penalised } = scratch;
     weights.clear();
@@ -143,28 +150,30 @@ pub(crate) fn draw(
     let most = math::wide_max(logits);
     let raw_total = math::wide_exp_sum(weights, most);
     let logprob = |token: usize| logits[token] - most - raw_total.ln();
-    // What is drawn from: the same row, or one with penalties.
-    let (from, largest) = match said {
-        None => (logits, most),
-        Some(said) => {
+    // What is drawn from: the same row, or one with penalties and without what the grammar forbids.
+    let changed = said.is_some() || walk.is_some();
+    let (from, largest) = match changed {
+        false => (logits, most),
+        true => {
             penalised.clear();
             penalised.extend_from_slice(logits);
-            said.penalise(sampling, penalised);
+            said.into_iter().for_each(|said| said.penalise(sampling, penalised));
+            walk.map_or(Ok(()), |walk| walk.restrict(penalised))?;
             (&penalised[..], math::wide_max(penalised))
         }
     };
     if sampling.temperature == 0.0 {
         let token = from.iter().position(|l| *l == largest).unwrap_or_default();
-        return Drawn { token: token as u32, logprob: logprob(token), sampler_logprob: 0.0 };
+        return Ok(Drawn { token: token as u32, logprob: logprob(token), sampler_logprob: 0.0 });
     }
     let mut total = f64::from(raw_total);
-    if sampling.temperature != 1.0 || said.is_some() {
+    if sampling.temperature != 1.0 || changed {
         let inverse = (1.0 / sampling.temperature) as f32;
         weights.iter_mut().zip(from).for_each(|(w, l)| *w = (l - largest) * inverse);
         total = f64::from(math::wide_exp_sum(weights, 0.0));
     }
     let (token, total) = match sampling.filters() {
-        false => (walk(weights, chance * total), total),
+        false => (walk_all(weights, chance * total), total),
         true => {
             let kept = kept(weights, total, sampling);
             let total = kept.iter().map(|id| f64::from(weights[*id])).sum();
@@ -172,11 +181,11 @@ pub(crate) fn draw(
         }
     };
     let sampler_logprob = (f64::from(weights[token]) / total).ln() as f32;
-    Drawn { token: token as u32, logprob: logprob(token), sampler_logprob }
+    Ok(Drawn { token: token as u32, logprob: logprob(token), sampler_logprob })
 }
 
 /// Returns the first index at which the running sum passes `target`.
-fn walk(weights: &[f32], target: f64) -> usize {
+fn walk_all(weights: &[f32], target: f64) -> usize {
     const CHUNK: usize = 64;
     let mut sum = 0.0f64;
     for (at, chunk) in weights.chunks(CHUNK).enumerate() {
@@ -213,7 +222,7 @@ fn kept(weights: &[f32], total: f64, sampling: &SamplingSettings) -> Vec<usize> 
     let mut ids: Vec<usize> = Vec::new();
     // Sorting the vocabulary costs more than a layer: sort only what can be kept.
     for cutoff in [1e-3, 1e-6, 0.0] {
-        ids = (0..weights.len()).filter(|i| weights[*i] >= least.max(cutoff)).collect();
+        ids = (0..weights.len()).filter(|i| weights[*i] > 0.0 && weights[*i] >= least.max(cutoff)).collect();
         let sum: f64 = ids.iter().map(|i| f64::from(weights[*i])).sum();
         let enough = if sampling.top_k > 0 { ids.len() >= sampling.top_k } else { sum >= sampling.top_p * total };
         if enough || least >= cutoff {
@@ -263,7 +272,7 @@ mod tests {
         let raw = log_softmax(1.0, &[0, 1, 2, 3, 4]);
         let mut counts = [0.0; 5];
         for _ in 0..20_000 {
-            let drawn = draw(&LOGITS, sampling, None, &mut rng, &mut scratch);
+            let drawn = draw(&LOGITS, sampling, None, None, &mut rng, &mut scratch).unwrap();
             let token = drawn.token as usize;
             counts[token] += 1.0 / 20_000.0;
             assert!((f64::from(drawn.logprob) - raw[token]).abs() < 1e-5);
@@ -314,7 +323,7 @@ mod tests {
         let (mut rng, mut scratch) = (ChaCha8Rng::seed_from_u64(1), Scratch::default());
         let mut counts = [0.0; 5];
         for _ in 0..20_000 {
-            let drawn = draw(&LOGITS, &sampling, Some(&said), &mut rng, &mut scratch);
+            let drawn = draw(&LOGITS, &sampling, Some(&said), None, &mut rng, &mut scratch).unwrap();
             let token = drawn.token as usize;
             counts[token] += 1.0 / 20_000.0;
             assert!((f64::from(drawn.logprob) - raw[token]).abs() < 1e-5);
@@ -324,14 +333,14 @@ mod tests {
             assert!((count - f64::from(logit).exp() / total).abs() < 0.015, "{counts:?}");
         }
         let greedy = SamplingSettings { temperature: 0.0, ..sampling };
-        assert_eq!(draw(&LOGITS, &greedy, Some(&said), &mut rng, &mut scratch).token, 2);
+        assert_eq!(draw(&LOGITS, &greedy, Some(&said), None, &mut rng, &mut scratch).unwrap().token, 2);
         assert!(Said::begin(&settings(1.0, 1.0, 0), &[1]).is_none());
     }
 
     #[test]
     fn temperature_zero_takes_the_most_likely() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let drawn = draw(&LOGITS, &settings(0.0, 1.0, 0), None, &mut rng, &mut Scratch::default());
+        let drawn = draw(&LOGITS, &settings(0.0, 1.0, 0), None, None, &mut rng, &mut Scratch::default()).unwrap();
         assert_eq!((drawn.token, drawn.sampler_logprob), (1, 0.0));
     }
 

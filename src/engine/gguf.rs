@@ -231,7 +231,7 @@ mod tests {
         let values: std::collections::BTreeMap<String, Vec<f32>> =
             serde_json::from_slice(&std::fs::read(golden.join("gguf_types.json")).unwrap()).unwrap();
         let file = Gguf::open(&golden.join("gguf_types.gguf")).unwrap();
-        assert_eq!(values.len(), 8);
+        assert_eq!(values.len(), 13);
         for (name, expected) in values {
             let tensor = file.read(&name).unwrap().unwrap();
             assert_eq!(tensor.dims(), [2, 256], "{name}");

@@ -14,6 +14,7 @@ mod error;
 mod export;
 mod gguf;
 mod gguf_tokenizer;
+mod grammar;
 mod held;
 pub mod lora;
 mod low_rank;
@@ -45,6 +46,7 @@ pub use config::{
 pub use draw::SamplingSettings;
 pub use error::EngineError;
 pub use export::{ScoreHead, padding_id, save_classifier};
+pub use grammar::Grammar;
 pub use held::{Held, Hold};
 pub use lora::{Adapter, Factor, Linear, LoraPair, LoraSpec, Module, Patterns, save_peft};
 pub use matmul::{Precision, WeightForm};

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::EngineError;
+use super::grammar::Lexicon;
 use super::held::Hold;
 use super::matmul::WeightForm;
 use super::rope::Rope;
@@ -42,6 +43,8 @@ struct Inner {
     ropes: Vec<Rope>,
     /// The weights laid out for inference, made when first needed: training does without this second copy.
     decoder: OnceLock<Arc<Decoder>>,
+    /// Made when a first answer is to keep a schema.
+    lexicon: OnceLock<Arc<Lexicon>>,
 }
 
 impl std::fmt::Debug for Model {
@@ -83,7 +86,8 @@ impl Model {
         };
         let weights = Weights::load(files, &config, output, hold)?;
         let ropes = Rope::all(&config)?;
-        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder: OnceLock::new() })))
+        let (decoder, lexicon) = Default::default();
+        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder, lexicon })))
     }
 
     /// Returns a model's shape without its weights, and how many bytes they take in its files. A folder may lack them.
@@ -128,6 +132,15 @@ impl Model {
         }
         let decoder = Decoder::new(self.config(), self.weights(), self.ropes(), WeightForm::F32, None)?;
         Ok(self.0.decoder.get_or_init(|| Arc::new(decoder)))
+    }
+
+    /// Returns the tokenizer's tokens laid out for grammars.
+    pub(crate) fn lexicon(&self) -> Result<&Arc<Lexicon>, EngineError> {
+        if let Some(lexicon) = self.0.lexicon.get() {
+            return Ok(lexicon);
+        }
+        let lexicon = Lexicon::new(self.tokenizer(), self.config().vocab)?;
+        Ok(self.0.lexicon.get_or_init(|| Arc::new(lexicon)))
     }
 
     /// Returns the token ids of a conversation, ending where the assistant's answer begins.

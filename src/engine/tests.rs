@@ -12,6 +12,7 @@ use crate::record::{FinishReason, Message};
 
 mod families;
 mod gguf;
+mod grammar;
 mod held;
 mod mixed;
 mod room;

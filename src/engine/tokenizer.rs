@@ -1,10 +1,13 @@
 //! Text to token ids and back, with the ids that end an answer.
 
+mod bytes;
+
 use std::collections::BTreeSet;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use self::bytes::Spelling;
 use super::error::EngineError;
 use super::gguf_tokenizer;
 use super::source::Files;
@@ -90,6 +93,33 @@ impl Tokenizer {
         let mut ids = self.encode(text)?;
         ids.extend(self.closing.filter(|_| finished));
         Ok(ids)
+    }
+
+    /// Returns the ids that end an answer.
+    pub(crate) fn ends(&self) -> impl Iterator<Item = u32> {
+        self.ends.iter().copied()
+    }
+
+    /// Returns the bytes that each id of a model's vocabulary writes: none for ids that no token has, and a mark that no text
+    /// holds before the name of a special token.
+    pub(crate) fn bytes(&self, vocab: usize) -> Result<Vec<Vec<u8>>, EngineError> {
+        const SPECIAL: u8 = 0xFF;
+        let decoder = self.inner.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
+        let spelling = decoder.as_deref().and_then(Spelling::of).ok_or_else(|| {
+            EngineError::request(
+                "the tokenizer is neither byte-level nor has byte fallback; schemas need the bytes of tokens",
+            )
+        })?;
+        let (alphabet, added) = (bytes::alphabet(), self.inner.get_added_tokens_decoder());
+        let word = |id: u32| {
+            let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
+            match added.get(&id) {
+                Some(added) if added.special || self.is_end(id) => [&[SPECIAL], token.as_bytes()].concat(),
+                Some(_) => token.into_bytes(),
+                None => spelling.bytes(&token, &alphabet).unwrap_or_default(),
+            }
+        };
+        Ok((0..vocab as u32).map(word).collect())
     }
 
     /// Returns the SHA-256 of its definition.

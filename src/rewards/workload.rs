@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::RewardError;
-use super::rules::{Check, Rule};
+use super::rules::{Check, Kind, Rule};
 use crate::dataset::{MOST_WORKLOADS as MOST, Match, WorkloadView};
 use crate::json::Value;
 use crate::record::Message;
@@ -31,6 +31,15 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// Returns the JSON Schema that the rules ask for: of any JSON value where a `json` rule has none; nothing without such a
+    /// rule. A schema that is not JSON is refused when the rules are compiled.
+    pub fn json_schema(&self) -> Option<serde_json::Value> {
+        self.rules.iter().find_map(|rule| match &rule.kind {
+            Kind::Json { schema } => serde_json::from_str(schema.as_deref().unwrap_or("{}")).ok(),
+            _ => None,
+        })
+    }
+
     /// Returns what a dataset needs to know of the workload.
     pub fn view(&self) -> WorkloadView {
         WorkloadView {

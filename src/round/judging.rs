@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::rows::{Place, candidate_row};
 use super::train::item;
 use super::{Night, RoundError};
-use crate::candidates::{self, Candidate, Draw, Stream};
+use crate::candidates::{self, Candidate, Draw, Formats, Stream};
 use crate::dataset::Prompt;
 use crate::engine::{Adapter, Policy, SamplingSettings, ScoreItem, WeightForm, divergence};
 use crate::gate::{Behaviour, Block, Kl, Observation, Side, Trial};
@@ -121,6 +121,7 @@ fn draw(
         sampling,
         limits: night.config.candidates.limits(),
         strategies: Vec::new(),
+        formats: Formats::new(),
     };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
     Ok(candidates::draw(&policy, prompts, &how, stream, &mut silent())?)
@@ -166,7 +167,13 @@ fn divergences(night: &Night<'_>, trial: &Trial, batch: &Batch<'_>, sides: &Side
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
     let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
-    let how = Draw { samples: 1, sampling, limits: night.config.candidates.limits(), strategies: Vec::new() };
+    let how = Draw {
+        samples: 1,
+        sampling,
+        limits: night.config.candidates.limits(),
+        strategies: Vec::new(),
+        formats: Formats::new(),
+    };
     let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
     let drawn = candidates::draw(&policy, wanted, &how, stream, &mut silent())?;
     let answers: Vec<&Candidate> = drawn.iter().flatten().collect();

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::record::{FinishReason, Message};
 
 use super::Settings;
-use super::job::{Penalties, Refusal, Sampling};
+use super::job::{Format, Penalties, Refusal, Sampling};
 
 /// An answer that is not a success, in OpenAI's envelope.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,6 +88,7 @@ impl From<Refusal> for ApiError {
                 Some("input_tokens"),
             ),
             Refusal::Prompt(message) => ApiError::bad(message, Some("messages")),
+            Refusal::Format(message) => ApiError::bad(message, Some("response_format")),
             Refusal::Engine(message) => ApiError::internal(message),
         }
     }
@@ -114,6 +115,7 @@ pub(crate) struct ChatRequest {
     max_completion_tokens: Option<usize>,
     pub(crate) seed: Option<i64>,
     stop: Option<Stop>,
+    response_format: Option<Value>,
     logprobs: Option<bool>,
     top_logprobs: Option<usize>,
     return_token_ids: Option<bool>,
@@ -125,10 +127,7 @@ pub(crate) struct ChatRequest {
 type IsOff = fn(&Value) -> bool;
 
 /// Parameters that would change the answer and that the sampler does not have, with the value that means "off".
-const UNSUPPORTED: [(&str, IsOff); 2] = [
-    ("logit_bias", |v| v.as_object().is_some_and(Map::is_empty)),
-    ("response_format", |v| v.get("type").and_then(Value::as_str) == Some("text")),
-];
+const UNSUPPORTED: [(&str, IsOff); 1] = [("logit_bias", |v| v.as_object().is_some_and(Map::is_empty))];
 
 /// More stop strings than OpenAI allows are refused; each costs a search per token.
 const MAX_STOP_STRINGS: usize = 4;
@@ -184,8 +183,8 @@ impl ChatRequest {
             let message = format!("n={samples} is not between 1 and {}", settings.max_samples);
             return Err(ApiError::bad(message, Some("n")));
         }
-        let (penalties, stop) = (self.penalties()?, self.stop_strings()?);
-        Ok(Sampling { temperature, top_p, top_k, min_p, penalties, max_tokens: asked, samples, stop })
+        let (penalties, stop, format) = (self.penalties()?, self.stop_strings()?, self.format()?);
+        Ok(Sampling { temperature, top_p, top_k, min_p, penalties, max_tokens: asked, samples, stop, format })
     }
 
     fn penalties(&self) -> Result<Penalties, ApiError> {
@@ -195,6 +194,18 @@ impl ChatRequest {
             presence: within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?,
             frequency: within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?,
         })
+    }
+
+    fn format(&self) -> Result<Format, ApiError> {
+        let bad = |message: &str| ApiError::bad(message, Some("response_format"));
+        let Some(format) = &self.response_format else { return Ok(Format::Text) };
+        match (format["type"].as_str(), &format["json_schema"]["schema"]) {
+            (Some("text"), _) => Ok(Format::Text),
+            (Some("json_object"), _) => Ok(Format::JsonObject),
+            (Some("json_schema"), schema @ Value::Object(_)) => Ok(Format::JsonSchema(schema.clone())),
+            (Some("json_schema"), _) => Err(bad("'response_format.json_schema.schema' must be a JSON Schema object")),
+            _ => Err(bad("'response_format.type' must be text, json_object or json_schema")),
+        }
     }
 
     /// Returns what the answer shall carry.
@@ -395,7 +406,8 @@ mod tests {
             (json!({"frequency_penalty": 2.5}), "frequency_penalty=2.5"),
             (json!({"min_p": 1.5}), "min_p=1.5"),
             (json!({"repetition_penalty": 0.0}), "repetition_penalty=0"),
-            (json!({"response_format": {"type": "json_object"}}), "'response_format'"),
+            (json!({"response_format": {"type": "xml"}}), "'response_format.type'"),
+            (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "json_schema.schema'"),
             (json!({"messages": []}), "'messages'"),
         ];
         for (extra, expected) in cases {
@@ -418,6 +430,7 @@ mod tests {
             max_tokens: Some(8),
             samples: 1,
             stop: vec!["x".into()],
+            format: Format::Text,
         };
         assert_eq!(sampling, expected);
     }

@@ -93,7 +93,7 @@ impl Visit {
         let model = request.model.unwrap_or_else(|| resolved.served.clone());
         let (messages, tools) = (request.messages, request.tools);
         let job = Job { adapter: resolved.adapter, messages, tools, sampling, seeds, events: sender, _place: place };
-        self.server.send(Command::Answer(job))?;
+        self.server.send(Command::Answer(Box::new(job)))?;
         let prompt_ids = match events.recv().await {
             Some(Event::Started { prompt_ids }) => prompt_ids,
             Some(Event::Refused(refusal)) => return Err(refusal.into()),

@@ -14,7 +14,7 @@ use super::api::Sampled;
 
 /// One message to the engine's thread.
 pub(crate) enum Command {
-    Answer(Job),
+    Answer(Box<Job>),
     /// Reads an adapter from `folder` and answers under `name` with it from now on.
     Load {
         name: String,
@@ -68,6 +68,16 @@ pub(crate) struct Sampling {
     pub(crate) max_tokens: Option<usize>,
     pub(crate) samples: usize,
     pub(crate) stop: Vec<String>,
+    pub(crate) format: Format,
+}
+
+/// What an answer must be.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Format {
+    Text,
+    JsonObject,
+    /// An instance of this JSON Schema.
+    JsonSchema(serde_json::Value),
 }
 
 /// What the engine's thread reports of a job.
@@ -94,6 +104,8 @@ pub(crate) enum Refusal {
     },
     /// The chat template refuses the messages.
     Prompt(String),
+    /// The schema of the answer cannot be followed.
+    Format(String),
     Engine(String),
 }
 

@@ -116,7 +116,7 @@ fn engine_thread(commands: &Receiver<Command>, busy: &Mutex<()>) {
                     return;
                 }
                 let _held = busy.lock().unwrap();
-                speak(job, &voice);
+                speak(*job, &voice);
             }
         }
     }

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 
 use crate::engine::{
-    Adapter, BatchLimits, Batcher, EngineError, Event as Step, Group, Model, Policy, SamplingSettings, WeightForm,
+    Adapter, BatchLimits, Batcher, EngineError, Event as Step, Grammar, Group, Model, Policy, SamplingSettings,
+    WeightForm,
 };
 
 use super::Settings;
 use super::api::Sampled;
 use super::emit::{Emitter, Wish};
-use super::job::{Command, Event, Job, Refusal, Sampling, rank_too_high, room};
+use super::job::{Command, Event, Format, Job, Refusal, Sampling, rank_too_high, room};
 
 /// Starts the thread; it ends when the last sender is gone and all is answered.
 pub(crate) fn start(model: Model, settings: &Settings) -> std::io::Result<Sender<Command>> {
@@ -80,7 +81,7 @@ impl<'m> Engine<'m> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Ping { reply } => drop(reply.send(())),
-            Command::Answer(job) => self.accept(job),
+            Command::Answer(job) => self.accept(*job),
             Command::Load { name, folder, reply } => {
                 let loaded = self.load(&folder).map(|policy| drop(self.adapters.insert(name, policy)));
                 drop(reply.send(loaded));
@@ -99,26 +100,32 @@ impl<'m> Engine<'m> {
 
     /// Tokenises a request's prompt and brings it into the batch, or refuses it.
     fn accept(&mut self, mut job: Job) {
-        let admitted = self.admit(&mut job);
-        let told = match &admitted {
-            Ok((_, group)) => job.events.send(Event::Started { prompt_ids: group.prompt.clone() }),
-            Err(refusal) => job.events.send(Event::Refused(refusal.clone())),
+        let id = self.next_group;
+        self.next_group += 1;
+        let told = match self.begin(id, &mut job) {
+            Ok((prompt_ids, emitter)) => {
+                let told = job.events.send(Event::Started { prompt_ids });
+                self.running.insert(id, Running { emitter, job });
+                told
+            }
+            Err(refusal) => job.events.send(Event::Refused(refusal)),
         };
-        let Ok((policy, group)) = admitted else { return };
         if told.is_err() {
             tracing::debug!("a client went away before its request was accepted");
-            return;
         }
+    }
+
+    /// Brings a request into the batch; returns its prompt's ids and what will tell of its tokens.
+    fn begin(&mut self, id: u64, job: &mut Job) -> Result<(Vec<u32>, Emitter), Refusal> {
+        let (policy, group) = self.admit(id, job)?;
         let emitter = Emitter::new(job.events.clone(), group.seeds.len(), group.sampling.stop.clone());
-        match self.batcher.push_as(&policy, group) {
-            Ok(()) => drop(self.running.insert(self.next_group, Running { emitter, job })),
-            Err(error) => drop(job.events.send(Event::Refused(Refusal::Prompt(error.to_string())))),
-        }
-        self.next_group += 1;
+        let prompt_ids = group.prompt.clone();
+        self.batcher.push_as(&policy, group).map_err(|e| Refusal::Prompt(e.to_string()))?;
+        Ok((prompt_ids, emitter))
     }
 
     /// Returns what is to be sampled for a job, and from which policy.
-    fn admit(&self, job: &mut Job) -> Result<(Policy, Group), Refusal> {
+    fn admit(&self, id: u64, job: &mut Job) -> Result<(Policy, Group), Refusal> {
         let policy = match &job.adapter {
             None => &self.base,
             // It was there when the name was resolved, so it was unloaded a moment ago.
@@ -139,8 +146,18 @@ impl<'m> Engine<'m> {
             presence_penalty: penalties.presence,
             frequency_penalty: penalties.frequency,
             stop: std::mem::take(&mut job.sampling.stop),
+            grammar: self.grammar(&job.sampling.format)?,
         };
-        Ok((policy.clone(), Group { id: self.next_group, prompt, seeds: job.seeds.clone(), sampling }))
+        Ok((policy.clone(), Group { id, prompt, seeds: job.seeds.clone(), sampling }))
+    }
+
+    fn grammar(&self, format: &Format) -> Result<Option<Grammar>, Refusal> {
+        let grammar = match format {
+            Format::Text => return Ok(None),
+            Format::JsonObject => Grammar::json_object(self.model),
+            Format::JsonSchema(schema) => Grammar::json_schema(self.model, schema),
+        };
+        grammar.map(Some).map_err(|e| Refusal::Format(e.to_string()))
     }
 
     /// Adds a token to each sequence of the batch and reports them.

@@ -129,6 +129,7 @@ fn job(adapter: Option<&str>, samples: usize, max_tokens: usize) -> (Job, Unboun
         max_tokens: Some(max_tokens),
         samples,
         stop: Vec::new(),
+        format: Format::Text,
     };
     let place = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
     let messages = vec![Message::text("user", "who are you?")];
@@ -177,6 +178,26 @@ fn requests_of_different_adapters_are_decoded_in_one_batch_and_join_it_at_any_st
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_keeps_the_format_that_is_asked_for() {
+    let real = Real::start(Settings::default()).await;
+    let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+        "additionalProperties": false});
+    let format = |schema: &Value| json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}});
+    let wish = json!({"response_format": format(&schema), "n": 3, "max_tokens": 100, "seed": 3});
+    let (status, body) = real.ask("base", "hi", wish).await;
+    assert_eq!(status, 200, "{body}");
+    for choice in body["choices"].as_array().unwrap() {
+        let value: Value = serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+        assert!(value["ok"].is_boolean() && value.as_object().unwrap().len() == 1, "{value}");
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+    let (_, body) = real.ask("base", "hi", json!({"response_format": {"type": "json_object"}})).await;
+    assert!(body["choices"][0]["message"]["content"].as_str().unwrap().starts_with('{'), "{body}");
+    let (status, body) = real.ask("base", "hi", json!({"response_format": format(&json!({"type": "nothing"}))})).await;
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("response_format")), "{body}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_fit_is_refused_and_the_default_fills_the_context() {
     let real = Real::start(Settings::default()).await;
     let context = model().config().max_positions;
@@ -191,6 +212,10 @@ async fn what_does_not_fit_is_refused_and_the_default_fills_the_context() {
         _ => assert!(model().tokenizer().is_end(*new.last().unwrap())),
     }
     assert_eq!(model().prompt_ids(&[Message::text("user", "hi")], None).unwrap().len(), prompt);
+    let real = Real::start(Settings { cache_mib: 0, ..Settings::default() }).await;
+    let (status, body) = real.ask("base", "hi", json!({})).await;
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("messages")));
+    assert!(body["error"]["message"].as_str().unwrap().contains("more than cache_mib = 0; raise it"), "{body}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,8 @@ fn generate(folder: &Path, model: &Path, more: &[&str]) -> Outcome {
     let input = folder.join("in.jsonl");
     std::fs::write(&input, "{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}\n").unwrap();
     let (model, input) = (model.display().to_string(), input.display().to_string());
-    let arguments = [&["generate", "--model", &model, "--input", &input, "--max-tokens", "2"], more].concat();
+    let few: &[&str] = if more.contains(&"--max-tokens") { &[] } else { &["--max-tokens", "2"] };
+    let arguments = [&["generate", "--model", &model, "--input", &input], few, more].concat();
     taod_in(folder, &arguments, &[])
 }
 
@@ -118,4 +119,27 @@ fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
     night.worker(&["--resume"], &[]);
     assert!(!whole.adapters().is_empty());
     assert!(night.adapters() == whole.adapters(), "the full disk left a trace");
+}
+
+#[test]
+fn sampling_that_cannot_be_done_is_refused_with_what_it_lacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |more: &[&str], words: &[&str]| generate(folder.path(), &model(), more).refused(words);
+    refused(&["--cache-mib", "0"], &["an answer of up to 2 need 1 MiB", "cache_mib = 0", "raise it"]);
+    refused(&["--stop", ""], &["stop holds an empty string", "leave it out"]);
+    let schema = folder.path().join("schema.json");
+    let path = schema.display().to_string();
+    refused(&["--json-schema", &path], &["schema.json", "No such file"]);
+    for (text, words) in [
+        ("{\"type\":", vec!["schema.json is not JSON"]),
+        ("{\"type\": \"nothing\"}", vec!["schema.json", "cannot be followed", "nothing"]),
+        ("{\"$ref\": \"https://example.com/a.json\"}", vec!["schema.json", "cannot be followed", "example.com"]),
+    ] {
+        std::fs::write(&schema, text).unwrap();
+        refused(&["--json-schema", &path], &words);
+    }
+    std::fs::write(&schema, "{\"type\": \"boolean\"}").unwrap();
+    let outcome = generate(folder.path(), &model(), &["--json-schema", &path, "--max-tokens", "40"]).code(0);
+    let answer: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+    assert!(["true", "false"].contains(&answer["text"].as_str().unwrap().trim()), "{answer}");
 }

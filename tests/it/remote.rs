@@ -71,7 +71,7 @@ fn sample(model: &Model, settings: &Settings, out: &Path) -> Result<Manifest, Ca
     let prompts = ["one", "two words", "a third prompt"].map(prompt);
     let prompts: Vec<&Prompt> = prompts.iter().collect();
     let stream = Stream { seed: 7, name: "train/1", sampler: "base" };
-    candidates::sample(model, None, &prompts, settings, stream, out, &Progress::silent())
+    candidates::sample(model, None, &prompts, (settings, &Default::default()), stream, out, &Progress::silent())
 }
 
 #[test]

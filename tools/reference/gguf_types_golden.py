@@ -21,6 +21,11 @@ BLOCKS = {
     Type.Q4_K: (144, 256, [0, 2]),
     Type.Q5_K: (176, 256, [0, 2]),
     Type.Q6_K: (210, 256, [208]),
+    Type.Q5_0: (22, 32, [0]),
+    Type.Q5_1: (24, 32, [0, 2]),
+    Type.Q2_K: (84, 256, [80, 82]),
+    Type.Q3_K: (110, 256, [108]),
+    Type.BF16: (2, 1, []),
 }
 
 
@@ -29,6 +34,9 @@ def raw(kind, rng):
     if kind in (Type.F32, Type.F16):
         return rng.normal(size=(ROWS, COLUMNS)).astype(np.float32 if kind == Type.F32 else np.float16)
     size, elements, floats = BLOCKS[kind]
+    if kind == Type.BF16:
+        values = rng.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(ROWS, -1)
     blocks = rng.integers(0, 256, size=(ROWS * COLUMNS // elements, size), dtype=np.uint8)
     for at in floats:
         scales = rng.uniform(0.001, 0.05, size=len(blocks)).astype(np.float16)

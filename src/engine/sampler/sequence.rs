@@ -10,6 +10,7 @@ use super::{Completion, Group};
 use crate::engine::cache::{BLOCK, Cache, Segment};
 use crate::engine::decoder::Run;
 use crate::engine::draw::{Drawn, Said, SamplingSettings, Scratch, draw};
+use crate::engine::grammar::{Grammar, Walk};
 use crate::engine::low_rank::LoraPack;
 use crate::engine::model::Model;
 use crate::engine::stop::{StopWatch, first_stop};
@@ -28,6 +29,9 @@ pub(super) struct Active {
     limit: usize,
     watch: Option<StopWatch>,
     stopped: bool,
+    walk: Option<Walk>,
+    /// Whether its grammar came to its limits.
+    given_up: bool,
     drawn: Vec<Drawn>,
     /// Its last token, as the next forward pass takes it.
     last: [u32; 1],
@@ -53,6 +57,8 @@ impl Active {
             limit: most_tokens(group, model),
             watch: StopWatch::begin(&group.sampling.stop),
             stopped: false,
+            walk: group.sampling.grammar.as_ref().map(Grammar::begin),
+            given_up: false,
             drawn: Vec::new(),
             last: [0],
         }
@@ -74,7 +80,16 @@ impl Active {
     }
 
     pub(super) fn draw(&mut self, logits: &[f32], model: &Model, scratch: &mut Scratch) {
-        let drawn = draw(logits, &self.sampling, self.said.as_ref(), &mut self.rng, scratch);
+        let drawn = draw(logits, &self.sampling, self.said.as_ref(), self.walk.as_mut(), &mut self.rng, scratch);
+        let drawn =
+            drawn.and_then(|drawn| self.walk.as_mut().map_or(Ok(()), |walk| walk.take(drawn.token)).map(|()| drawn));
+        let drawn = match drawn {
+            Ok(drawn) => drawn,
+            Err(problem) => {
+                tracing::warn!(%problem, "an answer was cut: its JSON schema's grammar came to its limits");
+                return self.given_up = true;
+            }
+        };
         if let Some(said) = &mut self.said {
             said.add(drawn.token);
         }
@@ -92,13 +107,16 @@ impl Active {
         self.drawn.iter().map(|d| d.token).collect()
     }
 
-    /// Returns the newest token.
+    /// Returns the token of the last step.
     pub(super) fn newest(&self) -> Option<Drawn> {
-        self.drawn.last().copied()
+        self.drawn.last().copied().filter(|_| !self.given_up)
     }
 
     /// Returns why it is over, once it is.
     pub(super) fn finish_reason(&self, model: &Model) -> Option<FinishReason> {
+        if self.given_up {
+            return Some(FinishReason::Length);
+        }
         let last = self.drawn.last()?;
         if self.stopped || model.tokenizer().is_end(last.token) {
             Some(FinishReason::Stop)
