@@ -55,11 +55,19 @@ pub(super) fn tune(
 ) -> Result<Outcome, TuneError> {
     check(settings, model.config())?;
     let selection = batches::select(samples, settings, model.config())?;
-    let origin = Origin::new(Frozen::of(model), settings, seed, samples, None)?;
+    // A pass before it, or any adapter in PEFT's layout; the program may run in another folder.
+    let start = start.map(|from| if from.join(ADAPTER).is_dir() { from.join(ADAPTER) } else { from.to_path_buf() });
+    let start = start.map(std::path::absolute).transpose();
+    let start = start.map_err(|e| FileError::io("cannot find", out, e))?;
+    let mut origin = Origin::new(Frozen::of(model), settings, seed, samples, None)?;
+    let hash = |from: &PathBuf| durable::sha256_file(&from.join("adapter_model.safetensors"));
+    origin.start = start.as_ref().map(hash).transpose()?;
     let dataset = out.join(DATASET);
     match durable::read_json::<Manifest>(&dataset.join(MANIFEST)) {
         Ok(found) => found.origin.expect(&origin, &dataset)?,
-        Err(error) if error.is_not_found() => freeze(model, samples, start, settings, seed, origin, &dataset)?,
+        Err(error) if error.is_not_found() => {
+            freeze(model, samples, start.as_deref(), settings, seed, origin, &dataset)?
+        }
         Err(error) => return Err(error.into()),
     }
     if let Some(outcome) = finished(out)? {
@@ -71,6 +79,13 @@ pub(super) fn tune(
     let kl_sample = judge(model, &selection, settings, &attempt, progress)?;
     let place = out.join(ADAPTER);
     sync(&attempt)?;
+    // One without an outcome is of a try that was cut short.
+    match fs::remove_dir_all(&place) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(FileError::io("cannot remove", &place, error).into());
+        }
+        _ => {}
+    }
     fs::rename(&attempt, &place).map_err(|e| FileError::io("cannot move the adapter to", &place, e))?;
     let outcome = Outcome {
         steps: Vec::new(),
@@ -98,7 +113,6 @@ fn freeze(
     dataset: &Path,
 ) -> Result<(), TuneError> {
     durable::create_folder(dataset)?;
-    let start = start.map(|start| start.join(ADAPTER));
     let base = model.identity();
     let told =
         json!({ "base": base.name, "base_sha256": base.sha256, "start": start, "seed": seed, "tuning": settings });

@@ -87,6 +87,11 @@ impl Method {
         }
     }
 
+    /// Returns true where the slopes of an answer depend on its siblings' log-probs, and not on their rewards alone.
+    pub fn reads_siblings(self) -> bool {
+        self.family() == Family::Preference
+    }
+
     /// Returns true where the log-probs of the policy that training begins from enter the loss.
     pub fn needs_old(self) -> bool {
         self.family() == Family::Policy || matches!(self, Method::Oapl | Method::Rebel)
@@ -212,6 +217,11 @@ pub struct Member<'a> {
 impl Member<'_> {
     fn tokens(&self) -> f64 {
         self.policy.len() as f64
+    }
+
+    /// Returns true where another part of the step holds this sample, so that its log-probs are not at hand.
+    fn is_elsewhere(&self) -> bool {
+        self.policy.is_empty()
     }
 
     /// Returns the log-ratio of the policy to a reference, of the whole answer.

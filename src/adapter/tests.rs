@@ -361,7 +361,8 @@ fn memory_stays_flat_over_steps() {
         let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
         alone.args(["--exact", "adapter::tests::memory_stays_flat_over_steps"]).env("TAOD_TEST_ALONE", "1");
         let output = alone.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -161,9 +161,12 @@ impl<'a> Run<'a> {
         Ok(sums)
     }
 
-    /// Returns the log-probs of groups whose samples stand in several parts: a loss sees a group whole.
+    /// Returns the log-probs of groups whose samples stand in several parts, where a loss reads those of siblings.
     fn look_ahead(&self, step: &Step, parts: &[Part]) -> Result<Ahead, TuneError> {
         let mut ahead = Ahead::new();
+        if !self.loss.method.reads_siblings() {
+            return Ok(ahead);
+        }
         let within = |part: &Part, group: &Group| part.samples.iter().filter(|s| group.holds(s.index)).count();
         let is_cut =
             |part: &&Part| self.groups(step).any(|group| (1..group.samples.len()).contains(&within(part, group)));
@@ -192,8 +195,10 @@ impl<'a> Run<'a> {
             let members: Vec<Member> =
                 group.samples.iter().map(|s| self.member(s, policy(s.index).unwrap_or_default())).collect();
             let found = self.loss.slopes(&members, batch);
-            // A group that was cut counts once.
-            if group.samples.first().is_some_and(|first| here.contains_key(&first.index)) {
+            // A pair that was cut counts once; of other groups each part counts its own samples.
+            if !self.loss.method.reads_siblings()
+                || group.samples.first().is_some_and(|first| here.contains_key(&first.index))
+            {
                 sums.loss += found.value;
                 sums.ratio += found.ratio;
                 sums.clipped += found.clipped;

@@ -20,8 +20,11 @@ use crate::durable::{self, FileError};
 pub enum Action {
     /// Serve this version: by its trial's verdict where that passed and was not carried out, else on the operator's word.
     Promote { version: String },
-    /// Serve what was served before, and quarantine what is served now.
-    Rollback,
+    /// Serve what was served before, and quarantine `from`, which is what was served when this was asked for.
+    Rollback {
+        #[serde(default)]
+        from: Option<String>,
+    },
     /// Let nothing be trained, judged or promoted until the freeze is lifted.
     Freeze,
     /// Lift the freeze.

@@ -73,8 +73,8 @@ pub(super) fn fits(model: &Model, tokens: usize, sampling: &SamplingSettings) ->
     tokens + sampling.max_tokens <= model.config().max_positions
 }
 
-/// Returns all ways in which a prompt is asked; those that do not fit the context or the cache with their answer are left
-/// out.
+/// Returns all ways in which a prompt is asked; those that the template refuses, or that do not fit the context or the
+/// cache with their answer, are left out.
 fn plan<'a>(
     model: &Model,
     owner: usize,
@@ -82,7 +82,9 @@ fn plan<'a>(
     how: &'a Draw,
     stream: Stream<'_>,
 ) -> Result<Vec<Ask<'a>>, CandidateError> {
-    let prompt_ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
+    let Some(prompt_ids) = model.readable_ids(&prompt.messages, prompt.tools.as_ref())? else {
+        return Ok(Vec::new());
+    };
     let fits = |ids: &[u32]| {
         let tokens = ids.len();
         fits(model, tokens, &how.sampling) && how.limits.check(model, tokens, how.sampling.max_tokens).is_ok()
@@ -93,7 +95,10 @@ fn plan<'a>(
         let (asked, sampling, samples) = match strategy {
             None => (prompt_ids.clone(), how.sampling.clone(), how.samples),
             Some(s) => {
-                let asked = model.prompt_ids(&s.messages(&prompt.messages), prompt.tools.as_ref())?;
+                let Some(asked) = model.readable_ids(&s.messages(&prompt.messages), prompt.tools.as_ref())? else {
+                    first += s.samples;
+                    continue;
+                };
                 (asked, s.sampling(&how.sampling), s.samples)
             }
         };

@@ -262,6 +262,9 @@ pub enum CandidateError {
     File(#[from] FileError),
     #[error("the server at candidates.remote.url {url} cannot sample: {what}")]
     Remote { url: String, what: String },
+    /// One prompt is refused; the others may not be.
+    #[error("{0}")]
+    Prompt(String),
 }
 
 /// What stands in the stage's folder once it is complete.
@@ -272,7 +275,8 @@ pub struct Manifest {
     pub prompts: usize,
     pub candidates: usize,
     pub tokens: u64,
-    /// Prompts that do not fit the model's context, or candidates.cache_mib, together with their answer.
+    /// Prompts that do not fit the model's context, or candidates.cache_mib, together with their answer, or that its chat
+    /// template or the server refuses.
     pub too_long: usize,
     /// Answers that a strategy drew and threw away: nothing stood after its mark.
     #[serde(default)]
@@ -369,7 +373,8 @@ fn check_room(model: &Model, prompts: &[&Prompt], settings: &Settings) -> Result
     let mut left_out = 0;
     let mut most = None;
     for prompt in prompts {
-        let tokens = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len();
+        let Some(ids) = model.readable_ids(&prompt.messages, prompt.tools.as_ref())? else { continue };
+        let tokens = ids.len();
         if let (true, Err(error)) =
             (fits(model, tokens, &draw.sampling), limits.check(model, tokens, draw.sampling.max_tokens))
         {

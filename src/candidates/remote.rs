@@ -25,6 +25,8 @@ use crate::secret::{self, Secret};
 
 /// A pause before a request is sent again, doubled with each.
 const PAUSE: Duration = Duration::from_millis(200);
+/// The longest pause is two to this power of the first.
+const LONGEST_PAUSE: u32 = 7;
 /// The longest piece of a server's message that is repeated in ours, in characters.
 const MAX_MESSAGE: usize = 300;
 
@@ -119,7 +121,7 @@ impl<'a> Remote<'a> {
     ) -> Result<Vec<Vec<Candidate>>, CandidateError> {
         let mut asked = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
-            let ids = model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?;
+            let Some(ids) = model.readable_ids(&prompt.messages, prompt.tools.as_ref())? else { continue };
             if ids.len() + how.sampling.max_tokens <= model.config().max_positions {
                 let seed = derive_seed(stream.seed, &[stream.name, stream.sampler, &prompt.prompt_hash]);
                 // Servers take a seed as a signed number.
@@ -128,17 +130,33 @@ impl<'a> Remote<'a> {
             }
         }
         let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
+        let mut refused = Vec::new();
         self.runtime.block_on(async {
             let answers = futures::stream::iter(&asked).map(async |asked| (asked, self.ask(asked, how).await));
             let mut answers = std::pin::pin!(answers.buffered(self.settings.concurrency));
             while let Some((asked, answer)) = answers.next().await {
-                let answers = self.read(&answer?, asked, model, how, stream)?;
+                let answers = match answer.and_then(|answer| self.read(&answer, asked, model, how, stream)) {
+                    Err(CandidateError::Prompt(what)) => {
+                        refused.push(what);
+                        continue;
+                    }
+                    answers => answers?,
+                };
                 let tokens = answers.iter().map(|candidate| candidate.token_ids.len() as u64).sum();
                 step.advance(tokens, "");
                 drawn[asked.index] = answers;
             }
-            Ok(drawn)
-        })
+            Ok::<(), CandidateError>(())
+        })?;
+        // One prompt may be at fault; all of them are not.
+        match refused.pop() {
+            Some(what) if !refused.is_empty() && drawn.iter().all(Vec::is_empty) => return Err(self.fault(what)),
+            Some(what) => {
+                tracing::warn!(prompts = refused.len() + 1, what, "prompts that the server refuses are left out")
+            }
+            None => {}
+        }
+        Ok(drawn)
     }
 
     /// Sends one request, again after what may pass.
@@ -175,6 +193,9 @@ impl<'a> Remote<'a> {
                     let passes = status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error();
                     let said: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
                     let said: String = said.chars().take(MAX_MESSAGE).collect();
+                    if matches!(status.as_u16(), 400 | 413 | 422) {
+                        return Err(CandidateError::Prompt(format!("it answers {status}: {said}")));
+                    }
                     if !passes {
                         return Err(self.fault(format!("it answers {status}: {said}")));
                     }
@@ -185,7 +206,7 @@ impl<'a> Remote<'a> {
             if tries == self.settings.retries {
                 return Err(self.fault(format!("{what} (asked {} times)", tries + 1)));
             }
-            tokio::time::sleep(PAUSE * (1 << tries)).await;
+            tokio::time::sleep(PAUSE * (1 << tries.min(LONGEST_PAUSE))).await;
             tries += 1;
         }
     }
@@ -248,7 +269,10 @@ impl<'a> Remote<'a> {
         let finish_reason = match choice["finish_reason"].as_str() {
             Some("stop") => FinishReason::Stop,
             Some("length") => FinishReason::Length,
-            other => return Err(self.fault(format!("an answer of it ends for {other:?}, not stop or length"))),
+            other => {
+                let what = format!("an answer of it ends for {}, not stop or length", other.unwrap_or("no reason"));
+                return Err(CandidateError::Prompt(what));
+            }
         };
         let content = choice["logprobs"]["content"].as_array();
         let logprobs = content.and_then(|list| list.iter().map(|entry| entry["logprob"].as_f64()).collect());

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch as channel};
 
 use super::{Daemon, lease, load_model, promotion};
 use crate::admin::actions::{Action, Actions, Record};
-use crate::registry::{Promotion, Registry};
+use crate::registry::{Approval, Promotion, Registry};
 use crate::round::{Outcome, Paths, book};
 
 /// Carries actions out until `stop` turns true; one under way is finished first.
@@ -42,9 +42,11 @@ async fn carry_out(daemon: &Daemon, owner: &lease::Owner, record: &Record) -> Re
     let registry = Registry::open(&Paths::new(&daemon.config.state.dir).registry())?;
     match &record.action {
         Action::Promote { version } => promote(daemon, &registry, version, record).await,
-        Action::Rollback => {
+        Action::Rollback { from } => {
             let reason = format!("{} ({})", record.reason, record.by);
-            let promoted = promotion::rollback(&daemon.config, &reason, &load_model(&daemon.config).await?).await?;
+            let promoted =
+                promotion::rollback(&daemon.config, from.as_deref(), &reason, &load_model(&daemon.config).await?)
+                    .await?;
             Ok(served(daemon, &promoted))
         }
         Action::Freeze => {
@@ -76,7 +78,7 @@ async fn promote(daemon: &Daemon, registry: &Registry, version: &str, record: &R
         Some(verdict) => {
             let mode = daemon.config.registry.promotion;
             ensure!(mode != Promotion::Frozen, "registry.promotion is \"frozen\": set it to \"approval\" first");
-            let approval = promotion::Approval { by: &record.by, reason: &record.reason };
+            let approval = Approval { by: record.by.clone(), reason: record.reason.clone() };
             promotion::promote(&daemon.config, &verdict, Some(approval), &model).await?
         }
         None => promotion::override_promote(&daemon.config, version, &record.by, &record.reason, &model).await?,

@@ -1,10 +1,10 @@
 //! A version that a part of the clients gets before all do: begun by an operator, kept up by the daemon, and taken away where
 //! what it earns is less than what the served version earns with the others.
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 
 use super::panel::panel;
-use super::promotion::{Desk, now_us, open};
+use super::promotion::{Desk, now_us, open, turn};
 use crate::config::Config;
 use crate::endpoint::EndpointError;
 use crate::endpoint::fleet::{Fleet, Target};
@@ -36,19 +36,19 @@ pub async fn begin(
     Ok(proofs)
 }
 
-/// Takes the canary's part away and returns the version; `None` where there is none. It is barred where a reason says so.
-pub async fn end(config: &Config, reason: &str, quarantine: bool) -> Result<Option<String>> {
+/// Takes the canary's part away and returns the version; `None` where there is none. A version that was `judged` and found
+/// wanting is barred; another one that is the canary by now is let alone.
+pub async fn end(config: &Config, judged: Option<&str>, reason: &str) -> Result<Option<String>> {
     let (registry, _) = open(config)?;
-    let turn = registry.turn()?;
-    let _turn = turn.context("another process is changing what is served: try again when it has ended")?;
+    let _turn = turn(&registry).await?;
     let Some(canary) = registry.canary()? else { return Ok(None) };
+    if let Some(judged) = judged.filter(|judged| *judged != canary.version) {
+        bail!("{} is the canary by now: {judged} was to be stopped", canary.version);
+    }
     let fleet = Fleet::new(&config.endpoint)?;
     // The clients first: what the registry says is put right by `tend`, too, if this is cut short.
     fleet.share(&fleet.target(&registry, &registry.current()?.version), None).await?;
-    registry.end_canary(reason, now_us())?;
-    if quarantine {
-        registry.quarantine(&canary.version, reason, now_us())?;
-    }
+    registry.end_canary(reason, judged.is_some(), now_us())?;
     Ok(Some(canary.version))
 }
 

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::endpoint::watch::{Action, Seen, judge};
 use crate::metrics::Part;
 use crate::record::{FinishReason, Message};
-use crate::registry::{BASE, Registry};
+use crate::registry::{BASE, Happened, Registry};
 use crate::rewards::{Item, Rewards};
 use crate::round::Paths;
 use crate::table::{Name, Table};
@@ -104,7 +104,7 @@ async fn look_at_canary(config: &Config) -> Result<Option<String>> {
     let Some(fall) = seen.fall() else { return Ok(None) };
     let reason = format!("as canary {fall}");
     if config.endpoint.watch.action == Action::Rollback {
-        super::canary::end(config, &reason, true).await?;
+        super::canary::end(config, Some(&canary.version), &reason).await?;
     }
     Ok(Some(reason))
 }
@@ -114,25 +114,34 @@ pub async fn look_and_act(config: &Config) -> Result<Option<promotion::Promoted>
     if let Some(reason) = look_at_canary(config).await? {
         tracing::error!(reason, "the canary earns less than what is served");
     }
+    let judged = Registry::open(&Paths::new(&config.state.dir).registry())?.current()?.version;
     let Some(reason) = look(config).await?.and_then(|seen| seen.fall()) else { return Ok(None) };
     if config.endpoint.watch.action != Action::Rollback {
         tracing::error!(reason, "the live reward fell; roll back, or set endpoint.watch.action");
         return Ok(None);
     }
     let model = load_model(config).await?;
-    promotion::rollback(config, &reason, &model).await.map(Some)
+    promotion::rollback(config, Some(&judged), &reason, &model).await.map(Some)
 }
 
 /// Scores the answers before and after the newest promotion; `None` where no promoted version is served.
 pub async fn look(config: &Config) -> Result<Option<Seen>> {
     let paths = Paths::new(&config.state.dir);
-    let current = Registry::open(&paths.registry())?.current()?;
+    let registry = Registry::open(&paths.registry())?;
+    let current = registry.current()?;
     if current.version == BASE {
         return Ok(None);
     }
     let settle = i64::try_from(config.endpoint.watch.settle_seconds)?.saturating_mul(1_000_000);
     let before = format!("{} order by event_time desc", at("<", current.since_us));
-    let after = format!("{} order by event_time", at(">=", current.since_us.saturating_add(settle)));
+    // What a canary answered since is not the served version's doing.
+    let tried = registry.history()?.into_iter().filter_map(|event| match event.what {
+        Happened::CanaryBegan { version, .. } if version != current.version => Some(version),
+        _ => None,
+    });
+    let others: String =
+        tried.map(|version| format!(" and coalesce(served_version, model, '') not like '%{version}'")).collect();
+    let after = format!("{}{others} order by event_time", at(">=", current.since_us.saturating_add(settle)));
     compare(config, &before, &after).await.map(Some)
 }
 

@@ -24,6 +24,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use chrono::{DateTime, Utc};
 use tokio::sync::{Notify, watch as channel};
+use tokio::task::JoinSet;
 
 use crate::admin;
 use crate::admin::actions::Actions;
@@ -80,30 +81,37 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let (actions, todo) = Actions::new(&daemon.config.state.dir);
     let actions = Arc::new(actions);
     let page = admin::spawn(bound, admin::State { facts, actions: actions.clone() }, stopped(stop.clone()))?;
-    let observed = tokio::spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
+    let mut loops = JoinSet::new();
+    loops.spawn(watch::observe(metrics, health, counters.clone(), stop.clone()));
     let (grants, owner) = lease::channel_of();
-    let leasing = tokio::spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
-    let ingesting = {
+    loops.spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
+    let mut ingesting = {
         let (daemon, stop) = (daemon.clone(), stop.clone());
         tokio::spawn(
             async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await },
         )
     };
-    let scheduling = tokio::spawn(schedule(daemon.clone(), owner.clone(), stop.clone()));
-    let maintaining = tokio::spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
-    let measuring = tokio::spawn(measure::keep(daemon.clone(), daemon.config.state.open_tables()?, stop.clone()));
-    let acting = tokio::spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
-    let tending = tokio::spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
-    let watching = tokio::spawn(live::keep(daemon, owner, stop.clone()));
+    loops.spawn(schedule(daemon.clone(), owner.clone(), stop.clone()));
+    loops.spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
+    loops.spawn(measure::keep(daemon.clone(), daemon.config.state.open_tables()?, stop.clone()));
+    loops.spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
+    loops.spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
+    loops.spawn(live::keep(daemon, owner, stop.clone()));
     watch::ready();
 
-    let summary = ingesting.await.context("ingestion ended unexpectedly")?;
+    // A loop ends before the stop only by a panic: better no daemon, which is started again, than one that does half its work.
+    let summary = loop {
+        tokio::select! {
+            summary = &mut ingesting => break summary.context("ingestion ended unexpectedly")?,
+            Some(ended) = loops.join_next() => ended.context("a loop of the daemon ended unexpectedly")?,
+        }
+    };
     watch::stopping();
     if let Err(error) = summary {
         return Err(error.into());
     }
-    for task in [observed, scheduling, maintaining, measuring, acting, tending, watching, leasing] {
-        task.await.context("a loop of the daemon ended unexpectedly")?;
+    while let Some(ended) = loops.join_next().await {
+        ended.context("a loop of the daemon ended unexpectedly")?;
     }
     match page.join() {
         Ok(result) => Ok(result?),

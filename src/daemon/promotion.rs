@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -26,7 +27,7 @@ use crate::endpoint::proof::Proof;
 use crate::endpoint::server::Answers;
 use crate::endpoint::{Kind as Server, compat};
 use crate::engine::{Adapter, Model};
-use crate::registry::{BASE, Base, Intent, Kind, Lineage, Recovery, Registry};
+use crate::registry::{Approval, BASE, Base, Intent, Kind, Lineage, Recovery, Registry};
 use crate::round::{Paths, Verdict, book};
 use crate::table::{Name, Tables};
 
@@ -39,18 +40,14 @@ pub struct Promoted {
     pub proofs: Vec<Proof>,
 }
 
+/// How long a change waits for the one before it, or for the look after the endpoint.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 impl Promoted {
     /// Returns the proof in words.
     pub fn explain(&self) -> String {
         format!("the stable name answers as {}; {}", self.to, distances(&self.proofs))
     }
-}
-
-/// A person's word that what the gate passed may be served.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Approval<'a> {
-    pub by: &'a str,
-    pub reason: &'a str,
 }
 
 /// Returns the numbers behind proofs in words.
@@ -68,14 +65,14 @@ pub fn distances(proofs: &[Proof]) -> String {
 pub async fn promote(
     config: &Config,
     verdict: &Verdict,
-    approval: Option<Approval<'_>>,
+    approval: Option<Approval>,
     model: &Model,
 ) -> Result<Promoted> {
     let desk = Desk::open(config, model).await?;
     let passed = book::prove(&desk.tables, verdict, &config.gate).await?;
     desk.check(passed.challenger())?;
-    let intent = desk.registry.promote(&passed, now_us())?;
-    desk.carry_out(&intent, approval).await
+    let intent = desk.registry.promote(&passed, approval, now_us())?;
+    desk.carry_out(&intent).await
 }
 
 /// Promotes a registered version on an operator's word, which is recorded.
@@ -89,14 +86,19 @@ pub async fn override_promote(
     let desk = Desk::open(config, model).await?;
     desk.check(version)?;
     let intent = desk.registry.override_promote(version, operator, reason, now_us())?;
-    desk.carry_out(&intent, None).await
+    desk.carry_out(&intent).await
 }
 
-/// Returns to the version served before and quarantines the present one.
-pub async fn rollback(config: &Config, reason: &str, model: &Model) -> Result<Promoted> {
+/// Returns to the version served before and quarantines the present one. `judged` is the version that was found wanting,
+/// where one was: another one that is served by now is let alone.
+pub async fn rollback(config: &Config, judged: Option<&str>, reason: &str, model: &Model) -> Result<Promoted> {
     let desk = Desk::open(config, model).await?;
+    let current = desk.registry.current()?.version;
+    if let Some(judged) = judged.filter(|judged| *judged != current) {
+        bail!("{current} is served by now: the rollback was about {judged}");
+    }
     let intent = desk.registry.rollback(reason, now_us())?;
-    desk.carry_out(&intent, None).await
+    desk.carry_out(&intent).await
 }
 
 /// Makes the adapter that is in production already the first incumbent. That it is, is proven first.
@@ -111,7 +113,7 @@ pub async fn import(config: &Config, folder: &Path, operator: &str, reason: &str
         format!("{version} is registered but not shown to be in production: `taod adapters promote` puts it there")
     })?;
     let intent = desk.registry.import(&version, operator, reason, now_us())?;
-    desk.carry_out(&intent, None).await
+    desk.carry_out(&intent).await
 }
 
 /// Registers an adapter that taod did not train, and returns its version.
@@ -127,7 +129,7 @@ pub async fn new_base(config: &Config, operator: &str, reason: &str, model: &Mod
     let desk = Desk::open(config, model).await?;
     let base = Base { name: model.identity().name.clone(), sha256: model.identity().sha256.clone() };
     let intent = desk.registry.new_base(base, operator, reason, now_us())?;
-    desk.carry_out(&intent, None).await
+    desk.carry_out(&intent).await
 }
 
 /// What looking after the endpoint came to.
@@ -141,8 +143,9 @@ pub struct Tended {
 }
 
 /// Settles a change that a crash or a dead replica interrupted, and puts the served version back on every replica that
-/// lost it. `None` where another process is changing what is served.
-pub async fn tend(config: &Config) -> Result<Option<Tended>> {
+/// lost it. `None` where another process is changing what is served. `owed` is a proof that something put back calls for;
+/// it stays so until the proof succeeds.
+pub async fn tend(config: &Config, owed: &mut bool) -> Result<Option<Tended>> {
     let (registry, tables) = open(config)?;
     let Some(_turn) = registry.turn()? else { return Ok(None) };
     let mut tended = Tended::default();
@@ -160,11 +163,14 @@ pub async fn tend(config: &Config) -> Result<Option<Tended>> {
     let current = fleet.target(&registry, &version);
     let retired = registry.retired(now_us().saturating_sub(grace_us(config)))?;
     tended.reconciled = fleet.reconcile(&current, &retired).await;
+    *owed |= !tended.reconciled.changed.is_empty();
     canary::tend(&registry, &fleet, &current).await?;
-    if !tended.reconciled.changed.is_empty() {
+    // With a canary, two versions answer to the stable name.
+    if *owed && registry.canary()?.is_none() {
         let model = load_model(config).await?;
         let panel = panel(config, &registry, &version, &version, &model)?;
         tended.proofs = Some(fleet.prove_served(&current, &panel).await?);
+        *owed = false;
     }
     Ok(Some(tended))
 }
@@ -182,8 +188,7 @@ async fn settle(
     };
     let fleet = Fleet::new(&config.endpoint)?;
     let panel = panel(config, registry, before(&intent), intent.to(), model)?;
-    let ended =
-        Promotion::new(&fleet, registry, &intent, &panel, &Rows { config, tables, approval: None }).recover().await?;
+    let ended = Promotion::new(&fleet, registry, &intent, &panel, &Rows { config, tables }).recover().await?;
     let how = if matches!(ended, Ended::Done { .. }) { "completed" } else { "undone" };
     tracing::info!(to = intent.to(), "an interrupted promotion was {how}");
     Ok(Some((intent.to().to_string(), ended)))
@@ -215,12 +220,25 @@ pub(super) struct Desk<'a> {
     _turn: File,
 }
 
+/// Waits for the turn to change what is served.
+pub(super) async fn turn(registry: &Registry) -> Result<File> {
+    let until = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        if let Some(turn) = registry.turn()? {
+            return Ok(turn);
+        }
+        if tokio::time::Instant::now() >= until {
+            bail!("another process is changing what is served: try again when it has ended");
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
 impl<'a> Desk<'a> {
     /// Takes the turn, and settles what an earlier change left open.
     pub(super) async fn open(config: &'a Config, model: &'a Model) -> Result<Self> {
         let (registry, tables) = open(config)?;
-        let turn = registry.turn()?;
-        let turn = turn.context("another process is changing what is served: try again when it has ended")?;
+        let turn = turn(&registry).await?;
         settle(config, &registry, &tables, model).await?;
         Ok(Desk { config, model, registry, tables, _turn: turn })
     }
@@ -266,7 +284,7 @@ impl<'a> Desk<'a> {
         Ok(adapter.save_gguf(&file, self.model.config())?)
     }
 
-    async fn carry_out(&self, intent: &Intent, approval: Option<Approval<'_>>) -> Result<Promoted> {
+    async fn carry_out(&self, intent: &Intent) -> Result<Promoted> {
         let prepared = Fleet::new(&self.config.endpoint).map_err(anyhow::Error::from).and_then(|fleet| {
             Ok((fleet, panel(self.config, &self.registry, before(intent), intent.to(), self.model)?))
         });
@@ -277,7 +295,7 @@ impl<'a> Desk<'a> {
                 return Err(error);
             }
         };
-        let rows = Rows { config: self.config, tables: &self.tables, approval };
+        let rows = Rows { config: self.config, tables: &self.tables };
         let outcome = Promotion::new(&fleet, &self.registry, intent, &panel, &rows).carry_out().await?;
         let Ended::Done { proofs } = outcome else { bail!("the change to {} was undone", intent.to()) };
         Ok(Promoted { from: intent.from().to_string(), to: intent.to().to_string(), proofs })
@@ -288,8 +306,6 @@ impl<'a> Desk<'a> {
 struct Rows<'a> {
     config: &'a Config,
     tables: &'a Tables,
-    /// Known to the process that promotes; one that completes an interrupted promotion finds it in the history alone.
-    approval: Option<Approval<'a>>,
 }
 
 #[async_trait]
@@ -306,7 +322,7 @@ impl Ledger for Rows<'_> {
 impl Rows<'_> {
     async fn store(&self, intent: &Intent, proofs: &[Proof]) -> Result<()> {
         let (action, trial) = match intent.why() {
-            Kind::Gated { trial } => ("promote", Some(trial.as_str())),
+            Kind::Gated { trial, .. } => ("promote", Some(trial.as_str())),
             Kind::Override { .. } => ("override", None),
             Kind::Rollback { .. } => ("rollback", None),
             Kind::Import { .. } => ("import", None),
@@ -325,7 +341,7 @@ impl Rows<'_> {
             version: intent.to(),
             previous: intent.from(),
             trial,
-            detail: json!({ "proofs": proofs, "why": intent.why(), "approval": self.approval }),
+            detail: json!({ "proofs": proofs, "why": intent.why() }),
         };
         let app_id = format!("taod/promotions/{}", intent.promotion());
         book::append_once(self.tables, Name::Promotions, &app_id, &[row]).await?;

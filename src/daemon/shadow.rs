@@ -5,6 +5,7 @@ use anyhow::{Result, bail};
 
 use super::live::answers;
 use crate::config::Config;
+use crate::endpoint::EndpointError;
 use crate::endpoint::server::{Answers, Question};
 use crate::endpoint::watch::worse;
 use crate::record::FinishReason;
@@ -28,9 +29,15 @@ pub(super) async fn rehearse(config: &Config, tables: &Tables, at: &dyn Answers,
     let asked: Vec<Item> = asked.filter(|item| rewards.covers(item.workload.as_deref())).collect();
     let (mut old, mut new) = (Vec::new(), Vec::new());
     for item in asked {
-        for (name, side) in [(from, &mut old), (to, &mut new)] {
-            let max_tokens = config.decoding.max_tokens;
-            let reply = at.ask(&Question { model: name, messages: &item.messages, max_tokens }).await?;
+        let ask = async |model: &str| {
+            at.ask(&Question { model, messages: &item.messages, max_tokens: config.decoding.max_tokens }).await
+        };
+        let before = match ask(from).await {
+            // With our length of answer it does not fit the server, whichever version is asked.
+            Err(EndpointError::Status { status: 400 | 413 | 422, .. }) => continue,
+            reply => reply?,
+        };
+        for (reply, side) in [(before, &mut old), (ask(to).await?, &mut new)] {
             let length = reply.finish_reason.as_deref() == Some(FinishReason::Length.as_str());
             let finish_reason = if length { FinishReason::Length } else { FinishReason::Stop };
             side.push(Item { response: reply.text, finish_reason, ..item.clone() });

@@ -18,13 +18,14 @@ const EVERY: Duration = Duration::from_secs(60);
 
 /// Looks after the endpoint at once and then without end, while this process owns the lease.
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
+    let mut owed = false;
     loop {
         tokio::select! {
             () = owner.gained() => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
         tokio::select! {
-            tended = promotion::tend(&daemon.config) => daemon.tended(tended),
+            tended = promotion::tend(&daemon.config, &mut owed) => daemon.tended(tended),
             // A change that is cut off here is settled by the next start, as after a crash.
             _ = stop.wait_for(|stop| *stop) => return,
         }

@@ -97,24 +97,27 @@ async fn attempt(tables: &Tables, freezing: Freezing<'_>, mode: Mode) -> Result<
     let pending = pending(&catalogue);
     if !pending.is_empty() {
         let new = new_templates(&queries, &pending, &known, &catalogue, &workloads, freezing.settings).await?;
-        if mode == Mode::Store {
-            store_templates(&mut templates, &mut splits, &new, freezing.round).await?;
-        }
         let again = concerned(&catalogue, &workloads, &new);
-        for (workload, lines) in new {
-            known.entry(workload).or_default().extend(lines);
+        for (workload, lines) in &new {
+            known.entry(workload.clone()).or_default().extend(lines);
         }
         let house_rules = workloads.iter().map(|w| (w.name.as_str(), w.house_rules.as_str()));
         let boilerplate = Boilerplate::new(known, house_rules);
         let reading = Reading { queries: &queries, workloads: &workloads, boilerplate: &boilerplate };
         // What is not stored is not found by a later batch either: then there is one.
         let size = if mode == Mode::Store { BATCH } else { usize::MAX };
-        for batch in again.chunks(BATCH).chain(pending.chunks(size)) {
-            let (rows, records) = place_batch(reading, &index, &mut catalogue, batch, freezing).await?;
-            if mode == Mode::Store && !rows.is_empty() {
-                let step = next(&mut splits).await?;
-                splits.append(&[batch_of(Name::Splits.spec(), &rows)?], &[step]).await?;
-                index.append(&records, |at| rows[at].split != Split::None)?;
+        for (first, batches) in [(true, again.chunks(BATCH)), (false, pending.chunks(size))] {
+            for batch in batches {
+                let (rows, records) = place_batch(reading, &index, &mut catalogue, batch, freezing).await?;
+                if mode == Mode::Store && !rows.is_empty() {
+                    let step = next(&mut splits).await?;
+                    splits.append(&[batch_of(Name::Splits.spec(), &rows)?], &[step]).await?;
+                    index.append(&records, |at| rows[at].split != Split::None)?;
+                }
+            }
+            // Not before: who is killed earlier finds the lines again, and with them the prompts to be read again.
+            if first && mode == Mode::Store {
+                store_templates(&mut templates, &mut splits, &new, freezing.round).await?;
             }
         }
     }
@@ -159,11 +162,13 @@ async fn new_templates(
 ) -> Result<Templates, DatasetError> {
     let mut lines = Lines::default();
     let time = |at: &u32| catalogue.entries[*at as usize].rows.as_ref().map_or(0, |rows| rows.event_time_us);
-    let mut window = read::in_order(catalogue, |at| catalogue.entries[at as usize].is_indexed);
-    if window.len() > WINDOW {
-        window.select_nth_unstable_by_key(WINDOW, |at| std::cmp::Reverse((time(at), *at)));
-        window.truncate(WINDOW);
-    }
+    // Ties are broken by the place in the log: the catalogue's numbers follow the order of a scan.
+    let indexed = read::in_order(catalogue, |at| catalogue.entries[at as usize].is_indexed);
+    let mut window: Vec<(i64, usize, u32)> =
+        indexed.into_iter().enumerate().map(|(place, at)| (time(&at), place, at)).collect();
+    window.sort_unstable_by(|a, b| b.cmp(a));
+    window.truncate(WINDOW);
+    let window: Vec<u32> = window.into_iter().map(|(_, _, at)| at).collect();
     for batch in window.chunks(BATCH).chain(pending.chunks(BATCH)) {
         let texts = read::texts(queries, batch, catalogue, |entry, text| Some((entry, text.read()?.0))).await?;
         for (entry, messages) in texts.into_iter().flatten() {

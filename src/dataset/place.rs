@@ -74,7 +74,10 @@ fn facts(messages: &[Message], tools: Option<&Value>) -> Facts {
     let all: Vec<String> = messages.iter().map(Message::plain_text).collect();
     let texts: usize = all.iter().map(|text| text.chars().count()).sum();
     let chars = texts + tools.map_or(0, |tools| tools.to_string().chars().count());
-    let masked: BTreeSet<&str> = all.iter().flat_map(|text| secrets::kinds(text)).collect();
+    let mut masked: BTreeSet<&str> = all.iter().flat_map(|text| secrets::kinds(text)).collect();
+    for value in messages.iter().flat_map(|message| message.rest.values()) {
+        each_text(value, &mut |text| masked.extend(secrets::kinds(text)));
+    }
     let last_user = messages.iter().rev().find(|message| message.role == "user");
     let fault = match last_user {
         _ if messages.is_empty() => Some("empty"),
@@ -89,6 +92,16 @@ fn facts(messages: &[Message], tools: Option<&Value>) -> Facts {
         language: last_user.and_then(|turn| language(&turn.plain_text())).map(str::to_owned),
         has_tools: tools.is_some_and(|tools| !tools.is_null()),
         system: system_of(messages),
+    }
+}
+
+/// Tells `each` every text that a value holds, such as the arguments of a tool call.
+fn each_text(value: &Value, each: &mut impl FnMut(&str)) {
+    match value {
+        Value::String(text) => each(text),
+        Value::Array(items) => items.iter().for_each(|item| each_text(item, each)),
+        Value::Object(members) => members.values().for_each(|value| each_text(value, each)),
+        _ => {}
     }
 }
 

@@ -209,6 +209,19 @@ async fn a_folder_is_published_whole_and_stays_when_it_is_retired() {
         }
         assert!(registry.join("adapter_model.safetensors").exists());
     }
+    // A copy that stays when its version is retired is what a rollback comes back to.
+    let publish = publish::Settings { remove: false, ..publish(publish::How::Copy) };
+    let settings = Settings { publish, ..settings(url.clone(), Kind::Directory, Alias::Clients) };
+    let server = Directory::replicas(&settings).unwrap().remove(0);
+    for _ in 0..2 {
+        server.load("taod-1", &registry, Load::Fresh).await.unwrap();
+        server.unload("taod-1").await.unwrap();
+        assert!(published.join("taod-1").is_dir());
+    }
+    // Other weights under the name of a version are never taken for it.
+    std::fs::write(published.join("taod-1/adapter_model.safetensors"), "others").unwrap();
+    let error = server.load("taod-1", &registry, Load::Fresh).await.unwrap_err().to_string();
+    assert!(error.contains("it is there already"), "{error}");
 }
 
 #[tokio::test]

@@ -200,6 +200,27 @@ async fn what_production_served_before_is_left_alone_until_taod_takes_charge() {
     }
 }
 
+#[tokio::test]
+async fn a_change_that_fails_leaves_alone_what_production_served_before_taod_took_charge() {
+    for alias in [Alias::Inplace, Alias::Reload] {
+        let stage = Stage::new(alias).await;
+        let theirs = stage.adapter_of_the_operator();
+        for replica in &stage.fleet.replicas {
+            replica.load("production", &theirs, Load::Fresh).await.unwrap();
+        }
+        for killed_after in [0, 2] {
+            stage.killed_after(killed_after).await;
+        }
+        let error = stage.carry_out().await.unwrap_err().to_string();
+        assert!(error.contains("an adapter that taod did not load"), "{error}");
+        assert_eq!(stage.book(), *ABORTED);
+        for replica in &stage.fleet.replicas {
+            assert!(replica.holds("production", &theirs).await.unwrap(), "{alias:?}");
+            assert_eq!(replica.names().await.unwrap(), ["production"]);
+        }
+    }
+}
+
 /// Finds the new version worse than the old one.
 struct Worse;
 

@@ -226,13 +226,29 @@ impl Fleet {
         }
     }
 
+    /// Returns true where the stable name is nobody's, on servers where it is an adapter's own.
+    pub(super) async fn is_nobodys(&self, place: Place<'_>) -> Result<bool, EndpointError> {
+        self.leads_to(place, &Target { name: self.base_model.clone(), folder: None }).await
+    }
+
     /// Moves the stable name from `from` to `to`. Safe to repeat. A name that does not exist yet is created, but only
     /// from the base: else something is there that taod does not know.
     pub(super) async fn follow(&self, place: Place<'_>, from: &Target, to: &Target) -> Result<(), EndpointError> {
         let current = match (place, self.alias) {
             (Place::Gateway(gateway), _) => gateway.target().await?,
             (Place::Replica(replica), Alias::Native) => replica.alias(&self.stable_name).await?,
-            (Place::Replica(_), _) => return self.point(place, to).await,
+            (Place::Replica(replica), _) => {
+                let ours = self.leads_to(place, from).await? || self.leads_to(place, to).await?;
+                if ours || self.is_nobodys(place).await? {
+                    return self.point(place, to).await;
+                }
+                return Err(EndpointError::AliasMoved {
+                    url: replica.url().to_owned(),
+                    name: self.stable_name.clone(),
+                    current: "an adapter that taod did not load".into(),
+                    expected: from.name.clone(),
+                });
+            }
         };
         let expected = match &current {
             None if from.name == self.base_model => None,

@@ -21,7 +21,7 @@ impl Hook {
     pub(super) fn new(settings: &Settings) -> Result<Hook, EndpointError> {
         match settings.hook.is_empty() {
             true => Ok(Hook(None)),
-            false => Ok(Hook(Some(Http::of(settings, std::slice::from_ref(&settings.hook))?.remove(0)))),
+            false => Ok(Hook(Some(Http::with_key(settings, std::slice::from_ref(&settings.hook), None)?.remove(0)))),
         }
     }
 

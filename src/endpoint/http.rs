@@ -52,14 +52,23 @@ impl Raw {
 }
 
 impl Http {
-    /// Returns a client for each of `urls`, which share their connections and the key.
+    /// Returns a client for each of the endpoint's servers at `urls`, which share their connections and the key.
     pub(super) fn of(settings: &Settings, urls: &[String]) -> Result<Vec<Http>, EndpointError> {
+        let key = secret::read("endpoint.api_key", Some(&settings.api_key_file))?;
+        Http::with_key(settings, urls, key)
+    }
+
+    /// Returns a client for each of `urls` with another key than the servers' own, or none.
+    pub(super) fn with_key(
+        settings: &Settings,
+        urls: &[String],
+        key: Option<Secret>,
+    ) -> Result<Vec<Http>, EndpointError> {
         let client = Client::builder()
             .connect_timeout(Duration::from_secs(settings.connect_timeout_seconds))
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|e| EndpointError::Client(e.to_string()))?;
-        let key = secret::read("endpoint.api_key", Some(&settings.api_key_file))?;
         let replica = |url: &String| Http {
             url: url.trim_end_matches('/').to_owned(),
             client: client.clone(),

@@ -117,7 +117,14 @@ impl Answers for LlamaCpp {
 #[async_trait]
 impl Server for LlamaCpp {
     async fn load(&self, name: &str, folder: &Path, _how: Load) -> Result<(), EndpointError> {
-        self.hook.load_and_wait(&self.http, self, name, folder, &self.file(name)).await
+        let before = self.applied(&self.loaded().await?);
+        self.hook.load_and_wait(&self.http, self, name, folder, &self.file(name)).await?;
+        // A restart forgets the scales; clients would get the base until the change is over.
+        let now = self.applied(&self.loaded().await?);
+        match now == before || before == MIXED {
+            true => Ok(()),
+            false => self.move_alias(&self.stable_name, Some(&now), &before).await,
+        }
     }
 
     /// Does nothing: a file that is named at the start stays until the next one, with scale 0.

@@ -204,8 +204,9 @@ impl<'a> Promotion<'a> {
             Step::Alias => {
                 self.exposed = true;
                 for place in fleet.places() {
-                    match self.is_import() {
-                        // The name leads to the same weights already, under whatever name they had.
+                    match matches!(self.intent.why(), Kind::Import { .. } | Kind::NewBase { .. }) {
+                        // It leads to the same weights already, under whatever name they had, or nowhere since the
+                        // servers came up with another model.
                         true => fleet.point(place, &self.to).await?,
                         false => fleet.follow(place, &self.from, &self.to).await?,
                     }
@@ -294,7 +295,9 @@ impl<'a> Promotion<'a> {
         if self.exposed && !places.is_empty() && left.0.len() == places.len() {
             return Err(left.0.remove(0).into());
         }
-        for replica in self.fleet.replicas.iter().filter(|_| !import) {
+        // A canary goes on being what a part of the clients get.
+        let is_canary = self.registry.canary()?.is_some_and(|canary| canary.version == self.intent.to());
+        for replica in self.fleet.replicas.iter().filter(|_| !import && !is_canary) {
             if let Err(error) = unload(replica.as_ref(), &self.to).await {
                 tracing::debug!(%error, "a version that was not promoted could not be unloaded");
                 if left.0.iter().all(|known| known.to_string() != error.to_string()) {
@@ -311,7 +314,7 @@ impl<'a> Promotion<'a> {
         let fleet = self.fleet;
         let moved = fleet.leads_to(place, &self.to).await?;
         // A name that is loaded anew is gone in between; whoever else moved an alias is not overruled.
-        let gone = !moved && fleet.alias.is_loaded() && !fleet.leads_to(place, &self.from).await?;
+        let gone = !moved && fleet.alias.is_loaded() && self.from.folder.is_some() && fleet.is_nobodys(place).await?;
         if !moved && !gone {
             return Ok(());
         }
@@ -367,8 +370,10 @@ fn not_proven(url: &str, name: &str, expected: Who, proof: &Proof) -> Trouble {
         Attribution::Proven(who) => called(who).to_owned(),
         Attribution::Wrong => "none of the known models".to_owned(),
         Attribution::Inconclusive => {
-            let (used, asked) = (proof.prompts_used, proof.prompts_asked);
-            format!("something that cannot be told apart ({used} of {asked} prompts discriminate)")
+            let (used, apart) = (proof.prompts_used, proof.separation.unwrap_or_default());
+            format!(
+                "something that cannot be told apart (over {used} prompts the models are {apart:.1} standard errors apart)"
+            )
         }
     };
     let distances: Vec<String> = proof.distances.iter().map(|(&who, d)| format!("{} {d:.4}", called(who))).collect();

@@ -4,8 +4,11 @@
 //! each model that may have answered. The served log-probs agree with one of them up to the server's numeric
 //! tolerance; a server that answers with the base under the new name, or with a stale cache, is found out.
 //!
-//! A prompt counts only where all models differ on it by the margin, which is judged by the local scores alone, so the
-//! server cannot influence which prompts count.
+//! Two models may be nearer to each other, token by token, than a server's arithmetic is to ours: a night's adapter moves
+//! log-probs by hundredths of a nat, and so does bf16. But the arithmetic errs to both sides and the models differ the same way
+//! at every token, so what counts is the projection: how far along the way from the one model's scores to the other's the served
+//! ones lie, which is 0 for the one and 1 for the other. Its standard error falls with the root of the number of tokens, and
+//! prompts are asked until it is small enough. That is judged by the local scores alone, so the server has no say in it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,11 +28,12 @@ pub struct Settings {
     /// Mean difference of log-probs that the server's arithmetic may cause, in nats a token; 0: that of the kind of
     /// server (0.01 for taod serve, 0.03 for bf16 on vLLM; docs/endpoints.md).
     pub tolerance: f64,
-    /// Distance of every other model, in tolerances, 2 or more.
+    /// Standard errors between what is served and the middle of any two models, 2 or more: a mistake at 5 takes an error of
+    /// arithmetic that happens once in a million proofs. More takes more prompts.
     pub margin: f64,
-    /// Prompts that are asked, 1 to 100.
+    /// Prompts that are asked at a time, 1 to 100.
     pub prompts: usize,
-    /// Prompts on which the models must differ by the margin, 1 to prompts.
+    /// Prompts that must have been answered, 1 to prompts.
     pub min_prompts: usize,
     /// New tokens of each answer, 1 to 512.
     pub max_tokens: usize,
@@ -127,46 +131,73 @@ pub struct Proof {
     /// Mean difference between served and local log-probs, in nats a token.
     pub distances: BTreeMap<Who, f64>,
     pub prompts_asked: usize,
-    /// Prompts on which the models differ by the margin; only these count.
+    /// Prompts that count: each model has a score for each token of the answer.
     pub prompts_used: usize,
+    /// How far the two models that are most alike stand apart, in standard errors of their middle: the margin or more decides.
+    /// Nothing where there is but one model.
+    #[serde(default)]
+    pub separation: Option<f64>,
 }
 
 /// Attributes answers by their log-probs: `served[prompt][token]` against `local[who][prompt][token]`.
 pub fn attribute(served: &[Vec<f64>], local: &BTreeMap<Who, Vec<Vec<f64>>>, settings: &Settings) -> Proof {
-    let wide = settings.margin * settings.tolerance;
-    let used: Vec<usize> = (0..served.len()).filter(|&prompt| tells_apart(prompt, served, local, wide)).collect();
-    let distance = |scores: &Vec<Vec<f64>>| {
-        let pairs = used.iter().flat_map(|&prompt| served[prompt].iter().zip(&scores[prompt]));
-        mean(pairs.map(|(a, b)| (a - b).abs()))
-    };
-    let distances: BTreeMap<Who, f64> = local.iter().map(|(&who, scores)| (who, distance(scores))).collect();
+    let used: Vec<usize> = (0..served.len()).filter(|&prompt| is_whole(prompt, served, local)).collect();
+    let flat = |scores: &Vec<Vec<f64>>| -> Vec<f64> { used.iter().flat_map(|&p| scores[p].iter().copied()).collect() };
+    let said: Vec<f64> = used.iter().flat_map(|&prompt| served[prompt].iter().copied()).collect();
+    let models: Vec<(Who, Vec<f64>)> = local.iter().map(|(&who, scores)| (who, flat(scores))).collect();
+    let separation = pairs(&models).map(|(a, b)| length(a, b) / (2.0 * settings.tolerance)).min_by(f64::total_cmp);
+    let distance = |scores: &[f64]| mean(said.iter().zip(scores).map(|(a, b)| (a - b).abs()));
+    let distances: BTreeMap<Who, f64> = models.iter().map(|(who, scores)| (*who, distance(scores))).collect();
     let attribution = match used.len() < settings.min_prompts.max(1) {
         true => Attribution::Inconclusive,
-        false => judge(&distances, settings.tolerance, wide),
+        false => judge(&said, &models, &distances, settings),
     };
-    Proof { attribution, distances, prompts_asked: served.len(), prompts_used: used.len() }
+    Proof { attribution, distances, prompts_asked: served.len(), prompts_used: used.len(), separation }
 }
 
-/// Returns true where every two models differ on a prompt by at least `wide`, and each has a score for each token.
-fn tells_apart(prompt: usize, served: &[Vec<f64>], local: &BTreeMap<Who, Vec<Vec<f64>>>, wide: f64) -> bool {
-    let scores: Vec<Option<&Vec<f64>>> = local.values().map(|all| all.get(prompt)).collect();
+/// Returns true where each model has a score for each token of an answer.
+fn is_whole(prompt: usize, served: &[Vec<f64>], local: &BTreeMap<Who, Vec<Vec<f64>>>) -> bool {
     let tokens = served[prompt].len();
-    let whole = tokens > 0 && scores.iter().all(|s| s.is_some_and(|s| s.len() == tokens));
-    let apart = |a: &[f64], b: &[f64]| mean(a.iter().zip(b).map(|(a, b)| (a - b).abs())) >= wide;
-    let scores: Vec<&Vec<f64>> = scores.into_iter().flatten().collect();
-    whole && (1..scores.len()).all(|i| (0..i).all(|j| apart(scores[i], scores[j])))
+    tokens > 0 && local.values().all(|all| all.get(prompt).is_some_and(|scores| scores.len() == tokens))
 }
 
-/// Judges the distances: one within the tolerance, all others beyond the margin. A number that is not finite is
-/// beyond everything.
-fn judge(distances: &BTreeMap<Who, f64>, tolerance: f64, wide: f64) -> Attribution {
-    let near: Vec<Who> = distances.iter().filter(|(_, d)| **d <= tolerance).map(|(&who, _)| who).collect();
-    let far = distances.values().filter(|d| !d.is_finite() || **d >= wide).count();
-    match near.as_slice() {
-        [who] if far + 1 == distances.len() => Attribution::Proven(*who),
-        [] if far == distances.len() => Attribution::Wrong,
-        _ => Attribution::Inconclusive,
+/// Judges by two things: the served scores are within the tolerance of a model's, and along the way from every other model
+/// to that one they lie at its end. A number that is not finite is near nothing.
+fn judge(said: &[f64], models: &[(Who, Vec<f64>)], distances: &BTreeMap<Who, f64>, settings: &Settings) -> Attribution {
+    let wide = settings.margin * settings.tolerance;
+    let is_near = |who: &Who| distances[who] <= settings.tolerance;
+    if !distances.keys().any(is_near) {
+        let all_far = distances.values().all(|distance| !distance.is_finite() || *distance >= wide);
+        return if all_far { Attribution::Wrong } else { Attribution::Inconclusive };
     }
+    let beats = |who: &Who, own: &[f64]| {
+        models.iter().filter(|(other, _)| other != who).all(|(_, other)| {
+            length(own, other) >= 2.0 * settings.tolerance * settings.margin
+                && (projection(said, other, own) - 1.0).abs() <= ENDS
+        })
+    };
+    let mut found = models.iter().filter(|(who, own)| is_near(who) && beats(who, own));
+    found.next().map_or(Attribution::Inconclusive, |(who, _)| Attribution::Proven(*who))
+}
+
+/// How far from its end a projection may lie; two models' ranges never meet.
+const ENDS: f64 = 0.4;
+
+/// Returns where `said` lies along the way from `from` (0) to `to` (1).
+fn projection(said: &[f64], from: &[f64], to: &[f64]) -> f64 {
+    let way = |i: usize| to[i] - from[i];
+    let along: f64 = (0..said.len()).map(|i| (said[i] - from[i]) * way(i)).sum();
+    along / length(from, to).powi(2)
+}
+
+/// Returns the Euclidean distance of two models' scores. By it, the standard error of a projection is the server's error a
+/// token divided by this.
+fn length(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+fn pairs(models: &[(Who, Vec<f64>)]) -> impl Iterator<Item = (&[f64], &[f64])> {
+    (1..models.len()).flat_map(move |i| (0..i).map(move |j| (models[i].1.as_slice(), models[j].1.as_slice())))
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> f64 {
@@ -176,8 +207,8 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
 
 /// Asks `server` for `model` and attributes its answers to one of the panel's models.
 ///
-/// The models may be alike on most prompts. So where too few of those that were asked tell them apart, as many again are
-/// asked, until the panel has no more.
+/// The models may be much alike. So where those prompts that were asked do not tell them apart, as many again are asked, until
+/// the panel has no more.
 pub async fn prove(server: &dyn Answers, model: &str, panel: &Panel) -> Result<Proof, EndpointError> {
     let mut served = Vec::new();
     let mut local: BTreeMap<Who, Vec<Vec<f64>>> = panel.hypotheses.iter().map(|&who| (who, Vec::new())).collect();
@@ -194,7 +225,9 @@ pub async fn prove(server: &dyn Answers, model: &str, panel: &Panel) -> Result<P
             local.entry(who).or_default().extend(scores);
         }
         proof = attribute(&served, &local, &panel.settings);
-        if proof.prompts_used >= panel.settings.min_prompts {
+        if proof.prompts_used >= panel.settings.min_prompts
+            && proof.separation.is_none_or(|apart| apart >= panel.settings.margin)
+        {
             break;
         }
     }
@@ -258,20 +291,62 @@ mod tests {
 
     #[test]
     fn models_that_are_too_alike_prove_nothing() {
-        let local = case(0.08); // differs by 0.04 a token, four tolerances
+        // Over four tokens, two of which differ by six tolerances: 4.2 standard errors.
+        let local = case(0.06);
         let proof = attribute(&local[&Who::New], &local, &f32());
-        assert_eq!((proof.attribution, proof.prompts_used), (Attribution::Inconclusive, 0));
+        assert_eq!((proof.attribution, proof.prompts_used), (Attribution::Inconclusive, 2));
+        assert!((proof.separation.unwrap() - 4.243).abs() < 1e-3, "{proof:?}");
     }
 
     #[test]
-    fn a_prompt_on_which_two_models_agree_does_not_count() {
+    fn a_prompt_on_which_two_models_agree_says_nothing_of_them() {
         let mut local = case(0.2);
-        let base = local[&Who::Base][0].clone();
-        local.get_mut(&Who::Incumbent).unwrap()[0] = base;
-        let proof = attribute(&local[&Who::New].clone(), &local, &Settings { min_prompts: 1, ..f32() });
-        assert_eq!((proof.attribution, proof.prompts_used), (Attribution::Proven(Who::New), 1));
-        let strict = attribute(&local[&Who::New].clone(), &local, &f32());
-        assert_eq!(strict.attribution, Attribution::Inconclusive);
+        let base = local[&Who::Base].clone();
+        local.get_mut(&Who::Incumbent).unwrap()[0].clone_from(&base[0]);
+        let proof = attribute(&local[&Who::New].clone(), &local, &f32());
+        assert_eq!((proof.attribution, proof.prompts_used), (Attribution::Proven(Who::New), 2));
+        local.insert(Who::Incumbent, base);
+        // Which of two that are the same answered cannot be said; that a third one did can.
+        for (who, attribution) in [(Who::Base, Attribution::Inconclusive), (Who::New, Attribution::Proven(Who::New))] {
+            let alike = attribute(&local[&who].clone(), &local, &f32());
+            assert_eq!((alike.attribution, alike.separation), (attribution, Some(0.0)));
+        }
+    }
+
+    /// A night's adapter is nearer to its base at each token than bf16 is to f32; over enough tokens it is told all the same.
+    #[test]
+    fn what_is_less_than_the_servers_error_at_a_token_is_told_over_many() {
+        let noise = |seed: usize, size: f64| -> Vec<Vec<f64>> {
+            let value = |prompt: usize, token: usize| {
+                let uniform = |salt: u64| {
+                    let place = [seed.to_string(), prompt.to_string(), token.to_string(), salt.to_string()];
+                    let place = place.each_ref().map(String::as_str);
+                    (crate::record::derive_seed(11, &place) >> 11) as f64 / (1u64 << 53) as f64
+                };
+                // Two uniform numbers of variance 1/12 each.
+                (uniform(0) + uniform(1) - 1.0) * 6f64.sqrt() * size
+            };
+            (0..16).map(|prompt| (0..24).map(|token| value(prompt, token)).collect()).collect()
+        };
+        let sum = |a: &[Vec<f64>], b: &[Vec<f64>]| -> Vec<Vec<f64>> {
+            a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(a, b)| a + b).collect()).collect()
+        };
+        let base = noise(0, 1.0);
+        let settings = Settings::default().of(Kind::Vllm);
+        for night in 1..200 {
+            let new = sum(&base, &noise(night, 0.02));
+            let local = BTreeMap::from([(Who::Base, base.clone()), (Who::New, new.clone())]);
+            for (who, scores) in [(Who::Base, &base), (Who::New, &new)] {
+                let served = sum(scores, &noise(1000 + night, settings.tolerance));
+                let proof = attribute(&served, &local, &settings);
+                assert_eq!(proof.attribution, Attribution::Proven(who), "night {night}: {proof:?}");
+            }
+            // Half of an adapter, or one twice as strong, is none of the two.
+            for strength in [0.01, 0.04] {
+                let served = sum(&base, &noise(night, strength));
+                assert_eq!(attribute(&served, &local, &settings).attribution, Attribution::Inconclusive);
+            }
+        }
     }
 
     #[test]

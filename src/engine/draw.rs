@@ -168,7 +168,7 @@ pub(crate) fn draw(
     }
     let mut total = f64::from(raw_total);
     if sampling.temperature != 1.0 || changed {
-        let inverse = (1.0 / sampling.temperature) as f32;
+        let inverse = (1.0 / sampling.temperature).min(f64::from(f32::MAX)) as f32;
         weights.iter_mut().zip(from).for_each(|(w, l)| *w = (l - largest) * inverse);
         total = f64::from(math::wide_exp_sum(weights, 0.0));
     }
@@ -233,9 +233,11 @@ fn kept(weights: &[f32], total: f64, sampling: &SamplingSettings) -> Vec<usize> 
     if sampling.top_k > 0 {
         ids.truncate(sampling.top_k);
     }
-    let base = match sampling.top_k > 0 || least > 0.0 {
-        true => ids.iter().map(|i| f64::from(weights[*i])).sum(),
-        false => total,
+    let base = match (sampling.top_k > 0, least > 0.0) {
+        (true, _) => ids.iter().map(|i| f64::from(weights[*i])).sum(),
+        // The nucleus is of all that min-p keeps, of which only the likeliest were sorted.
+        (false, true) => weights.iter().filter(|weight| **weight >= least).map(|weight| f64::from(*weight)).sum(),
+        (false, false) => total,
     };
     let mut sum = 0.0;
     let needed = ids.iter().position(|i| {

@@ -26,7 +26,8 @@ pub(crate) fn to_json(gguf: &Gguf) -> Result<Value, EngineError> {
     match model.as_str() {
         "gpt2" => {
             let merges = gguf.texts("tokenizer.ggml.merges").ok_or_else(|| fault("merges are missing".into()))?;
-            let name = gguf.text("tokenizer.ggml.pre").unwrap_or_else(|| "default".to_string());
+            let name = gguf.text("tokenizer.ggml.pre");
+            let name = name.ok_or_else(|| fault("tokenizer.ggml.pre is missing: it says how a text is cut".into()))?;
             let (normalizer, cut) = byte_level_cut(&name)
                 .ok_or_else(|| fault(format!("pre-tokenizer {name} is not known to this engine")))?;
             Ok(byte_level(&tokens, &merges, added, normalizer, cut))
@@ -46,7 +47,7 @@ fn byte_level_cut(name: &str) -> Option<(Value, Vec<Value>)> {
     let split =
         |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     match name {
-        "default" | "gpt-2" => Some((Value::Null, vec![bytes(true)])),
+        "gpt-2" => Some((Value::Null, vec![bytes(true)])),
         "smollm" => Some((Value::Null, vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)])),
         "qwen2" => Some((json!({"type": "NFC"}), vec![split(DIGITS_ONE_BY_ONE), bytes(false)])),
         "llama-bpe" | "llama3" | "llama-v3" => Some((Value::Null, vec![split(DIGITS_BY_THREE), bytes(false)])),

@@ -57,6 +57,7 @@ pub use sampler::{BatchLimits, Batcher, Completion, Event, Group, generate, gene
 pub use score::{ScoreItem, divergence, logprobs};
 pub use source::ModelSource;
 pub use stop::{TextStream, first_stop, unsure_of};
+pub use template::pin_now;
 pub use threads::{available, init_threads};
 pub use tokenizer::Tokenizer;
 pub use weights::{LayerWeights, Weights};

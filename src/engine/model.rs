@@ -151,6 +151,14 @@ impl Model {
         self.0.tokenizer.encode(&text)
     }
 
+    /// Does the same for what a log holds: nothing where the template refuses it, because of an image or roles out of order.
+    pub fn readable_ids(&self, messages: &[Message], tools: Option<&Value>) -> Result<Option<Vec<u32>>, EngineError> {
+        match self.prompt_ids(messages, tools) {
+            Err(EngineError::Template { .. }) if self.0.template.is_there() => Ok(None),
+            ids => ids.map(Some),
+        }
+    }
+
     /// Returns the token ids of a whole conversation, its last answer included, as transformers tokenises the text of a
     /// template for a classifier: special tokens are added, and an opening token that the template wrote is not doubled.
     /// Those that stand in the messages are taken out.

@@ -21,6 +21,8 @@ use super::sampler::check_tokens;
 
 /// Rows of one forward pass.
 const ROWS: usize = 512;
+/// Tokens whose keys and values are held at once, unless one item has more.
+const HELD: usize = 8192;
 
 /// Panels of the output layer at a time: 2,048 tokens of the vocabulary.
 const PANELS: usize = 64;
@@ -89,7 +91,7 @@ fn check(model: &Model, item: &ScoreItem) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// Returns the items' places in batches of about [`ROWS`] completion tokens, equal prompts side by side.
+/// Returns the items' places in batches of about [`ROWS`] completion tokens and at most [`HELD`] held ones, equal prompts side by side.
 fn batches(items: &[ScoreItem]) -> Vec<Vec<usize>> {
     let mut seen: HashMap<&[u32], usize> = HashMap::new();
     for (i, item) in items.iter().enumerate() {
@@ -98,14 +100,17 @@ fn batches(items: &[ScoreItem]) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..items.len()).filter(|i| !items[*i].completion.is_empty()).collect();
     order.sort_by_key(|i| (seen[items[*i].prompt], *i));
     let mut batches = vec![Vec::new()];
-    let mut rows = 0;
+    let (mut rows, mut held, mut last) = (0, 0, None);
     for i in order {
-        let more = items[i].completion.len();
-        if rows > 0 && rows + more > ROWS {
+        let ScoreItem { prompt, completion } = items[i];
+        let more = completion.len() + if last == Some(prompt) { 0 } else { prompt.len() };
+        if rows > 0 && (rows + completion.len() > ROWS || held + more > HELD) {
             batches.push(Vec::new());
-            rows = 0;
+            (rows, held, last) = (0, 0, None);
         }
-        rows += more;
+        held += completion.len() + if last == Some(prompt) { 0 } else { prompt.len() };
+        rows += completion.len();
+        last = Some(prompt);
         batches.last_mut().into_iter().for_each(|batch| batch.push(i));
     }
     batches
@@ -313,6 +318,11 @@ mod tests {
         let item = |prompt| ScoreItem { prompt, completion: &long };
         let items = [item(&a), item(&b), item(&a[..])];
         assert_eq!(batches(&items), [vec![0], vec![2], vec![1]]);
+        // A short answer to a long prompt holds that prompt's keys and values, once for all its answers.
+        let (c, d) = (vec![3u32; HELD - 100], vec![4u32; HELD - 100]);
+        let short = |prompt| ScoreItem { prompt, completion: &long[..20] };
+        let items = [short(&c[..]), short(&d), short(&c), short(&a)];
+        assert_eq!(batches(&items), [vec![0, 2], vec![1, 3]]);
         let empty = ScoreItem { prompt: &a, completion: &[] };
         assert_eq!(batches(&[empty]), [Vec::<usize>::new()]);
     }

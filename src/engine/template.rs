@@ -28,6 +28,17 @@ pub(crate) struct ChatTemplate {
     eos: String,
 }
 
+/// What templates take for now, where it is pinned.
+static NOW: std::sync::OnceLock<chrono::DateTime<chrono::FixedOffset>> = std::sync::OnceLock::new();
+
+/// Lets templates that write the date take this time for now, microseconds since the epoch, as long as the process lives: a
+/// resumed round must read the same prompts.
+pub fn pin_now(us: i64) {
+    if let Some(at) = chrono::DateTime::from_timestamp_micros(us) {
+        NOW.get_or_init(|| at.fixed_offset());
+    }
+}
+
 impl ChatTemplate {
     /// Reads and compiles the template of a model. A model without one loads; rendering then says so.
     pub(crate) fn load(files: &Files, model: &str) -> Result<Self, EngineError> {
@@ -43,6 +54,11 @@ impl ChatTemplate {
         let environment = source.as_deref().map(compile).transpose().map_err(fault)?;
         let (bos, eos) = (bos.unwrap_or_default(), eos.unwrap_or_default());
         Ok(ChatTemplate { model: model.to_string(), source: source.unwrap_or_default(), environment, bos, eos })
+    }
+
+    /// Returns true where the model has one.
+    pub(crate) fn is_there(&self) -> bool {
+        self.environment.is_some()
     }
 
     pub(crate) fn sha256(&self) -> String {
@@ -132,7 +148,14 @@ fn compile(source: &str) -> Result<Environment<'static>, Error> {
     environment.add_function("raise_exception", |problem: String| -> Result<JinjaValue, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, problem))
     });
-    environment.add_function("strftime_now", |format: String| chrono::Local::now().format(&format).to_string());
+    environment.add_function("strftime_now", |format: String| -> Result<String, Error> {
+        let now = NOW.get().copied().unwrap_or_else(|| chrono::Local::now().fixed_offset());
+        let mut text = String::new();
+        // Chrono's own `to_string` panics on a format that it does not know.
+        std::fmt::Write::write_fmt(&mut text, format_args!("{}", now.format(&format)))
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now cannot write {format:?}")))?;
+        Ok(text)
+    });
     environment.add_template_owned(NAME, without_generation(source))?;
     Ok(environment)
 }

@@ -189,7 +189,7 @@ impl Trial {
         let (suites, mut steps): (Vec<&StepRow>, Vec<&StepRow>) =
             steps.iter().filter(|step| step.trial == trial).partition(|step| step.suite.is_some());
         steps.sort_by_key(|step| step.step);
-        out.suites.replay(trial, &suites)?;
+        out.suites.replay(trial, &suites, !steps.is_empty())?;
         for row in rows {
             if row.facts != out.facts {
                 return Err(record(format!(

@@ -57,9 +57,12 @@ impl Registry {
         Ok(canary)
     }
 
-    /// Ends the canary and returns it, where there was one.
-    pub fn end_canary(&self, reason: &str, time_us: i64) -> Result<Option<Canary>, RegistryError> {
+    /// Ends the canary, where there is one, and bars its version first where `bar` says so. Returns it.
+    pub fn end_canary(&self, reason: &str, bar: bool, time_us: i64) -> Result<Option<Canary>, RegistryError> {
         let _lock = self.lock()?;
+        if let Some(canary) = self.canary()?.filter(|_| bar) {
+            self.write_quarantine(&canary.version, reason, time_us)?;
+        }
         self.drop_canary(reason, time_us)
     }
 

@@ -28,6 +28,7 @@ impl Registry {
 
     /// Freezes promotions. A freeze that holds already keeps its reason.
     pub fn freeze(&self, reason: &str, by: &str, time_us: i64) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
         if self.frozen()?.is_some() {
             return Ok(());
         }
@@ -39,6 +40,7 @@ impl Registry {
 
     /// Ends the freeze, if one holds.
     pub fn thaw(&self, reason: &str, by: &str, time_us: i64) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
         if self.frozen()?.is_none() {
             return Ok(());
         }

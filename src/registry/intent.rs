@@ -14,12 +14,23 @@ use crate::crash::{self, Point};
 use crate::durable;
 use crate::gate::Passed;
 
+/// A person's word that what the gate passed may be served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Approval {
+    pub by: String,
+    pub reason: String,
+}
+
 /// Why what is served changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Kind {
-    /// The challenger passed its trial.
-    Gated { trial: String },
+    /// The challenger passed its trial; where promotions wait for a person, with that person's approval.
+    Gated {
+        trial: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        approval: Option<Approval>,
+    },
     /// An operator takes the responsibility.
     Override { operator: String, reason: String },
     /// Back to what was served before; what was served is quarantined.
@@ -73,7 +84,7 @@ impl Intent {
 
 impl Registry {
     /// Opens the promotion of a challenger that passed its trial: the only gated way.
-    pub fn promote(&self, passed: &Passed, time_us: i64) -> Result<Intent, RegistryError> {
+    pub fn promote(&self, passed: &Passed, approval: Option<Approval>, time_us: i64) -> Result<Intent, RegistryError> {
         let _lock = self.lock()?;
         if let Some(freeze) = self.frozen()? {
             return Err(RegistryError::Frozen { by: freeze.by, reason: freeze.reason });
@@ -90,7 +101,7 @@ impl Registry {
             let tried = passed.challenger_sha256().to_string();
             return Err(RegistryError::OtherWeights { trial, version, tried, registered });
         }
-        self.begin(version, Kind::Gated { trial }, time_us)
+        self.begin(version, Kind::Gated { trial, approval }, time_us)
     }
 
     /// Opens a promotion that no trial allows, on an operator's word, which is recorded.
@@ -211,7 +222,7 @@ impl Registry {
         }
         self.note_end(
             match why {
-                Kind::Gated { trial } => Happened::Promoted { promotion, from, to, trial },
+                Kind::Gated { trial, .. } => Happened::Promoted { promotion, from, to, trial },
                 Kind::Override { operator, reason } => Happened::Overridden { promotion, from, to, operator, reason },
                 Kind::Rollback { reason } => Happened::RolledBack { promotion, from, to, reason },
                 Kind::Import { operator, reason } => Happened::Imported { promotion, to, operator, reason },

@@ -33,7 +33,7 @@ use crate::durable::{self, FileError};
 pub use canary::Canary;
 pub use freeze::Freeze;
 pub use history::{Event, Happened};
-pub use intent::{Intent, Kind};
+pub use intent::{Approval, Intent, Kind};
 pub use manifest::{Base, Lineage, Manifest, OffsetRange};
 pub use settings::{Promotion, Settings};
 
@@ -281,6 +281,12 @@ impl Registry {
         let _lock = self.lock()?;
         if self.current()?.version == version {
             return Err(RegistryError::Served { version: version.to_string() });
+        }
+        if self.intent()?.is_some_and(|open| open.to() == version) {
+            return Err(RegistryError::Underway(version.to_string()));
+        }
+        if self.canary()?.is_some_and(|canary| canary.version == version) {
+            return Err(RegistryError::OtherCanary(version.to_string()));
         }
         self.write_quarantine(version, reason, time_us)
     }

@@ -103,32 +103,44 @@ fn changed_bytes_are_noticed_and_odd_names_reach_no_file() {
 fn a_passed_trial_promotes_what_it_tried_over_what_it_was_tried_against() {
     let desk = Desk::new();
     let (a, b) = (desk.register("a"), desk.register("b"));
-    let other = desk.registry.promote(&passed_for(&a.version, &b.sha256, BASE), 2);
+    let other = desk.registry.promote(&passed_for(&a.version, &b.sha256, BASE), None, 2);
     assert!(matches!(other, Err(RegistryError::OtherWeights { .. })));
     let passed = passed_for(&a.version, &a.sha256, BASE);
-    let intent = desk.registry.promote(&passed, 2).unwrap();
+    let intent = desk.registry.promote(&passed, None, 2).unwrap();
     assert_eq!((intent.from(), intent.to(), desk.served().as_str()), (BASE, a.version.as_str(), BASE));
-    assert!(matches!(desk.registry.promote(&passed, 2), Err(RegistryError::Underway(_))));
+    assert!(matches!(desk.registry.promote(&passed, None, 2), Err(RegistryError::Underway(_))));
     desk.registry.complete(&intent, 3).unwrap();
     desk.registry.complete(&intent, 4).unwrap();
     let current = desk.registry.current().unwrap();
     assert_eq!((current.version, current.sha256, current.since_us), (a.version.clone(), Some(a.sha256), 3));
-    let stale = desk.registry.promote(&passed_for(&b.version, &b.sha256, BASE), 5);
+    let stale = desk.registry.promote(&passed_for(&b.version, &b.sha256, BASE), None, 5);
     assert!(matches!(stale, Err(RegistryError::OtherIncumbent { .. })));
     assert_eq!(desk.events(), ["registered", "registered", "promoted"]);
+}
+
+#[test]
+fn an_approval_outlives_the_process_that_it_was_given_to() {
+    let desk = Desk::new();
+    let a = desk.register("a");
+    let approval = Approval { by: "olga".into(), reason: "read the answers".into() };
+    let passed = passed_for(&a.version, &a.sha256, BASE);
+    desk.registry.promote(&passed, Some(approval.clone()), 2).unwrap();
+    let reopened = Registry::open(&desk.folder.path().join("registry")).unwrap();
+    let Recovery::Underway(found) = reopened.recover().unwrap() else { panic!("nothing is under way") };
+    assert_eq!(*found.why(), Kind::Gated { trial: passed.trial().to_string(), approval: Some(approval) });
 }
 
 #[test]
 fn an_aborted_promotion_changes_nothing_and_is_recorded() {
     let desk = Desk::new();
     let a = desk.register("a");
-    let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 2).unwrap();
+    let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), None, 2).unwrap();
     desk.registry.abort(&intent, "replica 2 answered 500", 3).unwrap();
     desk.registry.abort(&intent, "again", 4).unwrap();
     assert_eq!((desk.served().as_str(), desk.registry.recover().unwrap()), (BASE, Recovery::Clean));
     assert_eq!(desk.events(), ["registered", "aborted"]);
     // The old intent ends no later promotion.
-    let later = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 5).unwrap();
+    let later = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), None, 5).unwrap();
     assert_ne!(later.promotion(), intent.promotion());
     assert!(matches!(desk.registry.complete(&intent, 6), Err(RegistryError::NotUnderway(_))));
 }
@@ -163,7 +175,7 @@ fn quarantine_bars_the_weights_under_any_name() {
     desk.registry.quarantine(&b, "leaks", 1).unwrap();
     desk.registry.quarantine(&b, "twice", 2).unwrap();
     let renamed = desk.registry.register(&desk.peft("b", "{ }"), lineage()).unwrap();
-    let refused = desk.registry.promote(&passed_for(&renamed.version, &renamed.sha256, &a), 3).unwrap_err();
+    let refused = desk.registry.promote(&passed_for(&renamed.version, &renamed.sha256, &a), None, 3).unwrap_err();
     assert!(refused.to_string().contains("leaks"), "{refused}");
     assert_eq!(desk.events().iter().filter(|event| **event == "quarantined").count(), 1);
 }
@@ -251,13 +263,29 @@ fn a_canary_is_kept_until_it_is_stopped_or_what_is_served_changes() {
     begin(&b, 10).unwrap();
     assert!(matches!(begin(&c, 10), Err(RegistryError::OtherCanary(there)) if there == b));
     assert!(!desk.registry.retired(i64::MAX).unwrap().contains(&b));
-    assert!(desk.registry.end_canary("enough", 8).unwrap().is_some_and(|ended| ended.version == b));
-    assert!(desk.registry.end_canary("enough", 9).unwrap().is_none());
+    assert!(desk.registry.end_canary("enough", false, 8).unwrap().is_some_and(|ended| ended.version == b));
+    assert!(desk.registry.end_canary("enough", false, 9).unwrap().is_none());
     begin(&c, 50).unwrap();
+    assert!(matches!(desk.registry.quarantine(&c, "bad", 9), Err(RegistryError::OtherCanary(there)) if there == c));
+    let intent = desk.registry.override_promote(&b, "operator", "a test", 9).unwrap();
+    assert!(matches!(desk.registry.quarantine(&b, "bad", 9), Err(RegistryError::Underway(to)) if to == b));
+    desk.registry.abort(&intent, "a test", 9).unwrap();
     desk.serve(&b);
     assert_eq!(desk.registry.canary().unwrap(), None);
-    let events = ["overridden", "canary began", "canary ended", "canary began", "overridden", "canary ended"];
+    let events =
+        ["overridden", "canary began", "canary ended", "canary began", "aborted", "overridden", "canary ended"];
     assert_eq!(desk.events()[3..], events);
+}
+
+#[test]
+fn a_canary_that_earns_less_is_stopped_and_barred_at_once() {
+    let desk = Desk::new();
+    let [a, b] = ["a", "b"].map(|weights| desk.register(weights).version);
+    desk.serve(&a);
+    desk.registry.begin_canary(&b, 10, "operator", "a try", 7).unwrap();
+    desk.registry.end_canary("it earns less", true, 8).unwrap();
+    let again = desk.registry.begin_canary(&b, 10, "operator", "a try", 9);
+    assert!(matches!(again, Err(RegistryError::Quarantined { reason, .. }) if reason == "it earns less"));
 }
 
 #[test]
@@ -291,7 +319,7 @@ fn whole_life(desk: &Desk, folder: &Path) -> Result<(), RegistryError> {
         Ok(desk.registry.history()?.iter().any(|e| matches!(e.what, Happened::Promoted { .. })))
     };
     if !served_once()? {
-        let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), 2)?;
+        let intent = desk.registry.promote(&passed_for(&a.version, &a.sha256, BASE), None, 2)?;
         desk.registry.complete(&intent, 3)?;
     }
     if desk.registry.current()?.version == a.version {
@@ -354,7 +382,7 @@ fn a_freeze_stops_the_gate_and_not_the_operator() {
     desk.registry.freeze("the audit disagrees", "audit", 1).unwrap();
     desk.registry.freeze("another reason", "someone", 2).unwrap();
     assert_eq!(desk.registry.frozen().unwrap().unwrap().reason, "the audit disagrees");
-    let error = desk.registry.promote(&key, 3).unwrap_err();
+    let error = desk.registry.promote(&key, None, 3).unwrap_err();
     assert!(error.to_string().contains("frozen by audit (the audit disagrees)"), "{error}");
     desk.serve(&new.version);
     let next = desk.register("next");
@@ -362,7 +390,7 @@ fn a_freeze_stops_the_gate_and_not_the_operator() {
     desk.registry.thaw("twice", "someone", 4).unwrap();
     assert_eq!(desk.registry.frozen().unwrap(), None);
     let key = passed_for(&next.version, &next.sha256, &new.version);
-    desk.registry.complete(&desk.registry.promote(&key, 7).unwrap(), 8).unwrap();
+    desk.registry.complete(&desk.registry.promote(&key, None, 7).unwrap(), 8).unwrap();
     assert_eq!(desk.served(), next.version);
     let events = desk.events();
     assert_eq!(events.iter().filter(|e| ["frozen", "thawed"].contains(*e)).count(), 2, "{events:?}");

@@ -74,10 +74,18 @@ impl ClassifierError {
     }
 }
 
+/// Returns the hashes of an encoder's tokenizer and configuration.
+fn hashes(folder: &Path) -> Result<String, ClassifierError> {
+    let hash = |name: &str| durable::sha256_file(&folder.join(name)).map_err(|e| ClassifierError::load(folder, e));
+    Ok(format!("{}/{}", hash("tokenizer.json")?, hash("config.json")?))
+}
+
 /// A loaded reward model.
 pub struct Classifier {
     body: Body,
     sha256: String,
+    /// Hashes of what decides a score beside the weights: how a text is cut, and how the layers' output is read.
+    reading: String,
     max_tokens: usize,
 }
 
@@ -101,23 +109,25 @@ impl Classifier {
         };
         check_labels(folder, &config)?;
         let is_encoder = config["model_type"].as_str().is_some_and(|family| FAMILIES.contains(&family));
-        let (body, sha256, longest) = if is_encoder {
+        let (body, sha256, reading, longest) = if is_encoder {
             let encoder = Encoder::load(folder, &config, settings.max_tokens)?;
             let (sha256, longest) = (encoder.sha256.clone(), encoder.max_tokens);
-            (Body::Encoder(Box::new(encoder)), sha256, longest)
+            (Body::Encoder(Box::new(encoder)), sha256, hashes(folder)?, longest)
         } else {
             let decoder = SequenceClassifier::load(&settings.model)?;
             // A model without a chat template, or with a broken one, is refused here and not in the middle of a night.
             decoder.conversation_ids(&[Message::text("user", "?"), Message::text("assistant", "!")])?;
-            let (sha256, longest) = (decoder.identity().sha256.clone(), decoder.max_tokens());
-            (Body::Decoder(decoder), sha256, longest)
+            let id = decoder.identity();
+            let reading = format!("{}/{}", id.tokenizer_sha256, id.template_sha256);
+            let (sha256, longest) = (id.sha256.clone(), decoder.max_tokens());
+            (Body::Decoder(decoder), sha256, reading, longest)
         };
         if !settings.sha256.is_empty() && !settings.sha256.eq_ignore_ascii_case(&sha256) {
             let (model, expected) = (settings.model.clone(), settings.sha256.clone());
             return Err(ClassifierError::Hash { model, found: sha256, expected });
         }
         let max_tokens = if settings.max_tokens == 0 { longest } else { settings.max_tokens.min(longest) };
-        Ok(Classifier { body, sha256, max_tokens })
+        Ok(Classifier { body, sha256, reading, max_tokens })
     }
 
     /// Returns the SHA-256 of the weights.
@@ -127,13 +137,7 @@ impl Classifier {
 
     /// Returns what decides the scores: the weights, their tokenizer and template, and how much of a text is read.
     pub fn identity(&self) -> String {
-        match &self.body {
-            Body::Encoder(_) => format!("{}/{}", self.sha256, self.max_tokens),
-            Body::Decoder(decoder) => {
-                let id = decoder.identity();
-                format!("{}/{}/{}/{}", id.sha256, id.tokenizer_sha256, id.template_sha256, self.max_tokens)
-            }
-        }
+        format!("{}/{}/{}", self.sha256, self.reading, self.max_tokens)
     }
 
     /// Returns the raw score of each answer to its conversation.

@@ -72,7 +72,8 @@ pub struct Similarity {
     model: BertModel,
     tokenizer: Tokenizer,
     settings: Settings,
-    weights_sha256: String,
+    /// Hashes of the weights, the tokenizer and the configuration.
+    files: String,
     questions: Mutex<HashMap<String, Embedding>>,
 }
 
@@ -90,15 +91,17 @@ impl Similarity {
 
         let weights = folder.join("model.safetensors");
         let bytes = std::fs::read(&weights).map_err(|e| refuse(&weights, e))?;
-        let weights_sha256 = hex::encode(Sha256::digest(&bytes));
+        let hash = |path: &Path| durable::sha256_file(path).map_err(|e| refuse(path, e));
+        let (cut, shape) = (hash(&tokenizer_path)?, hash(&folder.join("config.json"))?);
+        let files = format!("{}/{cut}/{shape}", hex::encode(Sha256::digest(&bytes)));
         let variables = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu);
         let model = variables.and_then(|vars| BertModel::load(vars, &config)).map_err(|e| refuse(&weights, e))?;
-        Ok(Similarity { model, tokenizer, settings: settings.clone(), weights_sha256, questions: Mutex::default() })
+        Ok(Similarity { model, tokenizer, settings: settings.clone(), files, questions: Mutex::default() })
     }
 
-    /// Returns what decides the scores: the weights and how much of a text is read.
+    /// Returns what decides the scores: the weights, the tokenizer, the configuration and how much of a text is read.
     pub fn identity(&self) -> String {
-        format!("{}/{}", self.weights_sha256, self.settings.max_tokens)
+        format!("{}/{}", self.files, self.settings.max_tokens)
     }
 
     /// Returns the score in [0, 1] of each (question, answer).

@@ -182,7 +182,9 @@ fn divergences(night: &Night<'_>, trial: &Trial, batch: &Batch<'_>, sides: &Side
     let token_limit = night.config.gate.guardrails.kl_token_limit;
     let against = |other: Option<&Adapter>| -> Result<Vec<Option<Kl>>, RoundError> {
         let mut per_answer = divergence(night.model, adapter.as_ref(), other, &items)?.into_iter();
-        let of = |group: &Vec<Candidate>| group.first().and(per_answer.next()).and_then(|kl| Kl::of(&kl, token_limit));
+        let of = |group: &Vec<Candidate>| {
+            group.first().and_then(|_| per_answer.next()).and_then(|kl| Kl::of(&kl, token_limit))
+        };
         Ok(drawn.iter().map(of).collect())
     };
     let base = against(None)?;

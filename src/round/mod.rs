@@ -35,10 +35,10 @@ use crate::config::Config;
 use crate::crash;
 use crate::dataset::{self, DatasetError};
 use crate::durable::{self, FileError};
-use crate::engine::{EngineError, Model};
+use crate::engine::{self, EngineError, Model};
 use crate::gate::GateError;
 use crate::progress::Progress;
-use crate::record::derive_seed;
+use crate::record::{Message, derive_seed};
 use crate::registry::{Base, Lineage, OffsetRange, Promotion, Registry, RegistryError};
 use crate::rewards::{RewardError, Rewards, Workload};
 use crate::table::{Name, TableError, Tables};
@@ -197,7 +197,10 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         .map_err(RoundError::Spawn)?;
     let tables = config.state.open_tables()?;
     let registry = Registry::open(&paths.registry())?;
-    let (plan, folder) = begin(config, options, &paths, &model)?;
+    // A model without a template is refused at once; what a log holds is left out prompt by prompt.
+    model.prompt_ids(&[Message::text("user", "?")], None)?;
+    let (plan, folder) = begin(config, options, &paths, &model, &rewards)?;
+    engine::pin_now(plan.created_us);
     let stages = state::read_stages(&folder)?;
     let mut night = Night {
         config,
@@ -217,7 +220,13 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
 }
 
 /// Returns the unfinished round, or writes the plan of a new one.
-fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Result<(Plan, PathBuf), RoundError> {
+fn begin(
+    config: &Config,
+    options: &Options,
+    paths: &Paths,
+    model: &Model,
+    rewards: &Rewards,
+) -> Result<(Plan, PathBuf), RoundError> {
     let unfinished = paths.unfinished()?;
     if options.resume && unfinished.is_none() {
         return Err(RoundError::NothingToResume);
@@ -231,6 +240,7 @@ fn begin(config: &Config, options: &Options, paths: &Paths, model: &Model) -> Re
         seed: derive_seed(config.round.seed, &[&round]),
         base: model.identity().clone(),
         settings_sha256: settings_hash(config)?,
+        rewards: rewards.identity(),
         threads: crate::engine::threads::used(),
         control: options.control,
         created_us: chrono::Utc::now().timestamp_micros(),
@@ -258,7 +268,7 @@ fn settings_hash(config: &Config) -> Result<String, RoundError> {
     let deciding = json!({
         "dataset": config.dataset, "candidates": config.candidates, "decoding": config.decoding,
         "rewards": config.rewards, "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
-        "hold": config.model.hold,
+        "hold": config.model.hold, "sampled_as": config.candidates.precision.form(),
     });
     // Canonicalisation cannot fail for settings: they are finite numbers and strings.
     let bytes = serde_json_canonicalizer::to_vec(&deciding).unwrap_or_else(|_| deciding.to_string().into_bytes());
@@ -318,9 +328,9 @@ impl Night<'_> {
         match trial::open(self, &challenger, &dataset) {
             // A second trial of the same weights would be a second chance; the night ends here, and the next one trains.
             // And where another daemon has opened one meanwhile, there is one to finish first.
-            Err(RoundError::Gate(error @ (GateError::AlreadyTried { .. } | GateError::StillOpen(_)))) => {
-                Ok(Outcome::Skipped { reason: error.to_string() })
-            }
+            Err(RoundError::Gate(
+                error @ (GateError::AlreadyTried { .. } | GateError::StillOpen(_) | GateError::Exhausted { .. }),
+            )) => Ok(Outcome::Skipped { reason: error.to_string() }),
             opened => trial::extend(self, opened?, &dataset),
         }
     }

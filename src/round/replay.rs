@@ -13,7 +13,7 @@ use super::{Paths, RoundError, book};
 use crate::dataset::Prompt;
 use crate::durable::FileError;
 use crate::gate::{StepRow, Trial, TrialRow};
-use crate::record::{FinishReason, Purpose};
+use crate::record::FinishReason;
 use crate::rewards::{Item, Rewards};
 use crate::table::{Name, Tables};
 
@@ -80,9 +80,10 @@ pub async fn replay(tables: &Tables, paths: &Paths, trial: &str, rewards: &Rewar
     if *epoch != now {
         return Err(RoundError::OtherScorers { trial: trial.to_string(), then: epoch.clone(), now });
     }
-    let answers: Vec<CandidateRow> = book::read(tables, Name::Candidates).await?;
+    let wanted = format!("purpose = 'gate' and trial = '{}'", trial.replace('\'', "''"));
+    let answers: Vec<CandidateRow> = tables.open_one(Name::Candidates).await?.rows(Some(&wanted)).await?;
     let mut by_side: BTreeMap<(String, String), Vec<CandidateRow>> = BTreeMap::new();
-    for row in answers.into_iter().filter(|row| row.purpose == Purpose::Gate && row.trial.as_deref() == Some(trial)) {
+    for row in answers {
         by_side.entry((row.cluster.clone(), row.side.clone().unwrap_or_default())).or_default().push(row);
     }
     let prompts = prompts(paths)?;

@@ -134,6 +134,9 @@ pub struct Plan {
     pub base: ModelIdentity,
     /// SHA-256 of the settings that decide the round's bytes.
     pub settings_sha256: String,
+    /// Hash of all that decides a score: weights, rules, calibration, not only their paths.
+    #[serde(default)]
+    pub rewards: String,
     /// Threads the kernels ran with: sums in another order give other bytes.
     pub threads: usize,
     pub control: Option<Control>,
@@ -151,6 +154,7 @@ impl Plan {
         let differs = [
             ("base model", self.base != now.base),
             ("settings", self.settings_sha256 != now.settings_sha256),
+            ("rewards", self.rewards != now.rewards),
             ("seed", self.seed != now.seed),
             ("number of threads", self.threads != now.threads),
             ("control", self.control != now.control),

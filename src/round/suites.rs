@@ -93,6 +93,10 @@ fn regression(night: &Night<'_>) -> Result<Vec<Prompt>, RoundError> {
             let name = line.workload.unwrap_or_default();
             return Err(refuse(format!("workload {name:?} has no rules; add [[workload]] with this name and rules")));
         }
+        let ids = night.model.prompt_ids(&line.messages, line.tools.as_ref()).map_err(|e| refuse(e.to_string()))?;
+        if !trial::fits(night, ids.len()) {
+            return Err(refuse(format!("{} tokens do not fit the model with an answer: shorten it", ids.len())));
+        }
         let hash = prompt_hash(&line.messages, line.tools.as_ref());
         Ok(Prompt {
             cluster: format!("suite-{hash}"),

@@ -258,7 +258,8 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
         reward: s.total,
         old_logprobs: (c.logprobs.len() == c.token_ids.len()).then(|| c.logprobs.clone()),
         // Another engine's are no base to measure drift from.
-        base_logprobs: (from_base && !c.approximate).then(|| c.logprobs.clone()),
+        base_logprobs: (from_base && !c.approximate && c.logprobs.len() == c.token_ids.len())
+            .then(|| c.logprobs.clone()),
     };
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }
@@ -281,6 +282,36 @@ fn record_steps(night: &Night<'_>, pass: usize, outcome: &adapter::Outcome) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::FinishReason;
+
+    #[test]
+    fn an_answer_without_logprobs_says_nothing_of_the_base() {
+        let of = |logprobs: Vec<f32>, approximate| {
+            let drawn = Candidate {
+                prompt_hash: "a".into(),
+                cluster: "a".into(),
+                workload: None,
+                sample: 0,
+                seed: 1,
+                sampler: "base".into(),
+                strategy: "rewritten".into(),
+                text: "hi".into(),
+                prompt_ids: vec![1],
+                token_ids: vec![2, 3],
+                sampler_logprobs: logprobs.clone(),
+                logprobs,
+                finish_reason: FinishReason::Stop,
+                approximate,
+            };
+            let score = Score { prompt_hash: "a".into(), sample: 0, total: 1.0, passed: true, parts: BTreeMap::new() };
+            let sample = training_samples(&[drawn], &[score], true).remove(0);
+            (sample.old_logprobs, sample.base_logprobs)
+        };
+        assert_eq!(of(vec![], false), (None, None));
+        let told = vec![-0.5, -0.25];
+        assert_eq!(of(told.clone(), false), (Some(told.clone()), Some(told.clone())));
+        assert_eq!(of(told.clone(), true), (Some(told), None));
+    }
 
     #[test]
     fn shuffling_keeps_each_groups_rewards_and_moves_them() {

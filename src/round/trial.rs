@@ -18,7 +18,8 @@ use crate::durable;
 use crate::engine::Adapter;
 use crate::gate::history::open_trial;
 use crate::gate::{
-    self, Block, Conditions, Decision, GateError, LengthBounds, Opening, StepRow, Trial, TrialRow, UsageRow, Waiting,
+    self, Block, Conditions, Decision, GateError, Guardrail, LengthBounds, Opening, StepRow, Trial, TrialRow, UsageRow,
+    Waiting,
 };
 use crate::progress::Step;
 use crate::rewards::Workload;
@@ -110,7 +111,10 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
         return close(night, &mut trial, Decision::Continue(Waiting::Evidence));
     }
     let all_traffic = dataset.gate.prompts().iter().map(|prompt| prompt.count).sum();
-    begin_night(night, &mut trial, &prompts, (left_out, all_traffic))?;
+    if !begin_night(night, &mut trial, &prompts, (left_out, all_traffic))? {
+        let decision = trial.end_night();
+        return close(night, &mut trial, decision);
+    }
     crash::at("gate-night");
     let sides = judging::Sides {
         challenger: load_side(night, &trial.facts().challenger)?,
@@ -127,7 +131,16 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
             return finish(night, &mut trial, Decision::Void(void), step, (judged, tokens, started));
         }
         crash::at("gate-reserved");
-        let batch = judging::Batch::of_block(&block, &prompts, night.config.gate.kl_prompts);
+        // On more than gate.kl_prompts only while they are what is waited for: too few may never suffice.
+        let kl_prompts = match trial.decide() {
+            Decision::Continue(Waiting::Guardrails(unsure))
+                if unsure.iter().any(|of| matches!(of, Guardrail::Kl | Guardrail::KlRound)) =>
+            {
+                u32::MAX
+            }
+            _ => night.config.gate.kl_prompts,
+        };
+        let batch = judging::Batch::of_block(&block, &prompts, kl_prompts);
         let (observations, drawn) = judging::play(night, &trial, &batch, &sides)?;
         crash::at("gate-answered");
         let rows = trial.absorb(observations)?;
@@ -191,6 +204,12 @@ fn ended(night: &Night<'_>, trial: &Trial) -> Result<Option<Outcome>, RoundError
     }))
 }
 
+/// Returns true where a prompt of so many tokens fits the model and its cache with an answer.
+pub(super) fn fits(night: &Night<'_>, tokens: usize) -> bool {
+    let (new, limits) = (night.config.decoding.max_tokens, night.config.candidates.limits());
+    tokens + new <= night.model.config().max_positions && limits.check(night.model, tokens, new).is_ok()
+}
+
 /// Returns the gate prompts no other trial has used, one for each cluster, that can be judged: covered by rules and short
 /// enough. Counts the others by reason.
 fn fresh_prompts(
@@ -201,19 +220,18 @@ fn fresh_prompts(
     let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
     let others = |row: &&UsageRow| Some(row.trial.as_str()) != trial;
     let spent: BTreeSet<String> = usage.iter().filter(others).map(|row| row.cluster.clone()).collect();
-    let (new, limits) = (night.config.decoding.max_tokens, night.config.candidates.limits());
-    let room = night.model.config().max_positions.saturating_sub(new);
-    let fits = |tokens: usize| tokens <= room && limits.check(night.model, tokens, new).is_ok();
     let (mut fresh, mut left_out) = (BTreeMap::new(), LeftOut::new());
     for prompt in dataset.gate.prompts() {
         let reason = if spent.contains(&prompt.cluster) {
             Some("used")
         } else if !night.rewards.covers(prompt.workload.as_deref()) {
             Some("no_rules")
-        } else if !fits(night.model.prompt_ids(&prompt.messages, prompt.tools.as_ref())?.len()) {
-            Some("too_long")
         } else {
-            None
+            match night.model.readable_ids(&prompt.messages, prompt.tools.as_ref())? {
+                None => Some("unreadable"),
+                Some(ids) if !fits(night, ids.len()) => Some("too_long"),
+                Some(_) => None,
+            }
         };
         match reason {
             Some(reason) => *left_out.entry(reason.to_string()).or_default() += 1,
@@ -223,12 +241,13 @@ fn fresh_prompts(
     Ok((fresh, left_out))
 }
 
+/// Begins the trial's next night, unless this round did already; returns false where no night is left.
 fn begin_night(
     night: &mut Night<'_>,
     trial: &mut Trial,
     prompts: &BTreeMap<String, Prompt>,
     (left_out, all_traffic): (LeftOut, u64),
-) -> Result<(), RoundError> {
+) -> Result<bool, RoundError> {
     let path = night.folder.join(format!("tonight-{}.json", trial.id()));
     let tonight = match durable::read_json::<Tonight>(&path) {
         Ok(tonight) => tonight,
@@ -240,12 +259,19 @@ fn begin_night(
         Err(error) => return Err(error.into()),
     };
     if trial.nights() > tonight.nights_before {
-        return Ok(());
+        return Ok(true);
     }
-    let used: BTreeSet<&str> = trial.observations().iter().map(|o| o.cluster.as_str()).collect();
+    // A night that was stopped for good may have been the last.
+    if trial.nights() >= trial.settings().max_nights {
+        return Ok(false);
+    }
+    // What is reserved is used up, judged or not: a night that was stopped for good may have left a block between the two.
+    let usage: Vec<UsageRow> = read(night, Name::GateUsage)?;
+    let used: BTreeSet<&str> = usage.iter().map(|row| row.cluster.as_str()).collect();
     let fresh = prompts.keys().filter(|cluster| !used.contains(cluster.as_str())).cloned().collect();
     let row = trial.begin_night(fresh, all_traffic, now_us())?;
-    store_trial(night, &row)
+    store_trial(night, &row)?;
+    Ok(true)
 }
 
 /// Reserves a block's clusters; returns why the trial is void where one of them has been judged in another trial.

@@ -39,11 +39,12 @@ fn port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Waits until something listens at a port of this machine.
-fn wait_for(port: u16) {
+/// Waits until something listens at a port of this machine; a process that does not get there is shown by its log.
+fn wait_for(port: u16, log: &Path) {
     let started = Instant::now();
     while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(started.elapsed() < Duration::from_secs(60), "nothing listens at port {port}");
+        let said = || std::fs::read_to_string(log).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(60), "nothing listens at port {port}:\n{}", said());
         std::thread::yield_now();
     }
 }
@@ -89,9 +90,9 @@ fn the_page_works_in_a_browser() {
     };
     let (operate, read) = (token("olga", "operate"), token("ruth", "read"));
     let _endpoint = start(&night, &["serve", "--model", &model().display().to_string()], &folder.join("serve.log"));
-    wait_for(endpoint);
+    wait_for(endpoint, &folder.join("serve.log"));
     let _daemon = start(&night, &["run"], &folder.join("run.log"));
-    wait_for(page);
+    wait_for(page, &folder.join("run.log"));
     let out = std::env::var_os("TAOD_SCREENSHOTS")
         .filter(|dir| !dir.is_empty())
         .map_or_else(|| folder.join("screenshots"), PathBuf::from);

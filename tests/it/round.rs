@@ -171,6 +171,24 @@ fn a_round_that_is_killed_after_every_piece_gets_to_the_same_end() {
     assert_same(&night, &whole, "killed often");
 }
 
+/// An erasure stops a round for good; what its gate had reserved and not judged is used up, and the trial goes on.
+#[test]
+fn a_night_that_is_stopped_for_good_between_a_reservation_and_its_judgement_voids_no_trial() {
+    let night = Night::new(&calls(CALLS));
+    night.kill_at("gate-reserved", &[]);
+    std::fs::write(night.round().join("erased.json"), r#"{"receipts": []}"#).unwrap();
+    decided(night.worker(&[], &[]));
+    let states: Vec<String> =
+        night.rows(Name::Trials).iter().map(|row| row["state"].as_str().unwrap().to_owned()).collect();
+    assert!(!states.is_empty() && states.iter().all(|state| state == "open"), "{states:?}");
+    let clusters = |name| -> Vec<String> {
+        night.rows(name).iter().map(|row| row["cluster"].as_str().unwrap().to_owned()).collect()
+    };
+    let (reserved, judged) = (clusters(Name::GateUsage), clusters(Name::GateSteps));
+    assert!(!judged.is_empty() && judged.len() + 16 == reserved.len(), "{} of {}", judged.len(), reserved.len());
+    assert_eq!(reserved.iter().collect::<BTreeSet<_>>().len(), reserved.len(), "a cluster was reserved twice");
+}
+
 /// Returns the folders and files that training leaves, with their bytes.
 fn trained(night: &Night) -> Vec<(String, Vec<u8>)> {
     let mut files = bytes_below(&night.state().join("registry"));
@@ -273,25 +291,31 @@ fn a_night_without_anything_to_train_on_is_skipped_with_its_reason() {
 }
 
 #[test]
-fn prompts_longer_than_the_context_are_left_out_and_counted() {
+fn prompts_that_the_model_cannot_read_are_left_out_and_counted() {
     let mut mixed = calls(100);
     mixed.extend((0..20).map(long));
+    mixed.extend(calls(140).split_off(120).into_iter().map(|call| Call { has_image: true, ..call }));
     let night = Night::new(&mixed);
     decided(night.worker(&[], &[]));
     let is_long = |prompt: &&taod::dataset::Prompt| prompt.messages[0].plain_text().len() > 512;
     let (train, gate) = (night.prompts("train"), night.prompts("gate"));
     let (long_train, long_gate) = (train.iter().filter(is_long).count(), gate.iter().filter(is_long).count());
     assert!(long_train > 0 && long_gate > 0, "{long_train} and {long_gate}");
+    let is_image = |prompt: &&taod::dataset::Prompt| matches!(prompt.messages[0].content, taod::json::Value::Array(_));
+    let (image_train, image_gate) = (train.iter().filter(is_image).count(), gate.iter().filter(is_image).count());
+    assert!(image_train > 0 && image_gate > 0, "{image_train} and {image_gate}");
+    let left_out = long_train + image_train;
     for pass in 1..=2 {
         let manifest = night.json(&format!("pass-{pass}/candidates/manifest.json"));
-        assert_eq!(manifest["too_long"], long_train, "{manifest}");
-        assert_eq!(manifest["candidates"], 4 * (train.len() - long_train), "{manifest}");
+        assert_eq!(manifest["too_long"], left_out, "{manifest}");
+        assert_eq!(manifest["candidates"], 4 * (train.len() - left_out), "{manifest}");
     }
     let steps = night.rows(Name::GateSteps);
-    assert_eq!(steps.len(), gate.len() - long_gate);
+    assert_eq!(steps.len(), gate.len() - long_gate - image_gate);
     let trial = steps[0]["trial"].as_str().unwrap();
     let tonight = night.json(&format!("tonight-{trial}.json"));
     assert_eq!(tonight["left_out"]["too_long"], long_gate, "{tonight}");
+    assert_eq!(tonight["left_out"]["unreadable"], image_gate, "{tonight}");
 }
 
 #[test]

@@ -116,7 +116,7 @@ impl Stage {
         let whole = self.folder.path().join("whole.toml");
         std::fs::write(&whole, text.replace("\"state\"", &format!("{:?}", state.display().to_string()))).unwrap();
         let config = Loaded::read(Some(&whole)).unwrap().config;
-        let tended = block_on(taod::daemon::promotion::tend(&config)).unwrap().unwrap();
+        let tended = block_on(taod::daemon::promotion::tend(&config, &mut false)).unwrap().unwrap();
         assert!(tended.reconciled.failed.is_empty(), "{:?}", tended.reconciled.failed);
         tended.reconciled.changed
     }
@@ -175,7 +175,7 @@ fn register(model: &Model, folder: &Path, seed: usize) -> String {
     let spec = LoraSpec { rank: 4, alpha: 8.0, ..LoraSpec::default() };
     let mut lora = LoraMatrices::fresh(model.config(), &spec, seed as u64);
     for (at, value) in lora.values.iter_mut().skip(1).step_by(2).flatten().enumerate() {
-        *value = (((at + seed) * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.1;
+        *value = (((at + seed) * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.3;
     }
     let peft = folder.join(format!("peft-{seed}"));
     save_peft(&peft, model.identity(), &spec, &lora.tensors().unwrap()).unwrap();

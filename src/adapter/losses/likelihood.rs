@@ -18,6 +18,10 @@ pub(super) fn choose(loss: &Loss, rewards: &[f64]) -> Choice {
 pub(super) fn slopes(group: &[Member], batch: &Batch) -> Slopes {
     let mut all = Slopes::default();
     for member in group {
+        if member.is_elsewhere() {
+            all.slopes.push(Vec::new());
+            continue;
+        }
         let slope = (-1.0 / (member.tokens() * batch.samples as f64)) as f32;
         all.value += member.policy.iter().map(|log| f64::from(*log) * f64::from(slope)).sum::<f64>();
         all.ratio += member.tokens();

@@ -12,6 +12,10 @@ const TINY: f64 = 1e-4;
 pub(super) fn slopes(loss: &Loss, group: &[Member], batch: &Batch) -> Slopes {
     let mut all = Slopes::default();
     for (member, advantage) in group.iter().zip(advantages(loss, group)) {
+        if member.is_elsewhere() {
+            all.slopes.push(Vec::new());
+            continue;
+        }
         let slopes = match loss.method {
             Method::Rloo | Method::Gspo => sequence(loss, member, advantage, batch, &mut all),
             _ => tokens(loss, member, advantage, batch, &mut all),

@@ -11,6 +11,10 @@ pub(super) fn slopes(loss: &Loss, group: &[Member], batch: &Batch) -> Slopes {
     let value = soft_maximum(group, loss.value_beta);
     let mut all = Slopes::default();
     for member in group {
+        if member.is_elsewhere() {
+            all.slopes.push(Vec::new());
+            continue;
+        }
         let reference = if loss.method == Method::AStarPo { member.base } else { member.old };
         let off = loss.beta * member.log_ratio(reference) - (member.reward - value);
         all.value += share * off * off;

@@ -140,7 +140,10 @@ pub(super) async fn promote(Shared(state): Shared<State>, who: Who, Told(told): 
 }
 
 pub(super) async fn rollback(Shared(state): Shared<State>, who: Who, Told(why): Told<Why>) -> Response {
-    ask(&state, &who, Action::Rollback, &why.reason)
+    match state.facts.served_version() {
+        Ok(from) => ask(&state, &who, Action::Rollback { from: Some(from) }, &why.reason),
+        Err(error) => error.into_response(),
+    }
 }
 
 pub(super) async fn freeze(Shared(state): Shared<State>, who: Who, Told(why): Told<Why>) -> Response {

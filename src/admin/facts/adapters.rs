@@ -70,6 +70,11 @@ pub(in super::super) struct Range {
 }
 
 impl Facts {
+    /// Returns the version that is served.
+    pub(in super::super) fn served_version(&self) -> Result<String, FactError> {
+        Ok(self.registry()?.current().map_err(FactError::failed)?.version)
+    }
+
     /// Returns what is served.
     pub(in super::super) fn current(&self) -> Result<Current, FactError> {
         let registry = self.registry()?;

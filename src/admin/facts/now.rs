@@ -9,9 +9,8 @@ use serde::Serialize;
 
 use super::adapters::Current;
 use super::rounds::Round;
-use super::trials::{self, Trial};
+use super::trials::Trial;
 use super::{COUNT_FRESH, FactError, Facts};
-use crate::gate::history::open_trial;
 use crate::metrics::{Label, Reason};
 use crate::round::live::{self, Live};
 use crate::table::Name;
@@ -67,7 +66,6 @@ impl Facts {
         let rounds = self.rounds(2)?;
         let running_round = rounds.iter().find(|round| round.outcome == "running").cloned();
         let next = self.metrics.rounds.next_start.get();
-        let rows = self.trial_rows().await?;
         Ok(Status {
             taod: env!("CARGO_PKG_VERSION").to_string(),
             ready: obstacles.is_empty(),
@@ -79,7 +77,7 @@ impl Facts {
             running_round,
             last_round: rounds.into_iter().find(|round| round.outcome != "running"),
             next_round: (next > 0.0).then(|| DateTime::from_timestamp(next as i64, 0)).flatten(),
-            open_trial: open_trial(&rows).map(trials::document),
+            open_trial: self.open_trial().await?,
         })
     }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{FactError, Facts, time};
 use crate::gate::standing::{standing, trials};
-use crate::gate::{self, StepRow, TrialRow};
+use crate::gate::{self, State, StepRow, TrialRow, history};
 use crate::round::book;
 use crate::table::Name;
 
@@ -31,6 +31,14 @@ pub(in super::super) struct Trial {
     pub(in super::super) reason: String,
     /// When the newest change of it was stored.
     pub(in super::super) changed: DateTime<Utc>,
+}
+
+impl Trial {
+    fn judged(&mut self, newest: Option<&StepRow>) {
+        if let Some(step) = newest {
+            (self.prompts, self.ln_wealth) = (step.step, step.ln_wealth);
+        }
+    }
 }
 
 /// A trial with everything that decided it.
@@ -77,7 +85,38 @@ impl Facts {
     /// Returns the newest trials, the newest first.
     pub(in super::super) async fn trials(&self, limit: usize) -> Result<Vec<Trial>, FactError> {
         let rows = self.trial_rows().await?;
-        Ok(trials(&rows).into_iter().take(limit).map(document).collect())
+        let mut found: Vec<Trial> = trials(&rows).into_iter().take(limit).map(document).collect();
+        if let Some(open) = found.iter_mut().find(|trial| trial.state == State::Open.as_str()) {
+            self.bring_up_to_date(open).await?;
+        }
+        Ok(found)
+    }
+
+    /// Returns the open trial as far as it was judged.
+    pub(super) async fn open_trial(&self) -> Result<Option<Trial>, FactError> {
+        let rows = self.trial_rows().await?;
+        let mut open = history::open_trial(&rows).map(document);
+        if let Some(open) = &mut open {
+            self.bring_up_to_date(open).await?;
+        }
+        Ok(open)
+    }
+
+    /// A trial's own row says how it stood when the night began; what the night judged since stands in its steps.
+    async fn bring_up_to_date(&self, open: &mut Trial) -> Result<(), FactError> {
+        let steps = self.steps().await?;
+        open.judged(
+            steps.iter().filter(|step| step.trial == open.trial && step.suite.is_none()).max_by_key(|step| step.step),
+        );
+        Ok(())
+    }
+
+    async fn steps(&self) -> Result<Vec<StepRow>, FactError> {
+        let _reading = self.reading().await?;
+        match self.tables.exists(Name::GateSteps).await.map_err(FactError::failed)? {
+            true => book::read(&self.tables, Name::GateSteps).await.map_err(FactError::failed),
+            false => Ok(Vec::new()),
+        }
     }
 
     pub(super) async fn trial_rows(&self) -> Result<Vec<TrialRow>, FactError> {
@@ -94,11 +133,9 @@ impl Facts {
         let Some(last) = trials(&rows).into_iter().find(|row| row.facts.trial == id) else {
             return Err(FactError::Missing(format!("there is no trial {id:?}")));
         };
-        let reading = self.reading().await?;
-        let mut steps: Vec<StepRow> = book::read(&self.tables, Name::GateSteps).await.map_err(FactError::failed)?;
-        drop(reading);
+        let mut steps = self.steps().await?;
         let verdict = standing(id, &rows, &steps).map_err(FactError::failed)?;
-        steps.retain(|step| step.trial == id);
+        steps.retain(|step| step.trial == id && step.suite.is_none());
         steps.sort_by_key(|step| step.step);
         let words = gate::explain(&verdict);
         let said = |finding: gate::Finding| Guardrail {
@@ -111,8 +148,10 @@ impl Facts {
             .to_string(),
             reason: finding.reason,
         };
+        let mut trial = document(last);
+        trial.judged(steps.last());
         Ok(TrialDetail {
-            trial: document(last),
+            trial,
             mean_gain: verdict.mean_gain,
             level: verdict.alpha,
             guardrails: verdict.findings.into_iter().map(said).collect(),
@@ -122,7 +161,7 @@ impl Facts {
     }
 }
 
-pub(super) fn document(row: &TrialRow) -> Trial {
+fn document(row: &TrialRow) -> Trial {
     Trial {
         trial: row.facts.trial.clone(),
         number: row.facts.number,

@@ -58,7 +58,7 @@ fn render(name: &str, here: &str, caller: &Caller, own: Value) -> Response {
         name => caller.name.as_str(), role => caller.role.map(|role| role.as_str()), csrf => caller.csrf(), session,
         operates => caller.may(super::token::Role::Operate),
     };
-    let all = context! { here, caller => shown, version => env!("CARGO_PKG_VERSION"), ..own };
+    let all = context! { here, caller => shown, taod => env!("CARGO_PKG_VERSION"), ..own };
     let rendered = match &*ENVIRONMENT {
         Ok(environment) => environment.get_template(name).and_then(|template| template.render(all)),
         Err(error) => Err(minijinja::Error::new(error.kind(), error.to_string())),

@@ -261,7 +261,10 @@ pub(super) async fn act(
             return refuse(StatusCode::UNPROCESSABLE_ENTITY, "What was typed is not the version. Nothing was changed.");
         }
         "promote" => Action::Promote { version: wanted.version },
-        "rollback" => Action::Rollback,
+        "rollback" => match state.facts.served_version() {
+            Ok(from) => Action::Rollback { from: Some(from) },
+            Err(error) => return refuse(StatusCode::INTERNAL_SERVER_ERROR, &format!("Not done: {error}.")),
+        },
         "freeze" => Action::Freeze,
         "thaw" => Action::Thaw,
         "run" => Action::Run,

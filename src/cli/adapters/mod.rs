@@ -196,12 +196,13 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
             })?;
             out.text(&format!("{version} gets {percent} % of the requests; {}\n", promotion::distances(&proofs)))?;
         }
-        Command::Canary { version: None, why, .. } => match block_on(canary::end(&config, &why.signed(), false))?? {
+        Command::Canary { version: None, why, .. } => match block_on(canary::end(&config, None, &why.signed()))?? {
             Some(version) => out.text(&format!("{version} gets no requests any more\n"))?,
             None => out.text("there is no canary\n")?,
         },
         Command::Rollback { why } => {
-            let promoted = change(&config, async |model| promotion::rollback(&config, &why.signed(), model).await)?;
+            let promoted =
+                change(&config, async |model| promotion::rollback(&config, None, &why.signed(), model).await)?;
             out.text(&format!("{}\n", promoted.explain()))?;
         }
         Command::Quarantine { version, why } => {
@@ -223,7 +224,7 @@ fn change<T>(config: &Config, change: impl AsyncFnOnce(&Model) -> anyhow::Result
 
 /// Looks after the endpoint once, and says what had to be done.
 fn settle(config: &Config) -> anyhow::Result<String> {
-    let tended = block_on(promotion::tend(config))??;
+    let tended = block_on(promotion::tend(config, &mut false))??;
     let tended = tended.context("another process is changing what is served: try again when it has ended")?;
     let mut lines = Vec::new();
     match &tended.settled {

@@ -8,7 +8,7 @@ use super::super::lines::Output;
 use super::super::{Exit, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{load_model, promotion};
-use crate::registry::{Promotion, Registry};
+use crate::registry::{Approval, Promotion, Registry};
 use crate::round::{Outcome, Paths, Verdict, book};
 
 /// Let the version that passed the gate be served. Everything is recomputed from the tables first.
@@ -51,7 +51,7 @@ pub(super) fn approve(global: &Global, args: &Approve) -> anyhow::Result<Exit> {
     let verdict = waiting(&config, args.trial.as_deref())?;
     let promoted = block_on(async {
         let model = load_model(&config).await?;
-        let approval = promotion::Approval { by: &args.why.by, reason: &args.why.reason };
+        let approval = Approval { by: args.why.by.clone(), reason: args.why.reason.clone() };
         promotion::promote(&config, &verdict, Some(approval), &model).await
     })??;
     say(&promoted.explain())

@@ -15,11 +15,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::durable;
+use crate::{durable, secret};
 
 use super::http::Http;
 use super::server::{Answers, Question, Reply};
-use super::{EndpointError, Settings as Endpoint};
+use super::{EndpointError, Kind as Server, Settings as Endpoint};
 pub use formats::Canary;
 use formats::Route;
 
@@ -100,6 +100,9 @@ pub struct Gateway {
     front: Front,
     route: Route,
     settle: Duration,
+    /// What the servers want before an adapter's name: SGLang answers a bare one as the base.
+    prefix: String,
+    base_model: String,
 }
 
 /// The gateway as its clients ask it: nothing but what OpenAI's interface has.
@@ -108,8 +111,10 @@ struct Front(Http);
 impl Gateway {
     pub(super) fn new(settings: &Endpoint) -> Result<Gateway, EndpointError> {
         let gateway = &settings.gateway;
-        let as_client = Endpoint { api_key_file: gateway.api_key_file.clone(), ..settings.clone() };
-        let one = |url: &String| Ok::<_, EndpointError>(Http::of(&as_client, std::slice::from_ref(url))?.remove(0));
+        let key = secret::read("endpoint.gateway.api_key", Some(&gateway.api_key_file))?;
+        let one = |url: &String| -> Result<Http, EndpointError> {
+            Ok(Http::with_key(settings, std::slice::from_ref(url), key.clone())?.remove(0))
+        };
         let hook = match gateway.hook.is_empty() {
             true => None,
             false => Some(one(&gateway.hook)?),
@@ -120,7 +125,17 @@ impl Gateway {
             pool: gateway.pool.clone(),
         };
         let (kind, file, settle) = (gateway.kind, gateway.file.clone(), Duration::from_secs(gateway.settle_seconds));
-        Ok(Gateway { kind, file, hook, front: Front(one(&gateway.url)?), route, settle })
+        let prefix = match settings.kind {
+            Server::Sglang => format!("{}:", settings.base_model),
+            _ => String::new(),
+        };
+        let (front, base_model) = (Front(one(&gateway.url)?), settings.base_model.clone());
+        Ok(Gateway { kind, file, hook, front, route, settle, prefix, base_model })
+    }
+
+    /// Returns the name by which the servers behind the gateway are asked for a version.
+    fn asked(&self, name: &str) -> String {
+        if name == self.base_model { name.to_owned() } else { format!("{}{name}", self.prefix) }
     }
 
     /// Returns the gateway as clients ask it.
@@ -148,7 +163,7 @@ impl Gateway {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(self.broken(error.to_string())),
             Ok(text) => match formats::read(self.kind, &text) {
-                Some(target) => Ok(Some(target)),
+                Some(target) => Ok(Some(target.strip_prefix(&self.prefix).unwrap_or(&target).to_owned())),
                 None => Err(self.broken("taod did not write it: move it away, or give taod a file of its own".into())),
             },
         }
@@ -193,7 +208,8 @@ impl Gateway {
         if self.kind == Kind::Webhook {
             return Ok(false);
         }
-        let text = formats::write(self.kind, &self.route, target, canary);
+        let canary = canary.map(|canary| Canary { name: self.asked(&canary.name), percent: canary.percent });
+        let text = formats::write(self.kind, &self.route, &self.asked(target), canary.as_ref());
         if std::fs::read_to_string(&self.file).is_ok_and(|there| there == text) {
             return Ok(false);
         }

@@ -74,17 +74,25 @@ name = "free"
 pub(crate) struct Call {
     pub workload: Option<String>,
     pub text: String,
+    /// A picture stands beside the text, which no chat template of a text model writes.
+    pub has_image: bool,
 }
 
 impl Call {
     /// Returns a call of a workload.
     pub(crate) fn new(workload: &str, text: impl Into<String>) -> Self {
-        Call { workload: Some(workload.to_string()), text: text.into() }
+        Call { workload: Some(workload.to_string()), text: text.into(), has_image: false }
     }
 
     /// Returns the call's messages.
     pub(crate) fn messages(&self) -> Vec<Message> {
-        vec![Message::text("user", &self.text)]
+        let mut message = Message::text("user", &self.text);
+        if self.has_image {
+            let image = json!({"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}});
+            let parts = json!([{"type": "text", "text": self.text}, image]);
+            message.content = serde_json::from_value(parts).unwrap();
+        }
+        vec![message]
     }
 }
 
