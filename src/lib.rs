@@ -75,3 +75,5 @@ pub mod cli;
 pub mod daemon;
 #[cfg(feature = "daemon")]
 pub mod demo;
+#[cfg(feature = "daemon")]
+pub mod doctor;

@@ -12,6 +12,7 @@ mod answers;
 mod config;
 mod daemon;
 mod dataset;
+mod doctor;
 mod engine;
 mod estimate;
 mod eval;
@@ -116,6 +117,7 @@ pub enum Command {
     #[command(subcommand)]
     Config(config::Command),
     Status(status::Status),
+    Doctor(doctor::Doctor),
     /// Check, maintain, correct or erase from the tables.
     #[command(subcommand)]
     Table(table::Command),
@@ -166,6 +168,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Admin(command) => admin::run(global, command),
         Command::Config(command) => config::run(global, command),
         Command::Status(args) => status::run(global, args),
+        Command::Doctor(args) => doctor::run(global, args),
         Command::Table(command) => table::run(global, command),
         Command::TableWorker(args) => table::run_worker(global, args),
     }

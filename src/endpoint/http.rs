@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 
@@ -38,6 +39,8 @@ pub(super) struct Http {
 pub(super) struct Raw {
     pub(super) status: u16,
     pub(super) text: String,
+    /// The server's clock, in whole seconds, where it tells.
+    pub(super) date: Option<DateTime<Utc>>,
 }
 
 impl Raw {
@@ -183,6 +186,8 @@ impl Http {
         let status = response.status().as_u16();
         let kind = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let mut is_page = kind.starts_with("text/html");
+        let date = response.headers().get("date").and_then(|v| v.to_str().ok());
+        let date = date.and_then(|text| DateTime::parse_from_rfc2822(text).ok()).map(|date| date.to_utc());
         let mut bytes = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|e| self.broken(&e, what))? {
             bytes.extend_from_slice(&chunk);
@@ -194,7 +199,7 @@ impl Http {
         is_page |= text.trim_start().starts_with('<');
         match is_page {
             true => Err(EndpointError::WebPage { url: self.url.clone(), what: what.to_owned(), status }),
-            false => Ok(Raw { status, text }),
+            false => Ok(Raw { status, text, date }),
         }
     }
 

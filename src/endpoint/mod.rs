@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod gateway;
 mod hook;
 mod http;
+pub mod inspect;
 mod llamacpp;
 mod mistralrs;
 mod paths;

@@ -50,6 +50,17 @@ pub(super) async fn add_columns(log: &LogStoreRef, name: &str, spec: &TableSpec)
     Err(TableError::Conflict { table: name.to_owned() })
 }
 
+/// Returns the columns that [`add_columns`] would add; an error where the table does not fit for another reason.
+pub(super) async fn lacking(log: &LogStoreRef, name: &str, spec: &TableSpec) -> Result<Vec<String>, TableError> {
+    let snapshot = Snapshot::try_new(log.as_ref(), None).await;
+    let snapshot = snapshot.map_err(|e| TableError::store("cannot open", name, e))?;
+    let retell = |source| TableError::Log { table: name.to_owned(), version: snapshot.version(), source };
+    let mut metadata = serde_json::to_value(snapshot.metadata()).map_err(retell)?;
+    let added = complete(&mut metadata, spec).map_err(retell)?;
+    serde_json::from_value::<Metadata>(metadata).map_err(retell)?.check(name, spec)?;
+    Ok(added)
+}
+
 /// Adds to the schema in `metadata` the optional columns it lacks, and returns their names.
 fn complete(metadata: &mut Value, spec: &TableSpec) -> serde_json::Result<Vec<String>> {
     let text = metadata["schemaString"].as_str().unwrap_or_default();

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use deltalake::logstore::object_store::ObjectStore;
 use deltalake::logstore::object_store::path::Path;
 use deltalake::logstore::object_store::prefix::PrefixStore;
+use deltalake::logstore::object_store::{Error, ObjectStore, ObjectStoreExt, PutMode};
 use deltalake::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use url::Url;
 
@@ -62,6 +62,28 @@ impl TableLocation {
     /// Returns the URL of the root, which ends with a slash.
     pub fn url(&self) -> &Url {
         &self.url
+    }
+
+    /// Proves that this place can be written to: a small object is created, must not be creatable again (else commits would be
+    /// lost), and is removed.
+    pub async fn prove_writable(&self) -> Result<(), TableError> {
+        let fail = |e| TableError::store("cannot write beside", self, e);
+        let path = Path::from_url_path(self.url.path()).map_err(|e| fail(e.into()))?;
+        let path = path.join(format!("_taod_doctor_{}", uuid::Uuid::new_v4()));
+        let create = || self.store.put_opts(&path, "doctor".into(), PutMode::Create.into());
+        create().await.map_err(fail)?;
+        let again = create().await;
+        self.store.delete(&path).await.map_err(fail)?;
+        match again {
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(()),
+            Ok(_) => Err(TableError::Overwrites { table: self.to_string() }),
+            Err(error) => Err(fail(error)),
+        }
+    }
+
+    /// Returns the local folder, where it is one.
+    pub fn folder(&self) -> Option<PathBuf> {
+        self.url.to_file_path().ok()
     }
 
     /// Returns the log store of the table here.

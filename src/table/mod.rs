@@ -47,7 +47,7 @@ pub use rewrite::{Found, Hunt, Taken};
 pub use schema::TableSpec;
 pub use selection::Selection;
 pub use suppressions::{ERASURES, Key, Suppressions};
-pub use tables::{Name, Tables};
+pub use tables::{Look, Name, Tables};
 pub use write::{DataFile, EncodedFile, batch_of_any};
 
 /// Why a table could not be opened, read or written. Every message names the table.

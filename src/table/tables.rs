@@ -6,7 +6,7 @@ use std::path::Path;
 use deltalake::logstore::LogStoreRef;
 
 use super::schema::{self, TableSpec};
-use super::{Table, TableError, TableLocation};
+use super::{Table, TableError, TableLocation, evolve};
 
 /// Names of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +61,16 @@ impl Name {
     }
 }
 
+/// What [`Tables::look`] finds.
+pub enum Look {
+    Absent,
+    /// An earlier taod made it: the next opening adds these columns.
+    Older {
+        lacking: Vec<String>,
+    },
+    Ready(Box<Table>),
+}
+
 /// The folder of tables. Cheap to clone; each table is opened on demand by whoever needs it.
 #[derive(Clone)]
 pub struct Tables {
@@ -100,6 +110,19 @@ impl Tables {
     pub async fn open_existing(&self, name: Name) -> Result<Option<Table>, TableError> {
         let spec = name.spec();
         Table::open_existing(&self.root.join(spec.name), spec).await
+    }
+
+    /// Looks at one table and changes nothing, neither its schema nor its place.
+    pub async fn look(&self, name: Name) -> Result<Look, TableError> {
+        let (spec, location) = (name.spec(), self.root.join(name.spec().name));
+        let Some(log) = self.log_of(name).await? else { return Ok(Look::Absent) };
+        match Table::attach(log.clone(), spec).await {
+            Err(error @ TableError::Schema { .. }) => {
+                let lacking = evolve::lacking(&log, &location.to_string(), spec).await?;
+                if lacking.is_empty() { Err(error) } else { Ok(Look::Older { lacking }) }
+            }
+            other => other.map(|table| Look::Ready(Box::new(table))),
+        }
     }
 
     /// Returns the log of a table, or nothing where there is none.

@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["config"],
     &["ingest", "schedule", "round"],
     &["erasure"],
-    &["admin"],
+    &["admin", "doctor"],
     &["daemon"],
     &["demo"],
     &["cli"],
