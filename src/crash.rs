@@ -1,4 +1,6 @@
-//! Places at which taod can be killed on purpose, so that what a crash leaves there can be tested.
+//! Places at which taod can be killed or stopped on purpose, so that what a crash or a hang leaves there can be tested.
+//!
+//! `TAOD_STOP_AT` names places likewise, at which the process stops itself (SIGSTOP) and so hangs until it is ended.
 //!
 //! `TAOD_CRASH_AT=name[:nth]`, or several with commas between them, names them. At the nth time (the first, where none is
 //! said) that a process comes to such a place it sends itself SIGKILL: no destructor runs, nothing is flushed. A kill from
@@ -11,6 +13,8 @@ use std::time::Duration;
 
 /// Name of the variable that arms crash points.
 pub const CRASH_AT: &str = "TAOD_CRASH_AT";
+/// Name of the variable that arms the points of a round for a hang.
+pub const STOP_AT: &str = "TAOD_STOP_AT";
 
 /// The points on the way of a record into its table and out of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +81,9 @@ pub fn at(name: &str) {
     if armed().due(name) {
         kill();
     }
+    if stopping().due(name) {
+        stop();
+    }
 }
 
 /// Does `work`, and kills this process in the midst of it where the variable names `point`.
@@ -114,6 +121,17 @@ impl Points {
     fn due(&self, name: &str) -> bool {
         self.0.iter().any(|armed| armed.name == name && armed.left.fetch_sub(1, Ordering::Relaxed) == 1)
     }
+}
+
+fn stopping() -> &'static Points {
+    static STOPPING: OnceLock<Points> = OnceLock::new();
+    STOPPING.get_or_init(|| Points::parse(&std::env::var(STOP_AT).unwrap_or_default()))
+}
+
+#[expect(unsafe_code, reason = "only the system call stops every thread at once")]
+fn stop() {
+    // SAFETY: `kill` and `getpid` take and return plain numbers.
+    unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
 }
 
 fn armed() -> &'static Points {

@@ -20,6 +20,8 @@ pub mod durable;
 pub mod health;
 pub mod json;
 #[cfg(feature = "daemon")]
+pub mod layout;
+#[cfg(feature = "daemon")]
 pub mod metrics;
 #[cfg(feature = "daemon")]
 pub mod progress;

@@ -16,6 +16,20 @@ pub trait Observer: Send + Sync {
     fn end(&self, step: &str, note: &str);
     /// Numbers were found that a metric shows. Most observers have no use for them.
     fn measured(&self, _: &Measure) {}
+    /// Says, after a piece of work is safe, whether another one may begin. Most observers only look on.
+    fn asks(&self) -> Ask {
+        Ask::GoOn
+    }
+}
+
+/// What a long step is asked between two pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ask {
+    GoOn,
+    /// End the step here, with what is done so far.
+    Enough,
+    /// Leave off here; the same step goes on later.
+    Pause,
 }
 
 /// Numbers for metrics, which a process without metrics tells the one that has them.
@@ -66,6 +80,11 @@ impl Progress {
         }
     }
 
+    /// Returns what is asked of a step between two pieces.
+    pub fn asks(&self) -> Ask {
+        self.0.as_ref().map_or(Ask::GoOn, |observer| observer.asks())
+    }
+
     /// Tells numbers for metrics.
     pub fn measured(&self, measure: &Measure) {
         if let Some(observer) = &self.0 {
@@ -101,6 +120,10 @@ impl Observer for Both {
 
     fn measured(&self, measure: &Measure) {
         [&self.0, &self.1].into_iter().for_each(|observer| observer.measured(measure));
+    }
+
+    fn asks(&self) -> Ask {
+        self.0.asks().max(self.1.asks())
     }
 }
 

@@ -119,6 +119,8 @@ impl Outcome {
 pub enum TuneError {
     #[error("tuning.{0}")]
     Settings(String),
+    #[error("training was paused after {steps} steps; it goes on where it left off")]
+    Paused { steps: usize },
     #[error(
         "rank {rank} is above the width {width} of {layer}; set tuning.rank, or tuning.rank_pattern for it, to {width} or less"
     )]

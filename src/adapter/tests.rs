@@ -9,7 +9,7 @@ use crate::adapter::optimizer::AdamW;
 use crate::engine::train::LoraMatrices;
 use crate::engine::train::fixture::{Golden, Tiny, lora};
 use crate::engine::{Architecture, Linear, Precision, WeightForm};
-use crate::progress::Observer;
+use crate::progress::{Ask, Observer};
 
 pub(super) fn tiny() -> Tiny {
     Tiny::new(Architecture::Llama)
@@ -235,6 +235,40 @@ fn expect_the_same_bytes(settings: &Settings) {
     assert_eq!(bytes(&whole), bytes(&killed));
     // A finished run is not done again.
     assert_eq!(tiny.tune(&samples, None, settings, &whole).unwrap(), outcome);
+}
+
+/// Asks the same between all pieces.
+struct Asker(Ask);
+
+impl Observer for Asker {
+    fn begin(&self, _: &str, _: u64, _: &str) {}
+    fn advance(&self, _: &str, _: u64, _: &str) {}
+    fn end(&self, _: &str, _: &str) {}
+    fn asks(&self) -> Ask {
+        self.0
+    }
+}
+
+#[test]
+fn a_paused_run_goes_on_to_the_same_bytes_and_one_that_is_cut_leaves_an_adapter() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, paused, cut) = (folder.path().join("whole"), folder.path().join("paused"), folder.path().join("cut"));
+    let (tiny, samples, settings) = (tiny(), samples(), settings());
+    let outcome = tiny.tune(&samples, None, &settings, &whole).unwrap();
+    let asked = |ask, out: &Path| {
+        let progress = Progress::to(Arc::new(Asker(ask)));
+        tune_frozen(tiny.frozen(), &samples, None, &settings, 7, out, &progress)
+    };
+    for steps in [settings.checkpoint_steps, 2 * settings.checkpoint_steps] {
+        let error = asked(Ask::Pause, &paused).unwrap_err();
+        assert!(matches!(error, TuneError::Paused { steps: done } if done == steps), "{error}");
+    }
+    tiny.tune(&samples, None, &settings, &paused).unwrap();
+    assert_eq!(bytes(&whole), bytes(&paused));
+    let short = asked(Ask::Enough, &cut).unwrap();
+    assert_eq!(short.steps[..], outcome.steps[..settings.checkpoint_steps], "the first steps, and no more");
+    assert!(cut.join(ADAPTER).join("adapter_model.safetensors").exists());
+    assert_eq!(tiny.tune(&samples, None, &settings, &cut).unwrap(), short, "what was cut is finished");
 }
 
 #[test]

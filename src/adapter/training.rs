@@ -13,7 +13,7 @@ use super::optimizer::{AdamW, clip, learning_rate};
 use super::{Mismatch, Outcome, Settings, StepLog, TuneError, known};
 use crate::crash;
 use crate::engine::train::{Base, DropoutSeeds, GroupTokens, LoraMatrices};
-use crate::progress::{self, Measure, Progress};
+use crate::progress::{self, Ask, Measure, Progress};
 use crate::record::derive_seed;
 
 /// A run under way.
@@ -92,6 +92,13 @@ impl<'a> Run<'a> {
             if self.logs.len().is_multiple_of(self.settings.checkpoint_steps) || self.logs.len() == self.steps.len() {
                 self.save()?;
                 crash::at("adapter-checkpoint");
+                match progress.asks() {
+                    Ask::GoOn => {}
+                    Ask::Pause if self.logs.len() == self.steps.len() => {}
+                    Ask::Pause => return Err(TuneError::Paused { steps: self.logs.len() }),
+                    // What the steps so far have learnt is an adapter like any other: the gate judges it.
+                    Ask::Enough => break,
+                }
             }
         }
         Ok(())

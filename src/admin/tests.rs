@@ -15,7 +15,7 @@ pub(super) fn state() -> (tempfile::TempDir, State) {
     let mut config = Config::default();
     config.state.dir = folder.path().to_path_buf();
     let (metrics, health) = (Arc::new(Metrics::new().unwrap()), Arc::new(Health::default()));
-    let facts = Arc::new(Facts::new(config, metrics, health).unwrap());
+    let facts = Arc::new(Facts::new(Arc::new(config), metrics, health).unwrap());
     let actions = Arc::new(Actions::none(folder.path()));
     (folder, State { facts, actions })
 }

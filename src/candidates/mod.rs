@@ -21,7 +21,7 @@ use crate::crash;
 use crate::dataset::Prompt;
 use crate::durable::{self, FileError};
 use crate::engine::{Adapter, BatchLimits, Batcher, EngineError, Grammar, Model, Policy, Precision, SamplingSettings};
-use crate::progress::Progress;
+use crate::progress::{Ask, Progress};
 use crate::record::FinishReason;
 pub use draw::{Draw, draw};
 use draw::{draw_on, fits};
@@ -265,6 +265,8 @@ pub enum CandidateError {
     /// One prompt is refused; the others may not be.
     #[error("{0}")]
     Prompt(String),
+    #[error("sampling was paused after {chunks} chunks; it goes on where it left off")]
+    Paused { chunks: usize },
 }
 
 /// What stands in the stage's folder once it is complete.
@@ -275,6 +277,9 @@ pub struct Manifest {
     pub prompts: usize,
     pub candidates: usize,
     pub tokens: u64,
+    /// Prompts whose turn did not come, because the round's budget was spent.
+    #[serde(default)]
+    pub cut: usize,
     /// Prompts that do not fit the model's context, or candidates.cache_mib, together with their answer, or that its chat
     /// template or the server refuses.
     pub too_long: usize,
@@ -313,6 +318,7 @@ pub fn sample(
         prompts: prompts.len(),
         candidates: 0,
         tokens: 0,
+        cut: 0,
         too_long: 0,
         without_answer: 0,
         sha256: Vec::new(),
@@ -328,6 +334,15 @@ pub fn sample(
     for (index, chunk) in prompts.chunks(settings.chunk_prompts).enumerate() {
         let path = chunk_path(out, index);
         if !path.exists() {
+            // At least one chunk is drawn, so that there is something to train on.
+            match if index == 0 { Ask::GoOn } else { progress.asks() } {
+                Ask::GoOn => {}
+                Ask::Pause => return Err(CandidateError::Paused { chunks: index }),
+                Ask::Enough => {
+                    manifest.cut = prompts.len() - index * settings.chunk_prompts;
+                    break;
+                }
+            }
             let drawn = match &remote {
                 Some(remote) => remote.draw(model, chunk, &how, stream, &mut step)?,
                 None => {
@@ -358,6 +373,13 @@ pub fn sample(
         manifest.without_answer += (answered.len() * per_prompt).saturating_sub(written.len());
         untold += written.iter().filter(|c| c.strategy == PLAIN && c.logprobs.len() != c.token_ids.len()).count();
         manifest.sha256.push(durable::sha256_file(&path)?);
+    }
+    if manifest.cut > 0 {
+        tracing::warn!(
+            cut = manifest.cut,
+            of = prompts.len(),
+            "sampling ends early: the round's budget for it is spent"
+        );
     }
     if untold > 0 {
         tracing::warn!(untold, "answers came without token ids or log-probs; policy gradients will refuse them");

@@ -3,22 +3,24 @@
 use std::path::PathBuf;
 
 use anyhow::ensure;
+use chrono::{DateTime, Utc};
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, Screen, block_on, signals};
+use super::{Exit, Global, Screen, Usage, block_on, signals};
 use crate::config::Config;
 use crate::daemon;
 use crate::demo;
 use crate::round::child::{self, Launch};
-use crate::round::{self, Control, Options, Outcome, Verdict};
+use crate::round::{self, Control, Options, Outcome, RoundError, Verdict};
+use crate::schedule::Schedule;
 
-/// Run the daemon: ingest, start rounds on schedule, promote, answer on the admin page.
+/// Run the daemon: ingest, start rounds on schedule, promote, answer on the admin page. SIGHUP reads the config again.
 #[derive(Debug, Args)]
 pub struct Run {}
 
 /// Run one round as the scheduler does. Exit code 0 when it promoted or had nothing to do, 1 when training was given up,
-/// 2 when the gate refused, 3 when the trial is still open.
+/// 2 when the gate refused, 3 when the trial is still open, 75 when it was paused.
 #[derive(Debug, Args)]
 #[group(skip)]
 #[command(group(clap::ArgGroup::new("way").required(true)))]
@@ -38,6 +40,9 @@ pub struct Round {
     /// Go on with a round that was begun under another number of threads, other settings or another version.
     #[arg(long)]
     pub allow_drift: bool,
+    /// Leave off when schedule.window closes, and with 75 at once where it is closed; the next start goes on.
+    #[arg(long)]
+    pub in_window: bool,
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
@@ -52,6 +57,8 @@ pub struct RoundWorker {
     pub resume: bool,
     #[arg(long)]
     pub allow_drift: bool,
+    #[arg(long)]
+    pub until: Option<DateTime<Utc>>,
 }
 
 /// Show the whole loop on embedded parts: a broker, an endpoint with a real model, real traffic, a round, the gate, a
@@ -81,8 +88,10 @@ pub struct Demo {
 pub(super) fn run(global: &Global, _: &Run) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     block_on(async {
-        let stop = signals::shutdown()?;
-        daemon::run(config, global.config.clone(), stop).await
+        let (stop, reload) = (signals::shutdown()?, signals::reload()?);
+        let again = global.clone();
+        let reread = Box::new(move || Ok(again.load()?.config));
+        daemon::run(config, reread, reload, stop).await
     })??;
     Ok(Exit::Done)
 }
@@ -99,13 +108,22 @@ pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
         out.flush()?;
         return Ok(Exit::Done);
     }
+    let window = Schedule::new(&config.schedule).map_err(Usage)?.window().copied().filter(|_| args.in_window);
+    if window.is_some_and(|window| !window.is_open(Utc::now())) {
+        return Ok(Exit::Paused);
+    }
     let launch = Launch {
         config: global.config.clone(),
+        control: None,
         resume: args.resume,
         allow_drift: args.allow_drift,
-        ..Default::default()
+        until: window.map(|window| window.closes(Utc::now())),
+        stall: daemon::stall(&config),
     };
-    let night = block_on(daemon::night(&config, &launch, &|_| ()))??;
+    let night = match block_on(daemon::night(&config, &launch, &|_| ()))? {
+        Err(error) if daemon::is_pause(&error) => return Ok(Exit::Paused),
+        night => night?,
+    };
     let mut out = Output::stdout();
     match args.json {
         true => out.line(&serde_json::json!({ "verdict": night.verdict, "promoted": night.promoted }))?,
@@ -124,11 +142,14 @@ fn summary(night: &daemon::Night) -> String {
 pub(super) fn run_worker(global: &Global, args: &RoundWorker, screen: &Screen) -> anyhow::Result<Exit> {
     child::end_with_parent();
     let config = global.load()?.config;
-    let options = Options { control: args.control, resume: args.resume, allow_drift: args.allow_drift };
+    let (control, resume, allow_drift, until) = (args.control, args.resume, args.allow_drift, args.until);
+    let options = Options { control, resume, allow_drift, until };
     let live = round::live::Writer::new(&round::Paths::new(&config.state.dir));
     let progress = child::telling(&screen.progress()).also(std::sync::Arc::new(live));
-    let verdict = round::run(&config, &options, &progress)?;
-    Ok(exit_of(&verdict.outcome))
+    match round::run(&config, &options, &progress) {
+        Err(RoundError::Paused { .. }) => Ok(Exit::Paused),
+        verdict => Ok(exit_of(&verdict?.outcome)),
+    }
 }
 
 pub(super) fn run_demo(global: &Global, args: &Demo, screen: &Screen) -> anyhow::Result<Exit> {

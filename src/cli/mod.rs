@@ -2,7 +2,7 @@
 //!
 //! Results go to standard output: JSON lines in the order of the input, or with `--json` one document. Progress and logs
 //! go to standard error. An error is one line that names the thing, the value and the remedy. Exit codes: 0 done
-//! (promoted and skipped too), 1 failed, 2 refused by the gate, 3 the trial is still open, 64 bad usage or config.
+//! (promoted and skipped too), 1 failed, 2 refused by the gate, 3 the trial is still open, 64 bad usage or config, 75 paused.
 //!
 //! One file per family of commands, all of one shape: the arguments, then a `run` that calls the stage.
 
@@ -37,6 +37,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, Loaded};
+use crate::round::child;
 
 pub use logs::start as start_logs;
 pub use progress::Screen;
@@ -136,6 +137,8 @@ pub enum Exit {
     Open,
     /// Training was given up, which the output says.
     Failed,
+    /// The round left off where it was told to; the next start goes on with it.
+    Paused,
 }
 
 /// Arguments that cannot be used together or on this input. Ends the process with 64.
@@ -196,6 +199,7 @@ pub fn exit(outcome: anyhow::Result<Exit>) -> ExitCode {
         Ok(Exit::Refused) => return ExitCode::from(2),
         Ok(Exit::Open) => return ExitCode::from(3),
         Ok(Exit::Failed) => return ExitCode::from(1),
+        Ok(Exit::Paused) => return ExitCode::from(child::PAUSED),
         Err(error) => error,
     };
     if is_closed_pipe(&error) {

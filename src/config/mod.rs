@@ -97,7 +97,7 @@ sections! {
     state: StateSettings,
     /// The base model that is sampled, tuned and served.
     model: ModelSettings,
-    /// What decides the random draws of a round.
+    /// What decides the random draws of a round, and what it may cost.
     round: RoundSettings,
     /// The query log and how it is stored.
     ingest: crate::ingest::Settings,
@@ -160,8 +160,10 @@ impl StateSettings {
         TableLocation::check(&self.place(), &self.store_options).map_err(|e| format!("tables: {e}"))
     }
 
-    /// Returns the tables. This is the one place where a config becomes their location.
+    /// Returns the tables. This is the one place where a config becomes their location; a state folder of a newer taod is
+    /// refused here.
     pub fn open_tables(&self) -> Result<Tables, TableError> {
+        crate::layout::check(&self.dir)?;
         Ok(Tables::at(TableLocation::parse(&self.place(), &self.store_options)?))
     }
 
@@ -199,17 +201,34 @@ impl ModelSettings {
     }
 }
 
-/// What decides the random draws of a round.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// What decides the random draws of a round, and what it may cost.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundSettings {
     /// Root of every seed: sampling, training order, the gate's order. Another seed gives other draws, not another method.
     pub seed: u64,
+    /// Hours that sampling and training may take together in one round, counted over its interruptions; 0: any. Sampling gets
+    /// half of what is left when it begins. What is done by then is judged like any other adapter; the trial is not counted.
+    pub max_hours: f64,
+    /// Tokens that may be sampled and trained on together in one round, likewise; 0: any.
+    pub max_tokens: u64,
+    /// Seconds without a finished piece of work after which a round's process is taken to hang and is ended; the next start
+    /// resumes the round. It must be longer than the longest piece, and scoring by a slow judge is one. 0: never.
+    pub stall_seconds: u64,
+}
+
+impl Default for RoundSettings {
+    fn default() -> Self {
+        RoundSettings { seed: 0, max_hours: 0.0, max_tokens: 0, stall_seconds: 21_600 }
+    }
 }
 
 impl RoundSettings {
-    /// Every seed is as good as another.
+    /// Checks the limits; the message names the key and the remedy.
     pub fn validate(&self) -> Result<(), String> {
+        if !(self.max_hours >= 0.0 && self.max_hours.is_finite()) {
+            return Err(format!("max_hours = {}: give 0 for any time, or a number above it", self.max_hours));
+        }
         Ok(())
     }
 }

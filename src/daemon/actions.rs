@@ -39,14 +39,14 @@ pub(super) async fn keep(
 
 async fn carry_out(daemon: &Daemon, owner: &lease::Owner, record: &Record) -> Result<String> {
     ensure!(owner.holds(), "another daemon owns rounds and promotion now; ask that one");
-    let registry = Registry::open(&Paths::new(&daemon.config.state.dir).registry())?;
+    let registry = Registry::open(&Paths::new(&daemon.config().state.dir).registry())?;
     match &record.action {
         Action::Promote { version } => promote(daemon, &registry, version, record).await,
         Action::Rollback { from } => {
             let reason = format!("{} ({})", record.reason, record.by);
-            let promoted =
-                promotion::rollback(&daemon.config, from.as_deref(), &reason, &load_model(&daemon.config).await?)
-                    .await?;
+            let config = daemon.config();
+            let model = load_model(&config).await?;
+            let promoted = promotion::rollback(&config, from.as_deref(), &reason, &model).await?;
             Ok(served(daemon, &promoted))
         }
         Action::Freeze => {
@@ -70,18 +70,18 @@ async fn carry_out(daemon: &Daemon, owner: &lease::Owner, record: &Record) -> Re
 /// Promotes by the verdict that is waiting, where there is one for this version; else on the operator's word.
 async fn promote(daemon: &Daemon, registry: &Registry, version: &str, record: &Record) -> Result<String> {
     registry.verify(version)?;
-    let paths = Paths::new(&daemon.config.state.dir);
+    let paths = Paths::new(&daemon.config().state.dir);
     let waiting = book::newest_verdict(&paths)?
         .filter(|verdict| matches!(&verdict.outcome, Outcome::Promote { challenger, .. } if challenger == version));
-    let model = load_model(&daemon.config).await?;
+    let model = load_model(&daemon.config()).await?;
     let promoted = match waiting {
         Some(verdict) => {
-            let mode = daemon.config.registry.promotion;
+            let mode = daemon.config().registry.promotion;
             ensure!(mode != Promotion::Frozen, "registry.promotion is \"frozen\": set it to \"approval\" first");
             let approval = Approval { by: record.by.clone(), reason: record.reason.clone() };
-            promotion::promote(&daemon.config, &verdict, Some(approval), &model).await?
+            promotion::promote(&daemon.config(), &verdict, Some(approval), &model).await?
         }
-        None => promotion::override_promote(&daemon.config, version, &record.by, &record.reason, &model).await?,
+        None => promotion::override_promote(&daemon.config(), version, &record.by, &record.reason, &model).await?,
     };
     Ok(served(daemon, &promoted))
 }

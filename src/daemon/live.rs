@@ -50,7 +50,8 @@ fn read_messages(value: &serde_json::Value) -> Option<Vec<Message>> {
 
 /// Looks at the live reward now and then, while this process owns the lease.
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
-    let settings = &daemon.config.endpoint.watch;
+    // The endpoint's section holds until the daemon ends.
+    let settings = daemon.config().endpoint.watch.clone();
     if settings.action == Action::Off {
         return;
     }
@@ -64,8 +65,9 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.gained() => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+        let config = daemon.config();
         tokio::select! {
-            looked = look_and_act(&daemon.config) => daemon.looked(looked),
+            looked = look_and_act(&config) => daemon.looked(looked),
             _ = stop.wait_for(|stop| *stop) => return,
         }
     }

@@ -76,7 +76,6 @@ pub fn limit_memory(settings: &Settings) -> Result<()> {
 
 /// Maintains the tables on schedule while this process owns the lease.
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
-    let every = Duration::from_secs(daemon.config.maintenance.interval_minutes * 60);
     let mut wait = SOON;
     loop {
         tokio::select! {
@@ -92,7 +91,7 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.lost() => continue,
             _ = stop.wait_for(|stop| *stop) => return,
         };
-        wait = every;
+        wait = Duration::from_secs(daemon.config().maintenance.interval_minutes * 60);
         match done {
             Ok(done) => {
                 if done.erasure.is_some() {

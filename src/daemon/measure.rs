@@ -34,7 +34,7 @@ struct Counted {
 
 /// Measures until `stop` turns true: at the start, during rounds, and once after each.
 pub(super) async fn keep(daemon: Arc<Daemon>, tables: Tables, mut stop: channel::Receiver<bool>) {
-    let paths = Paths::new(&daemon.config.state.dir);
+    let paths = Paths::new(&daemon.config().state.dir);
     let mut counted = None;
     let mut was_running = true;
     loop {

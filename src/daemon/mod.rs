@@ -10,20 +10,22 @@ mod lease;
 pub mod live;
 pub mod maintenance;
 mod measure;
+mod nights;
 mod panel;
 pub mod promotion;
+pub mod reload;
 mod shadow;
 mod tend;
 mod watch;
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use chrono::{DateTime, Utc};
-use tokio::sync::{Notify, watch as channel};
+use chrono::Utc;
+use tokio::sync::{Notify, mpsc, watch as channel};
 use tokio::task::JoinSet;
 
 use crate::admin;
@@ -33,19 +35,24 @@ use crate::config::Config;
 use crate::engine::Model;
 use crate::health::Health;
 use crate::ingest;
-use crate::metrics::{Metrics, RoundOutcome};
-use crate::progress::Measure;
-use crate::registry::{Promotion, Registry};
-use crate::round::{self, Outcome, Paths, Verdict};
-use crate::schedule::Schedule;
+use crate::layout;
+use crate::metrics::Metrics;
+use crate::registry::Registry;
+use crate::round::Paths;
+
+pub use nights::{Night, is_pause, night, stall};
 
 /// How long a loop of the daemon may take for one turn before the watchdog calls it stuck.
 const TURN: Duration = Duration::from_secs(60);
 
 /// Everything the loops of the daemon share.
 struct Daemon {
-    config: Config,
+    config: RwLock<Arc<Config>>,
+    /// What the processes of the daemon read: the config in force.
     config_file: Option<PathBuf>,
+    facts: Arc<Facts>,
+    /// Told when the config in force is another one.
+    reloaded: Notify,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     /// Told when an operator wants a round at once.
@@ -56,19 +63,28 @@ struct Daemon {
     changed: Notify,
 }
 
-/// Runs until `stop` turns true, then drains and commits what was read.
-///
-/// `config_file` is what the round's child reads; it holds the same config.
-pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Receiver<bool>) -> Result<()> {
+/// Runs until `stop` turns true, then drains and commits what was read. The config is read again by `reread` whenever
+/// `reload` says so.
+pub async fn run(
+    config: Config,
+    reread: reload::Reread,
+    reload: mpsc::Receiver<()>,
+    stop: channel::Receiver<bool>,
+) -> Result<()> {
+    layout::claim(&config.state.dir)?;
     let metrics = Arc::new(Metrics::new()?);
     let health = Arc::new(Health::default());
     let paths = Paths::new(&config.state.dir);
     let tables = config.state.open_tables()?;
     Registry::open(&paths.registry())?;
     let counters = Arc::new(ingest::Counters::default());
+    let config = Arc::new(config);
+    let facts = Arc::new(Facts::new(config.clone(), metrics.clone(), health.clone())?);
     let daemon = Arc::new(Daemon {
-        config,
-        config_file,
+        config: RwLock::new(config.clone()),
+        config_file: Some(reload::write(&config)?),
+        facts: facts.clone(),
+        reloaded: Notify::new(),
         metrics: metrics.clone(),
         health: health.clone(),
         run_now: Notify::new(),
@@ -76,9 +92,8 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
         changed: Notify::new(),
     });
 
-    let bound = admin::bind(&daemon.config.admin).map_err(anyhow::Error::msg)?;
-    let facts = Arc::new(Facts::new(daemon.config.clone(), metrics.clone(), health.clone())?);
-    let (actions, todo) = Actions::new(&daemon.config.state.dir);
+    let bound = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
+    let (actions, todo) = Actions::new(&config.state.dir);
     let actions = Arc::new(actions);
     let page = admin::spawn(bound, admin::State { facts, actions: actions.clone() }, stopped(stop.clone()))?;
     let mut loops = JoinSet::new();
@@ -86,16 +101,15 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     let (grants, owner) = lease::channel_of();
     loops.spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
     let mut ingesting = {
-        let (daemon, stop) = (daemon.clone(), stop.clone());
-        tokio::spawn(
-            async move { ingest::run(&daemon.config.ingest, &tables, counters, stop, ingest::Mode::Forever).await },
-        )
+        let (config, stop) = (config.clone(), stop.clone());
+        tokio::spawn(async move { ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await })
     };
-    loops.spawn(schedule(daemon.clone(), owner.clone(), stop.clone()));
+    loops.spawn(nights::keep(daemon.clone(), owner.clone(), stop.clone()));
     loops.spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
-    loops.spawn(measure::keep(daemon.clone(), daemon.config.state.open_tables()?, stop.clone()));
+    loops.spawn(measure::keep(daemon.clone(), config.state.open_tables()?, stop.clone()));
     loops.spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
     loops.spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
+    loops.spawn(reload::keep(daemon.clone(), reload, reread, stop.clone()));
     loops.spawn(live::keep(daemon, owner, stop.clone()));
     watch::ready();
 
@@ -119,95 +133,22 @@ pub async fn run(config: Config, config_file: Option<PathBuf>, stop: channel::Re
     }
 }
 
-/// Runs one night as the schedule does: the round in its child process, then the promotion it earned. `measured` gets the
-/// numbers for metrics that the child tells meanwhile.
-pub async fn night(
-    config: &Config,
-    launch: &round::child::Launch,
-    measured: &(dyn Fn(&Measure) + Sync),
-) -> Result<Night> {
-    let paths = Paths::new(&config.state.dir);
-    let before = round::book::newest_verdict(&paths)?.map(|v| v.round);
-    let status = round::child::run(launch, measured).await?;
-    let verdict = round::book::newest_verdict(&paths)?.filter(|v| Some(&v.round) != before.as_ref());
-    let verdict = verdict.with_context(|| format!("the round's process ended without a verdict ({status})"))?;
-    let promoted = match (&verdict.outcome, config.registry.promotion) {
-        (Outcome::Promote { .. }, Promotion::Automatic) => {
-            let model = load_model(config).await?;
-            Some(promotion::promote(config, &verdict, None, &model).await?)
-        }
-        (Outcome::Promote { trial, .. }, Promotion::Approval) => {
-            tracing::info!(trial, "waits for `taod gate approve` or `taod gate reject`");
-            None
-        }
-        _ => None,
-    };
-    Ok(Night { verdict, promoted })
-}
-
-/// What a night came to.
-#[derive(Debug)]
-pub struct Night {
-    pub verdict: Verdict,
-    /// The change of the served version, where there was one.
-    pub promoted: Option<promotion::Promoted>,
-}
-
 /// Loads the base model off the async threads.
 pub async fn load_model(config: &Config) -> Result<Model> {
     let (path, hold) = (config.model.path.clone(), config.model.hold);
     Ok(tokio::task::spawn_blocking(move || Model::load_held(&path, hold)).await??)
 }
 
-/// Waits for each due time and runs a night while this process owns the lease; a failure is logged, shown, and over with: the next night tries again.
-async fn schedule(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
-    // The settings were checked when the config was read.
-    let Ok(schedule) = Schedule::new(&daemon.config.schedule) else { return };
-    let mut last_start = last_round(&daemon.config);
-    loop {
-        tokio::select! {
-            () = owner.gained() => {}
-            _ = stop.wait_for(|stop| *stop) => return,
-        }
-        let now = Utc::now();
-        let Some(due) = schedule.due(last_start, now) else { return };
-        daemon.metrics.rounds.next_start.set(due.timestamp() as f64);
-        let wait = (due - now).to_std().unwrap_or_default();
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = daemon.run_now.notified() => {}
-            () = owner.lost() => continue,
-            _ = stop.wait_for(|stop| *stop) => return,
-        }
-        last_start = Some(Utc::now());
-        daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
-        let launch = round::child::Launch { config: daemon.config_file.clone(), ..Default::default() };
-        let measured = |measure: &Measure| watch::measure(&daemon.metrics, measure);
-        daemon.in_round.store(true, Ordering::Release);
-        let result = tokio::select! {
-            result = night(&daemon.config, &launch, &measured) => result,
-            () = owner.lost() => {
-                tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
-                daemon.in_round.store(false, Ordering::Release);
-                continue;
-            }
-            // Dropping the night kills its child; what it had finished is resumed by the next one.
-            _ = stop.wait_for(|stop| *stop) => return,
-        };
-        daemon.in_round.store(false, Ordering::Release);
-        daemon.metrics.rounds.last_end.set(Utc::now().timestamp() as f64);
-        match result {
-            Ok(night) => daemon.ended(&night),
-            Err(error) => {
-                daemon.metrics.rounds.ended.get(RoundOutcome::Failed).inc();
-                daemon.health.not_ready("round", format!("{error:#}"));
-                tracing::error!(error = format!("{error:#}"), "the round failed; the next one resumes it");
-            }
-        }
-    }
-}
-
 impl Daemon {
+    /// Returns the config in force.
+    fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, config: Arc<Config>) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+    }
+
     /// Shows in the metrics what is served now.
     fn show(&self, promoted: &promotion::Promoted) {
         self.metrics.endpoint.current.set(&promoted.to);
@@ -215,41 +156,13 @@ impl Daemon {
         self.metrics.endpoint.proof_time.set(Utc::now().timestamp() as f64);
         self.changed.notify_one();
     }
-
-    fn ended(&self, night: &Night) {
-        self.health.ready("round");
-        let outcome = RoundOutcome::from_name(night.verdict.outcome.name()).unwrap_or(RoundOutcome::Failed);
-        self.metrics.rounds.ended.get(outcome).inc();
-        watch::measure_round(&self.metrics, &night.verdict);
-        if let Some(promoted) = &night.promoted {
-            self.show(promoted);
-        }
-        tracing::info!(
-            round = night.verdict.round,
-            outcome = night.verdict.outcome.name(),
-            reason = night.verdict.outcome.reason(),
-            "the round ended"
-        );
-    }
-}
-
-/// Returns when the newest round was planned, so that a run missed while the daemon was down is caught up once.
-fn last_round(config: &Config) -> Option<DateTime<Utc>> {
-    let paths = Paths::new(&config.state.dir);
-    let newest = paths.round_ids().ok()?.pop()?;
-    let plan: round::Plan = crate::durable::read_json(&plan_path(&paths, &newest)).ok()?;
-    DateTime::from_timestamp_micros(plan.created_us)
-}
-
-fn plan_path(paths: &Paths, round: &str) -> PathBuf {
-    paths.round(round).join(Path::new("plan.json"))
 }
 
 /// Ingests until `stop` turns true, with metrics and health on the page: one instance of several that only ingest.
 pub async fn ingest_only(config: Config, stop: channel::Receiver<bool>) -> Result<ingest::Summary> {
     let (metrics, health) = (Arc::new(Metrics::new()?), Arc::new(Health::default()));
     let (tables, counters) = (config.state.open_tables()?, Arc::new(ingest::Counters::default()));
-    let facts = Arc::new(Facts::new(config.clone(), metrics.clone(), health.clone())?);
+    let facts = Arc::new(Facts::new(Arc::new(config.clone()), metrics.clone(), health.clone())?);
     let state = admin::State { facts, actions: Arc::new(Actions::none(&config.state.dir)) };
     let bound = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
     let page = admin::spawn(bound, state, stopped(stop.clone()))?;

@@ -24,8 +24,9 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.gained() => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+        let config = daemon.config();
         tokio::select! {
-            tended = promotion::tend(&daemon.config, &mut owed) => daemon.tended(tended),
+            tended = promotion::tend(&config, &mut owed) => daemon.tended(tended),
             // A change that is cut off here is settled by the next start, as after a crash.
             _ = stop.wait_for(|stop| *stop) => return,
         }

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{Check, Finding};
 use crate::config::Config;
+use crate::layout;
 
 /// Free bytes and names below which nothing can be relied on, and below which there is reason to look.
 const LEAST: Room = Room { bytes: 1 << 30, names: 1_000 };
@@ -37,6 +38,10 @@ pub(super) fn state(config: &Config) -> Vec<Finding> {
         return vec![Finding::failure(Check::State, says, "set state.dir to a folder for taod's files")];
     }
     let mut findings = Vec::new();
+    if let Err(error) = layout::check(dir) {
+        let remedy = "install the version that wrote it, or restore a backup (docs/runbooks/restore.md)";
+        findings.push(Finding::failure(Check::State, error.to_string(), remedy));
+    }
     if let Err(error) = write_in(dir) {
         let remedy = format!("make {shown} writable for user {}, or run taod as user {}", user(), found.uid());
         findings.push(Finding::failure(Check::State, format!("{shown} cannot be written to: {error}"), remedy));

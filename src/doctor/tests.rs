@@ -263,7 +263,7 @@ async fn a_table_of_an_earlier_taod_is_told_and_left_as_it_is() {
     tables.open_one(Name::GateUsage).await.unwrap();
     let log = setup.config.state.dir.join("tables/gate_usage/_delta_log/00000000000000000000.json");
     let text = std::fs::read_to_string(&log).unwrap();
-    let column = r#"{\"metadata\":{},\"name\":\"time\",\"nullable\":true,\"type\":\"timestamp\"}"#;
+    let column = r#"{\"name\":\"time\",\"type\":\"timestamp\",\"nullable\":true,\"metadata\":{}}"#;
     let older: String = text.replace(&format!(",{column}"), "").replace(&format!("{column},"), "");
     assert_ne!(older, text, "the column is not written as the test thinks: {text}");
     std::fs::write(&log, &older).unwrap();
@@ -327,8 +327,15 @@ fn register(setup: &Setup, base_sha256: String) -> String {
     let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry()).unwrap();
     let base = Base { name: "tiny".into(), sha256: base_sha256 };
     let notes = BTreeMap::new();
-    let lineage =
-        Lineage { base, round: None, dataset_sha256: None, tables: BTreeMap::new(), offsets: Vec::new(), notes, created_us: 1 };
+    let lineage = Lineage {
+        base,
+        round: None,
+        dataset_sha256: None,
+        tables: BTreeMap::new(),
+        offsets: Vec::new(),
+        notes,
+        created_us: 1,
+    };
     registry.register(&folder, lineage).unwrap().version
 }
 

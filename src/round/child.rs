@@ -8,11 +8,13 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
+use tokio::time::Instant;
 
 use super::{Control, RoundError};
 use crate::progress::{Measure, Observer, Progress};
@@ -26,7 +28,14 @@ pub struct Launch {
     /// Only go on with an unfinished round.
     pub resume: bool,
     pub allow_drift: bool,
+    /// When the round leaves off, to be gone on with later.
+    pub until: Option<DateTime<Utc>>,
+    /// How long the child may finish no piece of work before it is taken to hang and is ended; `None`: for ever.
+    pub stall: Option<Duration>,
 }
+
+/// Exit code of a child that left off because it was asked to.
+pub const PAUSED: u8 = 75;
 
 /// The allocator's variable for how long it keeps free memory, in milliseconds; -1 for ever.
 const PURGE_DELAY: &str = "MIMALLOC_PURGE_DELAY";
@@ -58,11 +67,15 @@ pub async fn run(launch: &Launch, measured: &(dyn Fn(&Measure) + Sync)) -> Resul
     if launch.allow_drift {
         command.arg("--allow-drift");
     }
+    if let Some(until) = launch.until {
+        command.arg("--until").arg(until.to_rfc3339());
+    }
     let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn();
     let mut child = child.map_err(RoundError::Spawn)?;
     // Taken out and held: `wait` would close it at once and so tell the child that its parent is gone.
     let lifeline = child.stdin.take();
-    let listening = listen(child.stdout.take(), measured);
+    let heard = Heard::default();
+    let listening = listen(child.stdout.take(), measured, &heard);
     tokio::pin!(listening);
     let status = tokio::select! {
         status = child.wait() => {
@@ -70,16 +83,53 @@ pub async fn run(launch: &Launch, measured: &(dyn Fn(&Measure) + Sync)) -> Resul
             status
         }
         () = &mut listening => child.wait().await,
+        seconds = heard.silence(launch.stall) => {
+            // SIGKILL ends a stopped process, and one that waits for a disk as soon as that answers.
+            drop(child.kill().await);
+            return Err(RoundError::Stalled { seconds });
+        }
     };
     drop(lifeline);
-    status.map_err(RoundError::Spawn)
+    let status = status.map_err(RoundError::Spawn)?;
+    match status.code() {
+        Some(code) if code == i32::from(PAUSED) => Err(RoundError::Paused { round: "the round".into() }),
+        _ => Ok(status),
+    }
 }
 
-/// Hands over what a child tells until it tells no more. Lines that are no numbers for metrics are not for us.
-async fn listen(told: Option<impl AsyncRead + Unpin>, measured: &(dyn Fn(&Measure) + Sync)) {
+/// When a child was last heard of.
+struct Heard(Mutex<Instant>);
+
+impl Default for Heard {
+    fn default() -> Self {
+        Heard(Mutex::new(Instant::now()))
+    }
+}
+
+impl Heard {
+    fn last(&self) -> MutexGuard<'_, Instant> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing was heard for as long as `stall`, and returns that time in seconds.
+    async fn silence(&self, stall: Option<Duration>) -> u64 {
+        let Some(stall) = stall else { return std::future::pending().await };
+        loop {
+            let due = *self.last() + stall;
+            if Instant::now() >= due {
+                return stall.as_secs();
+            }
+            tokio::time::sleep_until(due).await;
+        }
+    }
+}
+
+/// Hands over what a child tells until it tells no more. Every line is a sign of life; most are nothing else.
+async fn listen(told: Option<impl AsyncRead + Unpin>, measured: &(dyn Fn(&Measure) + Sync), heard: &Heard) {
     let Some(told) = told else { return };
     let mut lines = BufReader::new(told).lines();
     while let Ok(Some(line)) = lines.next_line().await {
+        *heard.last() = Instant::now();
         if let Ok(measure) = serde_json::from_str(&line) {
             measured(&measure);
         }
@@ -91,19 +141,33 @@ pub fn telling(progress: &Progress) -> Progress {
     progress.also(Arc::new(Teller))
 }
 
-/// Writes numbers for metrics to standard output.
+/// Writes numbers for metrics to standard output, and an empty line for each piece of work, by which the parent knows that the
+/// child does not hang.
 struct Teller;
 
 impl Observer for Teller {
-    fn begin(&self, _: &str, _: u64, _: &str) {}
-    fn advance(&self, _: &str, _: u64, _: &str) {}
-    fn end(&self, _: &str, _: &str) {}
+    fn begin(&self, _: &str, _: u64, _: &str) {
+        alive();
+    }
+
+    fn advance(&self, _: &str, _: u64, _: &str) {
+        alive();
+    }
+
+    fn end(&self, _: &str, _: &str) {
+        alive();
+    }
 
     fn measured(&self, measure: &Measure) {
         let Ok(line) = serde_json::to_string(measure) else { return };
         // Metrics that nobody takes are no reason to stop the work.
         drop(writeln!(std::io::stdout().lock(), "{line}"));
     }
+}
+
+fn alive() {
+    // A parent that is gone ends this process by other means.
+    drop(writeln!(std::io::stdout().lock()));
 }
 
 /// Ends this process when standard input closes, that is, when the parent is gone. Called first in the child.
@@ -138,7 +202,20 @@ mod tests {
         let line = |tokens| serde_json::to_string(&measure(tokens)).unwrap();
         let told = format!("{}\nhello\n{{\"measure\":\"other\"}}\n{}", line(7), line(8));
         let heard = Mutex::new(Vec::new());
-        listen(Some(told.as_bytes()), &|measure| heard.lock().unwrap().push(*measure)).await;
+        listen(Some(told.as_bytes()), &|measure| heard.lock().unwrap().push(*measure), &Heard::default()).await;
         assert_eq!(*heard.lock().unwrap(), [measure(7), measure(8)]);
+    }
+
+    #[tokio::test]
+    async fn silence_is_counted_from_the_last_line_and_without_a_limit_nobody_is_ended() {
+        let heard = Heard::default();
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(61)).unwrap();
+        *heard.last() = long_ago;
+        assert_eq!(heard.silence(Some(Duration::from_secs(60))).await, 60);
+        listen(Some("\n".as_bytes()), &|_| (), &heard).await;
+        assert!(*heard.last() > long_ago, "an empty line is a sign of life");
+        for limit in [Some(Duration::from_secs(60)), None] {
+            assert!(futures::FutureExt::now_or_never(heard.silence(limit)).is_none());
+        }
     }
 }

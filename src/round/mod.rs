@@ -7,12 +7,14 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 pub mod answers;
 pub mod book;
+mod brake;
 pub mod child;
 mod dry_run;
 pub mod erase;
@@ -26,6 +28,7 @@ mod train;
 mod trial;
 pub mod view;
 
+pub use brake::{Brake, Budget};
 pub use dry_run::{Forecast, forecast};
 pub use state::{Control, Paths, Plan};
 
@@ -37,6 +40,7 @@ use crate::dataset::{self, DatasetError};
 use crate::durable::{self, FileError};
 use crate::engine::{self, EngineError, Model};
 use crate::gate::GateError;
+use crate::layout::{self, LayoutError};
 use crate::progress::Progress;
 use crate::record::{Message, derive_seed};
 use crate::registry::{Base, Lineage, OffsetRange, Promotion, Registry, RegistryError};
@@ -57,6 +61,12 @@ pub enum RoundError {
     NothingToResume,
     #[error("cannot run the round's process: {0}")]
     Spawn(std::io::Error),
+    #[error("{round} is paused at the end of a piece of work; it goes on where it left off")]
+    Paused { round: String },
+    #[error(
+        "the round's process finished no piece of work for {seconds} s and was ended; the next start resumes the round"
+    )]
+    Stalled { seconds: u64 },
     #[error("the stored verdict of {round} does not hold: {reason}")]
     Unproven { round: String, reason: String },
     #[error("gate.suite {path}, line {line}: {why}")]
@@ -66,6 +76,8 @@ pub enum RoundError {
          then"
     )]
     OtherScorers { trial: String, then: String, now: String },
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
@@ -84,6 +96,18 @@ pub enum RoundError {
     Gate(#[from] GateError),
     #[error(transparent)]
     Registry(#[from] RegistryError),
+}
+
+impl RoundError {
+    /// Returns true where a stage left off because it was asked to.
+    pub fn is_pause(&self) -> bool {
+        matches!(
+            self,
+            RoundError::Paused { .. }
+                | RoundError::Candidates(CandidateError::Paused { .. })
+                | RoundError::Tune(TuneError::Paused { .. })
+        )
+    }
 }
 
 /// How a night came out; written as `outcome.json`, the last file of a round.
@@ -166,6 +190,8 @@ pub struct Options {
     /// Only go on with an unfinished round.
     pub resume: bool,
     pub allow_drift: bool,
+    /// When the round leaves off at the end of its piece of work, to be gone on with later.
+    pub until: Option<DateTime<Utc>>,
 }
 
 /// Everything the stages of one night share.
@@ -187,6 +213,9 @@ struct Night<'a> {
 pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Verdict, RoundError> {
     let paths = Paths::new(&config.state.dir);
     let _lock = paths.lock()?;
+    layout::claim(&config.state.dir)?;
+    // Whoever asked for a round by this file has it now.
+    drop(std::fs::remove_file(paths.due()));
     let model = Model::load_held(&config.model.path, config.model.hold)?;
     let (rewards_settings, workloads) = (config.rewards.clone(), config.workload.clone());
     let rewards = Rewards::keeping(&rewards_settings, &workloads, &model, &config.state.dir.join("scores"))?;
@@ -202,6 +231,8 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     let (plan, folder) = begin(config, options, &paths, &model, &rewards)?;
     engine::pin_now(plan.created_us);
     let stages = state::read_stages(&folder)?;
+    let brake = Brake::open(&folder, Budget::of(&config.round), options.until)?;
+    let progress = &progress.also(std::sync::Arc::new(brake));
     let mut night = Night {
         config,
         plan,
@@ -215,8 +246,14 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         progress,
         stages,
     };
-    let outcome = night.pass()?;
-    night.finish(outcome)
+    match night.pass() {
+        Ok(outcome) => night.finish(outcome),
+        Err(error) if error.is_pause() => {
+            tracing::info!(round = night.plan.round, %error, "paused");
+            Err(RoundError::Paused { round: night.plan.round })
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Returns the unfinished round, or writes the plan of a new one.

@@ -3,15 +3,20 @@
 //! A round is a folder. Its plan is written first and its outcome last; between them each stage leaves a folder of its
 //! own whose manifest proves that it is complete. Whoever comes after a kill reads the same files and goes on.
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{File, TryLockError};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{RoundError, StageReport};
 use crate::durable;
 use crate::engine::ModelIdentity;
+
+/// How often the lock is tried: whoever only looks whether a round runs holds it for less than the time between two tries.
+const TRIES: u32 = 4;
+const PROBED: Duration = Duration::from_millis(50);
 
 /// The state folder of one daemon.
 #[derive(Debug, Clone)]
@@ -50,12 +55,32 @@ impl Paths {
         let path = self.lock_file();
         let fail = |e| durable::FileError::io("cannot create", &path, e);
         let mut file = File::options().create(true).truncate(false).write(true).open(&path).map_err(fail)?;
-        if file.try_lock().is_err() {
-            return Err(RoundError::Busy { lock: path.display().to_string() });
+        let mut tries = 0;
+        while let Err(error) = file.try_lock() {
+            tries += 1;
+            if tries == TRIES || matches!(error, TryLockError::Error(_)) {
+                return Err(RoundError::Busy { lock: path.display().to_string() });
+            }
+            std::thread::sleep(PROBED);
         }
         // Who holds it, for whoever has to stop this round.
         file.set_len(0).and_then(|()| write!(file, "{}", std::process::id())).map_err(fail)?;
         Ok(file)
+    }
+
+    /// Tells whether a round runs, by taking its lock for a moment.
+    pub fn probe(&self) -> Result<(), TryLockError> {
+        match File::open(self.lock_file()) {
+            Ok(file) => file.try_lock(),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(TryLockError::Error(error)),
+        }
+    }
+
+    /// The file by which the daemon asks for a round that runs in a unit of its own; the round takes it away when it has its
+    /// lock.
+    pub fn due(&self) -> PathBuf {
+        self.root.join("round.due")
     }
 
     /// The file that is locked while a round runs; it holds the number of the round's process.

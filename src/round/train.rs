@@ -19,6 +19,7 @@ use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
 use crate::engine::{Adapter, Grammar};
+use crate::progress::Ask;
 use crate::record::derive_seed;
 use crate::registry::OffsetRange;
 use crate::rewards::{Item, Scored};
@@ -77,6 +78,10 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
     }
     let mut previous: Option<PathBuf> = None;
     for pass in 1..=night.config.tuning.iterations {
+        if pass > 1 && over(night, pass)? {
+            tracing::warn!(pass, "the round's budget is spent: what the passes before have learnt is judged");
+            break;
+        }
         let folder = night.folder.join(format!("pass-{pass}"));
         let drawn = draw(night, &prompts, previous.as_deref(), pass, &folder)?;
         if drawn.is_empty() {
@@ -108,6 +113,15 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
     match previous {
         Some(tuned) => Ok(Trained::Adapter(tuned.join("adapter"))),
         None => Ok(Trained::Nothing { reason: "tuning.iterations is 0".to_string() }),
+    }
+}
+
+/// Returns true where the budget leaves no room for a further pass. A pass that was begun is gone on with: its folder stands.
+fn over(night: &Night<'_>, pass: usize) -> Result<bool, RoundError> {
+    match night.progress.asks() {
+        Ask::GoOn => Ok(false),
+        Ask::Pause => Err(RoundError::Paused { round: night.plan.round.clone() }),
+        Ask::Enough => Ok(!night.folder.join(format!("pass-{pass}/candidates/manifest.json")).exists()),
     }
 }
 

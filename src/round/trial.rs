@@ -21,7 +21,7 @@ use crate::gate::{
     self, Block, Conditions, Decision, GateError, Guardrail, LengthBounds, Opening, StepRow, Trial, TrialRow, UsageRow,
     Waiting,
 };
-use crate::progress::Step;
+use crate::progress::{Ask, Step};
 use crate::rewards::Workload;
 use crate::rewards::rules::{Kind, Unit};
 use crate::table::Name;
@@ -127,6 +127,10 @@ pub(super) fn extend(night: &mut Night<'_>, mut trial: Trial, dataset: &Dataset)
     let mut step = progress.step(format!("gate {}", trial.id()), left, "prompts");
     let mut judged = 0;
     while let Some(block) = trial.next_block() {
+        // The budget is training's; a trial ends with its prompts, and is only ever put off.
+        if night.progress.asks() == Ask::Pause {
+            return Err(RoundError::Paused { round: night.plan.round.clone() });
+        }
         if let Some(void) = reserve(night, &trial, &block)? {
             return finish(night, &mut trial, Decision::Void(void), step, (judged, tokens, started));
         }

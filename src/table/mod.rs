@@ -84,6 +84,8 @@ pub enum TableError {
     Condition { table: &'static str, condition: String, why: String },
     #[error("the files for table {table} were uploaded {hours} h ago: they may be swept, so they are not committed")]
     Overdue { table: String, hours: i64 },
+    #[error(transparent)]
+    Layout(#[from] crate::layout::LayoutError),
     #[error("commit {version} of table {table} got no answer ({why}): it may or may not have landed")]
     Unsettled { table: String, version: u64, why: String },
 }
@@ -136,6 +138,7 @@ impl TableError {
                 | TableError::Schema { .. }
                 | TableError::Location { .. }
                 | TableError::Overwrites { .. }
+                | TableError::Layout(_)
         )
     }
 }

@@ -85,7 +85,7 @@ fn with_page(settings: &Settings, work: impl AsyncFnOnce(SocketAddr)) {
     let mut config = Config::default();
     config.state.dir = folder.path().to_path_buf();
     let (metrics, health) = (Arc::new(Metrics::new().unwrap()), Arc::new(Health::default()));
-    let facts = Arc::new(Facts::new(config, metrics, health).unwrap());
+    let facts = Arc::new(Facts::new(Arc::new(config), metrics, health).unwrap());
     let state = State { facts, actions: Arc::new(Actions::none(folder.path())) };
     let bound = bind(settings).unwrap();
     let address = bound.address().unwrap();

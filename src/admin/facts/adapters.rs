@@ -85,7 +85,7 @@ impl Facts {
             version: current.version,
             sha256: current.sha256,
             promotion: current.promotion,
-            stable_name: self.config.endpoint.stable_name.clone(),
+            stable_name: self.config_now().endpoint.stable_name.clone(),
             changing_to: intent.map(|intent| intent.to().to_string()),
             frozen: registry.frozen().map_err(FactError::failed)?.map(frozen),
         })

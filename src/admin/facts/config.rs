@@ -21,9 +21,10 @@ const HIDDEN: &str = "(hidden)";
 impl Facts {
     /// Returns the config in force.
     pub(in super::super) fn config(&self) -> InForce {
-        let mut config = serde_json::to_value(&self.config).unwrap_or_default();
+        let now = self.config_now();
+        let mut config = serde_json::to_value(now.as_ref()).unwrap_or_default();
         redact("", &mut config);
-        InForce { hash: self.config.hash(), config: config.as_object().cloned().unwrap_or_default() }
+        InForce { hash: now.hash(), config: config.as_object().cloned().unwrap_or_default() }
     }
 }
 

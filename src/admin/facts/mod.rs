@@ -13,7 +13,7 @@ pub(super) mod prompts;
 pub(super) mod rounds;
 pub(super) mod trials;
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -36,7 +36,7 @@ const READS: usize = 2;
 
 /// Everything that the documents are made of.
 pub struct Facts {
-    pub(super) config: Config,
+    config: RwLock<Arc<Config>>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Arc<Health>,
     paths: Paths,
@@ -51,11 +51,24 @@ const COUNT_FRESH: Duration = Duration::from_secs(20);
 
 impl Facts {
     /// Looks where `config` says that things are.
-    pub fn new(config: Config, metrics: Arc<Metrics>, health: Arc<Health>) -> Result<Self, crate::table::TableError> {
+    pub fn new(
+        config: Arc<Config>,
+        metrics: Arc<Metrics>,
+        health: Arc<Health>,
+    ) -> Result<Self, crate::table::TableError> {
         let paths = Paths::new(&config.state.dir);
         let tables = config.state.open_tables()?;
         let reads = Semaphore::new(READS);
-        Ok(Facts { config, metrics, health, paths, tables, reads, rows: Mutex::default() })
+        Ok(Facts { config: RwLock::new(config), metrics, health, paths, tables, reads, rows: Mutex::default() })
+    }
+
+    /// Tells of another config from now on. What is built on it, the tables' place and the folders, does not change.
+    pub fn reconfigure(&self, config: Arc<Config>) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+    }
+
+    fn config_now(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn registry(&self) -> Result<Registry, FactError> {

@@ -123,6 +123,12 @@ impl Night {
         night
     }
 
+    /// Adds sections to the config.
+    pub(crate) fn set(&self, more: &str) {
+        let text = std::fs::read_to_string(self.config()).unwrap();
+        std::fs::write(self.config(), format!("{more}\n{text}")).unwrap();
+    }
+
     /// Returns the folder that holds all that a round leaves.
     pub(crate) fn state(&self) -> PathBuf {
         self.folder.path().join("state")

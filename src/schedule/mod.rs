@@ -1,7 +1,10 @@
-//! When rounds start: a cron expression in a time zone, and what becomes of runs that were missed.
+//! When rounds start: a cron expression in a time zone, enough new prompts, the hours in which they may work, and what becomes
+//! of runs that were missed.
 //!
 //! Pure: the caller passes the time in. A missed run is caught up once, however many were missed: after a week of
 //! downtime one round over all that arrived is what is wanted, not seven.
+
+mod window;
 
 use std::str::FromStr;
 
@@ -11,21 +14,52 @@ use croner::Cron;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use window::Window;
+
 /// When the daemon starts a round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Cron expression with five fields (minute, hour, day of month, month, day of week) in `time_zone`.
+    /// Cron expression with five fields (minute, hour, day of month, month, day of week) in `time_zone`; empty: no time
+    /// starts a round.
     pub cron: String,
     /// IANA name of the time zone in which `cron` is read, such as `Europe/Vienna`.
     pub time_zone: String,
+    /// A round also starts as soon as this many distinct prompts that may train were asked since the last one began; looked
+    /// at every five minutes. 0: by `cron` alone.
+    pub new_prompts: u64,
+    /// Hours of the day in `time_zone` in which rounds may work, such as `22:00-06:00`; empty: always. A round that is due
+    /// waits for them, and one that is under way when they end leaves off after its piece of work and goes on when they come
+    /// again. `taod round --once` by hand goes by them only with `--in-window`.
+    pub window: String,
+    /// Where rounds run: "child" (a process below the daemon's) or "unit" (the daemon leaves `round.due` in `state.dir`, by
+    /// which systemd starts `taod-round.service`, a unit with limits of its own).
+    pub run_in: RunIn,
     /// Whether a new round may train while a trial is still open. Off: the open trial is extended first, every night.
     pub train_while_open: bool,
 }
 
+/// Where rounds run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RunIn {
+    /// A process below the daemon's, which ends with it.
+    #[default]
+    Child,
+    /// A unit of systemd's, started by a file.
+    Unit,
+}
+
 impl Default for Settings {
     fn default() -> Self {
-        Settings { cron: "0 2 * * *".into(), time_zone: "UTC".into(), train_while_open: false }
+        Settings {
+            cron: "0 2 * * *".into(),
+            time_zone: "UTC".into(),
+            new_prompts: 0,
+            window: String::new(),
+            run_in: RunIn::Child,
+            train_while_open: false,
+        }
     }
 }
 
@@ -39,8 +73,9 @@ impl Settings {
 /// A schedule that can be asked for its next run.
 #[derive(Debug, Clone)]
 pub struct Schedule {
-    cron: Cron,
+    cron: Option<Cron>,
     zone: Tz,
+    window: Option<Window>,
 }
 
 impl Schedule {
@@ -50,23 +85,39 @@ impl Schedule {
         let zone = Tz::from_str(time_zone).map_err(|_| {
             format!("time_zone {time_zone:?} is not an IANA time zone; write one such as \"UTC\" or \"Europe/Vienna\"")
         })?;
-        let parsed = Cron::from_str(cron).map_err(|e| {
-            format!(
-                "cron {cron:?} cannot be read ({}); write five fields such as \"0 2 * * *\"",
-                lower_first(&e.to_string())
-            )
-        })?;
-        let schedule = Schedule { cron: parsed, zone };
+        let read = |cron: &str| {
+            Cron::from_str(cron).map_err(|e| {
+                format!(
+                    "cron {cron:?} cannot be read ({}); write five fields such as \"0 2 * * *\"",
+                    lower_first(&e.to_string())
+                )
+            })
+        };
+        let parsed = (!cron.is_empty()).then(|| read(cron)).transpose()?;
+        let schedule = Schedule { cron: parsed, zone, window: Window::parse(&settings.window, zone)? };
         match schedule.next_after(DateTime::UNIX_EPOCH) {
             Some(_) => Ok(schedule),
+            None if schedule.cron.is_none() => Ok(schedule),
             None => Err(format!("cron {cron:?} never comes; write a day that exists, such as \"0 2 * * *\"")),
         }
+    }
+
+    /// Returns the hours in which rounds may work, where there are such.
+    pub fn window(&self) -> Option<&Window> {
+        self.window.as_ref()
+    }
+
+    /// Returns when a round that is due at `due` may start, `now` at the earliest.
+    pub fn start(&self, due: DateTime<Utc>, now: DateTime<Utc>) -> DateTime<Utc> {
+        let earliest = due.max(now);
+        self.window.map_or(earliest, |window| window.opens(earliest))
     }
 
     /// Returns the first run strictly after `now`. A local time that daylight saving skips runs at the next one that exists.
     pub fn next_after(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
         let local = now.with_timezone(&self.zone);
-        self.cron.find_next_occurrence(&local, false).ok().map(|next| next.with_timezone(&Utc))
+        let next = self.cron.as_ref()?.find_next_occurrence(&local, false);
+        next.ok().map(|next| next.with_timezone(&Utc))
     }
 
     /// Returns when the next run starts: the first one after the last start, which lies in the past (so: at once) when
@@ -133,6 +184,17 @@ mod tests {
             Some(at("2026-01-21T02:00:00Z")),
             "a start in the future is a wrong clock"
         );
+    }
+
+    #[test]
+    fn without_a_time_nothing_is_due_and_a_window_puts_off_what_is() {
+        let never = schedule("", "UTC");
+        assert_eq!(never.due(Some(at("2026-01-10T02:00:05Z")), at("2026-01-20T12:00:00Z")), None);
+        let settings = Settings { window: "22:00-06:00".into(), ..Settings::default() };
+        let nightly = Schedule::new(&settings).unwrap();
+        let (noon, evening) = (at("2026-01-20T12:00:00Z"), at("2026-01-20T22:00:00Z"));
+        assert_eq!(nightly.start(at("2026-01-19T02:00:00Z"), noon), evening, "what was missed waits for the window");
+        assert_eq!(nightly.start(noon, evening), evening);
     }
 
     #[test]
