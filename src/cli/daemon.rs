@@ -109,7 +109,8 @@ pub(super) fn run_round(global: &Global, args: &Round) -> anyhow::Result<Exit> {
         return Ok(Exit::Done);
     }
     let window = Schedule::new(&config.schedule).map_err(Usage)?.window().copied().filter(|_| args.in_window);
-    if window.is_some_and(|window| !window.is_open(Utc::now())) {
+    if let Some(window) = window.filter(|window| !window.is_open(Utc::now())) {
+        tracing::info!(opens = %window.opens(Utc::now()), "schedule.window is closed; the round is put off");
         return Ok(Exit::Paused);
     }
     let launch = Launch {
