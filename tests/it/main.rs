@@ -32,6 +32,7 @@ mod operations;
 mod page_browser;
 mod page_tls;
 mod power_loss;
+mod prometheus;
 mod promotion;
 mod readers;
 mod remote;

@@ -2,6 +2,7 @@
 
 pub(crate) mod kafka;
 pub(crate) mod night;
+pub(crate) mod site;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
