@@ -7,6 +7,7 @@
 //! Every candidate carries its token ids and log-probs: ids win over text from here to the trainer, because
 //! `encode(decode(ids))` is not `ids`.
 
+mod decoding;
 mod draw;
 pub mod remote;
 mod strategy;
@@ -23,6 +24,8 @@ use crate::durable::{self, FileError};
 use crate::engine::{Adapter, BatchLimits, Batcher, EngineError, Grammar, Model, Policy, Precision, SamplingSettings};
 use crate::progress::{Ask, Progress};
 use crate::record::FinishReason;
+pub use decoding::{Decoding, write_sampling};
+use decoding::{check_filters, check_stop};
 pub use draw::{Draw, draw};
 use draw::{draw_on, fits};
 use remote::Remote;
@@ -38,6 +41,13 @@ pub struct Settings {
     pub temperature: f64,
     /// Nucleus mass kept, in (0, 1]; 1.0 keeps the samples on-policy.
     pub top_p: f64,
+    /// Likeliest tokens kept; 0 keeps all, and the samples on-policy.
+    pub top_k: usize,
+    /// Keeps tokens at least this likely beside the most likely one, in [0, 1]; 0 keeps all, and the samples on-policy.
+    pub min_p: f64,
+    /// Makes tokens of the prompt and of the answer less likely, above 0 and at most 2; 1.0 is none, and keeps the samples
+    /// on-policy.
+    pub repetition_penalty: f64,
     /// Most new tokens of one answer.
     pub max_tokens: usize,
     /// Strings that end an answer; its text stops before them, and its token ids hold them.
@@ -66,6 +76,9 @@ impl Default for Settings {
             samples_per_prompt: 8,
             temperature: 1.0,
             top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
             max_tokens: 512,
             stop: Vec::new(),
             chunk_prompts: 16,
@@ -89,9 +102,7 @@ impl Settings {
         if self.temperature.is_nan() || self.temperature <= 0.0 || self.temperature > 2.0 {
             return Err(format!("temperature = {}: set a value above 0 and at most 2", self.temperature));
         }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
-        }
+        check_filters(self.top_p, self.min_p, self.repetition_penalty)?;
         for (key, value) in [
             ("max_tokens", self.max_tokens),
             ("chunk_prompts", self.chunk_prompts),
@@ -120,11 +131,16 @@ impl Settings {
 
     /// Returns what of these settings draws other than from the policy as clients meet it, if anything does.
     pub fn off_policy(&self) -> Option<String> {
-        if self.temperature != 1.0 || self.top_p != 1.0 {
-            return Some(format!(
-                "candidates.temperature is {} and candidates.top_p is {}",
-                self.temperature, self.top_p
-            ));
+        let (top_k, full) = (self.top_k as f64, 1.0);
+        let changed = [
+            ("temperature", self.temperature, full),
+            ("top_p", self.top_p, full),
+            ("top_k", top_k, 0.0),
+            ("min_p", self.min_p, 0.0),
+            ("repetition_penalty", self.repetition_penalty, full),
+        ];
+        if let Some((key, value, plain)) = changed.into_iter().find(|(_, value, plain)| value != plain) {
+            return Some(format!("candidates.{key} is {value}, not {plain}"));
         }
         if self.precision == Precision::Int8 {
             return Some("candidates.precision is int8".to_string());
@@ -142,9 +158,11 @@ impl Settings {
 
     /// Returns how much is drawn for training, and how.
     pub fn draw(&self) -> Draw {
-        let Settings { temperature, top_p, max_tokens, .. } = *self;
+        let Settings { temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, .. } = *self;
         let stop = self.stop.clone();
-        let sampling = SamplingSettings { temperature, top_p, max_tokens, stop, ..SamplingSettings::default() };
+        let own = SamplingSettings::default();
+        let sampling =
+            SamplingSettings { temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, stop, ..own };
         Draw {
             samples: self.samples_per_prompt,
             sampling,
@@ -152,63 +170,6 @@ impl Settings {
             strategies: self.strategies.clone(),
             formats: Formats::new(),
         }
-    }
-}
-
-/// How the endpoint answers its clients; both sides of the gate answer the same way.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Decoding {
-    /// Sampling temperature, 0 (greedy) to 2.
-    pub temperature: f64,
-    /// Nucleus mass kept, in (0, 1].
-    pub top_p: f64,
-    /// Most new tokens of one answer, 1 or more.
-    pub max_tokens: usize,
-    /// Strings that end an answer, as clients send them in `stop`; empty: none.
-    pub stop: Vec<String>,
-}
-
-impl Default for Decoding {
-    fn default() -> Self {
-        Decoding { temperature: 0.7, top_p: 1.0, max_tokens: 512, stop: Vec::new() }
-    }
-}
-
-impl Decoding {
-    /// Checks every key; the message names key, value and remedy.
-    pub fn validate(&self) -> Result<(), String> {
-        if !(0.0..=2.0).contains(&self.temperature) {
-            return Err(format!("temperature = {}: set a value from 0 to 2", self.temperature));
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(format!("top_p = {}: set a value above 0 and at most 1", self.top_p));
-        }
-        match self.max_tokens {
-            0 => Err("max_tokens = 0: set at least 1".to_string()),
-            _ => check_stop(&self.stop),
-        }
-    }
-
-    /// Returns how the engine is to draw.
-    pub fn sampling(&self) -> SamplingSettings {
-        SamplingSettings {
-            temperature: self.temperature,
-            top_p: self.top_p,
-            max_tokens: self.max_tokens,
-            stop: self.stop.clone(),
-            ..SamplingSettings::default()
-        }
-    }
-}
-
-/// Most stop strings, as in OpenAI's API: `taod serve` takes no more in a request.
-const MAX_STOP_STRINGS: usize = 4;
-
-fn check_stop(stop: &[String]) -> Result<(), String> {
-    match stop.len() > MAX_STOP_STRINGS || stop.iter().any(String::is_empty) {
-        true => Err(format!("stop = {stop:?}: give at most {MAX_STOP_STRINGS} strings, none of them empty")),
-        false => Ok(()),
     }
 }
 

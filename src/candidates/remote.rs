@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use super::{Candidate, CandidateError, Draw, PLAIN, Stream};
+use super::{Candidate, CandidateError, Draw, PLAIN, Stream, write_sampling};
 use crate::dataset::Prompt;
 use crate::engine::{Grammar, Model, first_stop};
 use crate::progress::Step;
@@ -166,16 +166,11 @@ impl<'a> Remote<'a> {
             "messages": asked.prompt.messages,
             "n": how.samples,
             "seed": asked.seed,
-            "temperature": how.sampling.temperature,
-            "top_p": how.sampling.top_p,
-            "max_tokens": how.sampling.max_tokens,
             "logprobs": true,
             "return_token_ids": true,
             "user": INTERNAL_USER,
         });
-        if !how.sampling.stop.is_empty() {
-            body["stop"] = json!(how.sampling.stop);
-        }
+        write_sampling(&mut body, &how.sampling);
         if let Some(format) = asked.format {
             let schema = json!({"name": "answer", "schema": format.schema(), "strict": true});
             body["response_format"] = json!({"type": "json_schema", "json_schema": schema});
@@ -240,7 +235,7 @@ impl<'a> Remote<'a> {
         if choices.len() != how.samples {
             return Err(self.fault(format!("it gives {} answers where {} were asked for", choices.len(), how.samples)));
         }
-        let is_plain = asked.format.is_none() && how.sampling.temperature == 1.0 && how.sampling.top_p == 1.0;
+        let is_plain = asked.format.is_none() && how.sampling.is_plain();
         let candidate = |(sample, choice): (usize, &Value)| {
             let Said { text, token_ids, logprobs, finish_reason } = self.said(choice, model, &how.sampling.stop)?;
             Ok(Candidate {

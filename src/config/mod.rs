@@ -86,8 +86,9 @@ impl Config {
         let method = self.tuning.method;
         let other = self.candidates.off_policy().filter(|_| method.needs_plain_samples())?;
         Some(format!(
-            "tuning.method is {method}, which needs samples of the policy as it is, but {other}: set temperature and top_p to 1, \
-             leave strategies out and int8 alone, or set the method to raft, rest or dpo"
+            "tuning.method is {method}, which needs samples of the policy as it is, but {other}: set temperature, top_p and \
+             repetition_penalty to 1, top_k and min_p to 0, leave strategies, follow_json_rules and int8 alone, or set the method \
+             to raft, rest or dpo"
         ))
     }
 }

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use super::report::{Comparison, Example, Side};
+use crate::candidates::write_sampling;
 use crate::config::Config;
 use crate::dataset::Prompt;
 use crate::progress::Progress;
@@ -115,11 +116,10 @@ impl Audit {
 /// Asks one prompt as a client would, marked as taod's own so that it never becomes traffic to learn from.
 async fn ask_one(client: &reqwest::Client, config: &Config, prompt: &Prompt) -> Result<(String, FinishReason)> {
     let seed = derive_seed(config.round.seed, &["audit", &prompt.prompt_hash]) >> 1;
-    let body = json!({
-        "model": config.endpoint.stable_name, "messages": prompt.messages, "seed": seed,
-        "temperature": config.decoding.temperature, "top_p": config.decoding.top_p,
-        "max_tokens": config.decoding.max_tokens, "stop": config.decoding.stop, "user": "taod-internal",
+    let mut body = json!({
+        "model": config.endpoint.stable_name, "messages": prompt.messages, "seed": seed, "user": "taod-internal",
     });
+    write_sampling(&mut body, &config.decoding.sampling());
     let url = format!("{}/v1/chat/completions", config.endpoint.urls[0]);
     let request = client.post(url).header("x-taod-internal", "1").json(&body);
     let answer: Value = request.send().await?.error_for_status()?.json().await?;

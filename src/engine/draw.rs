@@ -75,6 +75,11 @@ impl SamplingSettings {
         Err(EngineError::request(problem))
     }
 
+    /// Returns true where it draws from the model's own distribution.
+    pub fn is_plain(&self) -> bool {
+        self.temperature == 1.0 && !self.filters() && !self.penalises() && self.grammar.is_none()
+    }
+
     fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }

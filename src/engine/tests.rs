@@ -17,6 +17,7 @@ mod held;
 mod mixed;
 mod room;
 mod rounded;
+mod sampling;
 mod stops;
 
 #[derive(Deserialize)]

@@ -166,7 +166,9 @@ fn divergences(night: &Night<'_>, trial: &Trial, batch: &Batch<'_>, sides: &Side
     let (sampler, adapter) = &sides.challenger;
     let name = format!("gate/{}/kl", trial.id());
     let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling = SamplingSettings { temperature: 1.0, top_p: 1.0, top_k: 0, ..night.config.decoding.sampling() };
+    let production = night.config.decoding.sampling();
+    let own = SamplingSettings::default();
+    let sampling = SamplingSettings { max_tokens: production.max_tokens, stop: production.stop, ..own };
     let how = Draw {
         samples: 1,
         sampling,
