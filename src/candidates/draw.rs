@@ -39,30 +39,45 @@ pub fn draw(
     stream: Stream<'_>,
     step: &mut Step,
 ) -> Result<Vec<Vec<Candidate>>, CandidateError> {
-    let mut batcher = Batcher::new(policy.clone(), how.limits.clone())?;
-    draw_on(&mut batcher, policy, prompts, how, stream, step)
+    Ok(draw_sides(&[(policy, stream)], prompts, how, step)?.into_iter().flatten().collect())
 }
 
-/// Draws as [`draw`] does, in a batch that may remember earlier prompts.
-pub(super) fn draw_on(
-    batcher: &mut Batcher,
-    policy: &Policy,
+/// Draws answers to the same prompts from each of several policies on the same weights, all in one batch, and returns them side by
+/// side: each is what [`draw()`] gives it alone, to the same bits, because a sample depends on nothing beside it.
+pub fn draw_sides(
+    sides: &[(&Policy, Stream<'_>)],
     prompts: &[&Prompt],
     how: &Draw,
-    stream: Stream<'_>,
     step: &mut Step,
-) -> Result<Vec<Vec<Candidate>>, CandidateError> {
+) -> Result<Vec<Vec<Vec<Candidate>>>, CandidateError> {
+    let Some((first, _)) = sides.first() else { return Ok(Vec::new()) };
+    let mut batcher = Batcher::new((*first).clone(), how.limits.clone())?;
+    draw_on(&mut batcher, sides, prompts, how, step)
+}
+
+/// Draws as [`draw_sides`] does, in a batch that may remember earlier prompts.
+pub(super) fn draw_on(
+    batcher: &mut Batcher,
+    sides: &[(&Policy, Stream<'_>)],
+    prompts: &[&Prompt],
+    how: &Draw,
+    step: &mut Step,
+) -> Result<Vec<Vec<Vec<Candidate>>>, CandidateError> {
     let mut asks = Vec::new();
+    // The sides of a prompt follow each other, so that they begin and end at about the same time.
     for (owner, prompt) in prompts.iter().enumerate() {
-        asks.extend(plan(policy.model(), owner, prompt, how, stream)?);
+        for (side, (policy, stream)) in sides.iter().enumerate() {
+            asks.extend(plan(policy.model(), owner, prompt, how, *stream)?.into_iter().map(|ask| (side, ask)));
+        }
     }
-    let groups = asks.iter().map(|ask| (policy.clone(), ask.group.clone())).collect();
+    let groups = asks.iter().map(|(side, ask)| (sides[*side].0.clone(), ask.group.clone())).collect();
     let completions = batcher.drain(groups, &mut |_, _, done| step.advance(done.token_ids.len() as u64, ""))?;
 
-    let mut drawn: Vec<Vec<Candidate>> = prompts.iter().map(|_| Vec::new()).collect();
-    for (ask, group) in asks.iter().zip(completions) {
+    let mut drawn = vec![vec![Vec::new(); prompts.len()]; sides.len()];
+    for ((side, ask), group) in asks.iter().zip(completions) {
+        let (policy, stream) = sides[*side];
         for (sample, done) in group.into_iter().enumerate() {
-            drawn[ask.owner].extend(candidate(policy, prompts[ask.owner], ask, sample, done, stream)?);
+            drawn[*side][ask.owner].extend(candidate(policy, prompts[ask.owner], ask, sample, done, stream)?);
         }
     }
     Ok(drawn)
@@ -246,6 +261,32 @@ mod tests {
         }
         let settings = super::super::Settings { follow_json_rules: true, ..Default::default() };
         assert!(settings.off_policy().unwrap().contains("follow_json_rules"));
+    }
+
+    #[test]
+    fn two_sides_in_one_batch_answer_as_each_does_alone() {
+        let model = model();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny-llama-lora");
+        let adapter = crate::engine::Adapter::load(&folder, &model).unwrap();
+        let challenger = Policy::new(&model, Some(&adapter), WeightForm::F32).unwrap();
+        let incumbent = Policy::new(&model, None, WeightForm::F32).unwrap();
+        let stream = |name, sampler| Stream { seed: 5, name, sampler };
+        let sides = [(&challenger, stream("gate/t/new", "new")), (&incumbent, stream("gate/t/incumbent", "base"))];
+        let prompts = ["why", "tell me of the sea and of what lives in it", "sum 3 and 4", "who are you?", "why not"];
+        let prompts = prompts.map(prompt);
+        let prompts: Vec<&Prompt> = prompts.iter().collect();
+        for max_sequences in [64, 3] {
+            let limits = BatchLimits { max_sequences, ..BatchLimits::default() };
+            let sampling = SamplingSettings { temperature: 0.7, max_tokens: 24, ..SamplingSettings::default() };
+            let how = Draw { samples: 2, sampling, limits, strategies: Vec::new(), formats: Formats::new() };
+            let mut step = Progress::silent().step("draw", 0, "tokens");
+            let together = draw_sides(&sides, &prompts, &how, &mut step).unwrap();
+            let alone = sides.map(|(policy, stream)| draw(policy, &prompts, &how, stream, &mut step).unwrap());
+            assert_eq!(together, alone);
+            // The test could not fail if both sides said the same.
+            let texts = |side: &[Vec<Candidate>]| side.concat().into_iter().map(|c| c.text).collect::<Vec<_>>();
+            assert_ne!(texts(&together[0]), texts(&together[1]));
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::progress::{Ask, Progress};
 use crate::record::FinishReason;
 pub use decoding::{Decoding, write_sampling};
 use decoding::{check_filters, check_stop};
-pub use draw::{Draw, draw};
+pub use draw::{Draw, draw, draw_sides};
 use draw::{draw_on, fits};
 use remote::Remote;
 pub use strategy::{PLAIN, Strategy};
@@ -319,7 +319,7 @@ pub fn sample(
                             local.insert((policy, batcher))
                         }
                     };
-                    draw_on(batcher, policy, chunk, &how, stream, &mut step)?
+                    draw_on(batcher, &[(&*policy, stream)], chunk, &how, &mut step)?.into_iter().flatten().collect()
                 }
             };
             durable::write_json_lines(&path, &drawn.concat())?;

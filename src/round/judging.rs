@@ -46,9 +46,8 @@ pub(super) fn play(
     sides: &Sides,
 ) -> Result<(Vec<Observation>, u64), RoundError> {
     let prompts = &batch.prompts;
-    let new = draw(night, trial, "new", &sides.challenger, prompts)?;
-    let old = draw(night, trial, "incumbent", &sides.incumbent, prompts)?;
-    let [new, old] = judge(night, prompts, [new, old])?;
+    let drawn = draw(night, trial, sides, prompts)?;
+    let [new, old] = judge(night, prompts, drawn)?;
     let kl = divergences(night, trial, batch, sides)?;
     let tokens = new.iter().chain(&old).flat_map(|a| &a.drawn).map(|c| c.token_ids.len() as u64).sum();
     store_answers(night, trial, &batch.name, &[("new", &new), ("incumbent", &old)])?;
@@ -105,26 +104,29 @@ fn tool_names(prompt: &Prompt) -> Vec<String> {
     tools.filter_map(name).collect()
 }
 
-/// Draws one side's answers in production's decoding, from a stream of its own.
+/// Draws both sides' answers in production's decoding, each from a stream of its own, in one batch.
 fn draw(
     night: &Night<'_>,
     trial: &Trial,
-    side: &str,
-    (sampler, adapter): &(String, Option<Adapter>),
+    sides: &Sides,
     prompts: &[&Prompt],
-) -> Result<Vec<Vec<Candidate>>, RoundError> {
-    let name = format!("gate/{}/{side}", trial.id());
-    let stream = Stream { seed: derive_seed(night.config.round.seed, &["gate"]), name: &name, sampler };
-    let sampling = night.config.decoding.sampling();
+) -> Result<[Vec<Vec<Candidate>>; 2], RoundError> {
+    let seed = derive_seed(night.config.round.seed, &["gate"]);
+    let names = ["new", "incumbent"].map(|side| format!("gate/{}/{side}", trial.id()));
     let how = Draw {
         samples: night.config.gate.samples as usize,
-        sampling,
+        sampling: night.config.decoding.sampling(),
         limits: night.config.candidates.limits(),
         strategies: Vec::new(),
         formats: Formats::new(),
     };
-    let policy = Policy::new(night.model, adapter.as_ref(), WeightForm::F32)?;
-    Ok(candidates::draw(&policy, prompts, &how, stream, &mut silent())?)
+    let policy = |adapter: &Option<Adapter>| Policy::new(night.model, adapter.as_ref(), WeightForm::F32);
+    let (new, old) = (&sides.challenger, &sides.incumbent);
+    let policies = [policy(&new.1)?, policy(&old.1)?];
+    let stream = |name, sampler| Stream { seed, name, sampler };
+    let both = [(&policies[0], stream(&names[0], &new.0)), (&policies[1], stream(&names[1], &old.0))];
+    let mut drawn = candidates::draw_sides(&both, prompts, &how, &mut silent())?.into_iter();
+    Ok([drawn.next().unwrap_or_default(), drawn.next().unwrap_or_default()])
 }
 
 /// Scores both sides together, so that the quality measure reads each question once for both.
