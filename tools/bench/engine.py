@@ -41,6 +41,8 @@ class Row:
     gflop: float | None = None
     # A whole iteration takes minutes, and averages over all of its answers.
     whole: bool = False
+    # What it works on: token ids in a file, of texts whose lengths differ.
+    texts: bool = False
 
 
 SAMPLING = ["generate", "generate-int16", "generate-int8"]
@@ -53,6 +55,17 @@ ROWS = [
     Row("logprobs", "log-probs of 8 groups x 8 x (64 shared + 64)", [8, 8, 64, 64], ["logprobs"], ["logprobs"], ["hf"], 1.7, gflop=READ * 9 / 8),
     Row("step-64", "LoRA step, 8 x (64 shared + 64)", [8, 64, 64], TRAINING, TRAINING, ["hf"], 1.5, 1 / 3, gflop=TRAINED * 9 / 16),
     Row("step-512", "LoRA step, 8 x (512 shared + 64)", [8, 512, 64], TRAINING, TRAINING, ["hf"], 5.0, 1 / 5, gflop=TRAINED * 16 / 72),
+    Row(
+        "classifier",
+        "reward model, 64 texts of log-normal length 32 to 512",
+        [64],
+        ["classify"],
+        ["classify"],
+        ["hf", "hf-sorted"],
+        1.5,
+        gflop=READ,
+        texts=True,
+    ),
     Row(
         "raft",
         "RAFT iteration, 112 prompts x 8 x <= 64, in answers/s",
@@ -79,6 +92,8 @@ LABELS = {
     "generate-int16": "taod, 16 bits",
     "generate-int8": "taod, 8 bits",
     "logprobs": "taod, f32",
+    "classify": "taod, f32",
+    "hf-sorted": "transformers, sorted by length",
     "step": "taod, f32",
     "step-int16": "taod, 16 bits",
     "raft": "taod, f32",
@@ -128,6 +143,9 @@ class Side:
 
 def compare(row, arguments, folder, rate):
     numbers = [str(size) for size in row.sizes]
+    if row.texts:
+        folder, file = reward_model(folder), texts_file(folder, row.sizes[0])
+        numbers = [str(file)]
     if row.whole:
         numbers.append(str(prompts_file(arguments, folder, row.sizes[0])))
     sides = [Side(LABELS[work], [arguments.engine, folder, work, *numbers]) for work in row.works]
@@ -140,7 +158,46 @@ def compare(row, arguments, folder, rate):
         for side in sides:
             side.work()
             print(row.name, side.name, {k: round(v, 3) for k, v in side.figures[-1].items()}, file=sys.stderr)
+    if row.texts:
+        check_scores(file)
     return line(row, [(side.name, *side.close()) for side in sides], rate)
+
+
+def reward_model(folder):
+    """Returns a reward model made of the same model with a random head, for both sides."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    made = pathlib.Path(folder).parent / "reward-model"
+    if not (made / "tokenizer.json").exists():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return str(made)
+
+
+def texts_file(folder, count):
+    """Writes texts of log-normal length (median 128 tokens, sigma 0.7), cut to 32 to 512; ids above those with a meaning."""
+    import numpy
+
+    random = numpy.random.default_rng(20261127)
+    lengths = numpy.clip(random.lognormal(numpy.log(128), 0.7, count).round(), 32, 512).astype(int)
+    file = pathlib.Path(folder).parent / f"texts-{count}.json"
+    file.write_text(json.dumps([random.integers(1000, 41_000, length).tolist() for length in lengths]))
+    return file
+
+
+def check_scores(file):
+    """Ends the bench where the two sides did not say the same: a speed of something else is none."""
+    ours, *theirs = (json.loads(pathlib.Path(f"{file}.{side}").read_text()) for side in ("taod", "hf", "sorted"))
+    for other in theirs:
+        worst = max(abs(a - b) for a, b in zip(ours, other, strict=True))
+        print(f"classifier: scores differ by {worst:.1e} at most", file=sys.stderr)
+        if not worst < 1e-2:
+            sys.exit(f"the two sides' scores differ by {worst}: they do not do the same work")
 
 
 def prompts_file(arguments, folder, count):

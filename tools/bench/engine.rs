@@ -1,7 +1,7 @@
 //! One side of the engine bench: does a piece of work once for each line of its input, and tells its seconds.
 //!
 //! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs GROUPS SAMPLES PROMPT NEW`,
-//! `step[-int16] SAMPLES PROMPT NEW`, or `raft[-int16|-int8]` or `grpo[-int16] PROMPTS SAMPLES NEW FILE`: a whole iteration, from the
+//! `step[-int16] SAMPLES PROMPT NEW`, `classify FILE` (a list of texts as token ids; MODEL is a reward model), or `raft[-int16|-int8]` or `grpo[-int16] PROMPTS SAMPLES NEW FILE`: a whole iteration, from the
 //! prompts in a file of token ids to an adapter. It prints `ready`, then a line of JSON for each line it reads.
 
 use std::io::BufRead;
@@ -12,7 +12,8 @@ use taod::adapter::optimizer::AdamW;
 use taod::adapter::{Sample, Settings, tune};
 use taod::engine::train::{Base, GroupTokens, LoraMatrices};
 use taod::engine::{
-    BatchLimits, Group, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, WeightForm, generate, logprobs,
+    BatchLimits, Group, LoraSpec, Model, Policy, Precision, SamplingSettings, ScoreItem, SequenceClassifier,
+    WeightForm, generate, logprobs,
 };
 use taod::progress::Progress;
 
@@ -30,6 +31,10 @@ fn main() -> Result<()> {
         taod::engine::init_threads(None);
         let prompts = Prompts { count: prompts.parse()?, samples: samples.parse()?, new: new.parse()?, file };
         return iterate(&Model::load(model)?, method, form, &prompts);
+    }
+    if let ("classify", [file]) = (work.as_str(), sizes) {
+        taod::engine::init_threads(None);
+        return classify(&SequenceClassifier::load(model)?, file);
     }
     let sizes: Vec<usize> = sizes.iter().map(|size| size.parse()).collect::<std::result::Result<_, _>>()?;
     taod::engine::init_threads(None);
@@ -94,6 +99,18 @@ fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize
     serve(|| {
         let items: Vec<ScoreItem> = items.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
         Ok(logprobs(model, None, &items)?.concat().len())
+    })
+}
+
+/// Scores texts with a reward model. The scores go beside a file of texts, so that the two sides can be compared.
+fn classify(model: &SequenceClassifier, file: &str) -> Result<()> {
+    let texts: Vec<Vec<u32>> = serde_json::from_slice(&std::fs::read(file)?)?;
+    let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+    let scores = model.score(&texts)?;
+    std::fs::write(format!("{file}.taod"), serde_json::to_vec(&scores)?)?;
+    serve(|| {
+        model.score(&texts)?;
+        Ok(texts.iter().map(|text| text.len()).sum())
     })
 }
 

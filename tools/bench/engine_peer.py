@@ -1,6 +1,7 @@
 """The other side of the engine bench: what taod's users would run instead. Same protocol as engine.rs.
 
     engine_peer.py hf MODEL_FOLDER WORK SIZES        transformers and peft
+    engine_peer.py hf|hf-sorted FOLDER classify FILE  texts padded in batches, as they come or by length
     engine_peer.py hf|trl MODEL_FOLDER raft|grpo PROMPTS SAMPLES NEW FILE    a whole iteration, the latter by TRL's GRPOTrainer
     engine_peer.py llama.cpp MODEL.gguf WORK SIZES   llama.cpp's server in this process
 """
@@ -18,6 +19,8 @@ THREADS = len(os.sched_getaffinity(0))
 # Of a whole iteration: prompts of the warm-up, prompts whose answers are drawn together, answers of a step.
 WARM_UP_PROMPTS = 4
 GENERATED_TOGETHER = 8
+# Texts that a classifier is given together: pads cost more in larger batches, and products in smaller ones.
+CLASSIFIED_TOGETHER = 8
 TRAINED_TOGETHER = 8
 
 
@@ -105,6 +108,42 @@ def hf(folder, work, sizes):
         serve(step)
     else:
         sys.exit(f"transformers does not do {work}")
+
+
+def classify(folder, file, by_length):
+    """Scores texts with a reward model; the scores go beside the file."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.set_num_threads(THREADS)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = json.loads(pathlib.Path(file).read_text())
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i])) if by_length else range(len(texts))
+    parts = [list(order)[at : at + CLASSIFIED_TOGETHER] for at in range(0, len(texts), CLASSIFIED_TOGETHER)]
+    padding = model.config.pad_token_id
+
+    def batch(part):
+        longest = max(len(texts[i]) for i in part)
+        rows = torch.tensor([texts[i] + [padding] * (longest - len(texts[i])) for i in part])
+        lengths = torch.tensor([[len(texts[i])] for i in part])
+        return rows, (torch.arange(longest) < lengths).long()
+
+    batches = [batch(part) for part in parts]
+
+    def score():
+        with torch.no_grad():
+            return torch.cat([model(rows, attention_mask=mask).logits[:, 0] for rows, mask in batches])
+
+    scores = dict(zip((i for part in parts for i in part), score().tolist()))
+    pathlib.Path(f"{file}.{'sorted' if by_length else 'hf'}").write_text(json.dumps([scores[i] for i in range(len(texts))]))
+    # Pads are no work that was asked for.
+    tokens = sum(map(len, texts))
+
+    def work():
+        score()
+        return tokens
+
+    serve(work)
 
 
 def llama_cpp(gguf, work, sizes):
@@ -282,5 +321,7 @@ if __name__ == "__main__":
     if (peer, work) in ITERATIONS:
         count, samples, new, file = numbers
         ITERATIONS[peer, work](model, json.loads(pathlib.Path(file).read_text())[: int(count)], int(samples), int(new))
+    elif work == "classify":
+        classify(model, numbers[0], peer == "hf-sorted")
     else:
         {"hf": hf, "llama.cpp": llama_cpp}[peer](model, work, [int(n) for n in numbers])
