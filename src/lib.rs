@@ -60,6 +60,8 @@ pub mod config;
 
 // Drivers: the only code that knows several stages at once.
 #[cfg(feature = "daemon")]
+pub mod audit;
+#[cfg(feature = "daemon")]
 pub mod erasure;
 #[cfg(feature = "daemon")]
 pub mod ingest;

@@ -9,6 +9,7 @@
 mod adapters;
 mod admin;
 mod answers;
+mod audit;
 mod config;
 mod daemon;
 mod dataset;
@@ -108,6 +109,9 @@ pub enum Command {
     /// The gate's evidence alone, or a trial in words.
     #[command(subcommand)]
     Gate(gate::Command),
+    /// Let people label the locked audit split, and hold the scorers to it.
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// List, verify, promote or withdraw adapters.
     #[command(subcommand)]
     Adapters(adapters::Command),
@@ -167,6 +171,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Estimate(args) => estimate::run(global, args),
         Command::Eval(args) => eval::run(global, args, screen),
         Command::Gate(command) => gate::run(global, command),
+        Command::Audit(command) => audit::run(global, command, screen),
         Command::Adapters(command) => adapters::run(global, command),
         Command::Admin(command) => admin::run(global, command),
         Command::Config(command) => config::run(global, command),

@@ -14,6 +14,8 @@ use crate::engine::Model;
 use crate::reward_model::accuracy::{Accuracy, Report};
 use crate::reward_model::{self, injections, pairs};
 use crate::rewards::calibration::Calibration;
+use crate::rewards::length::{LengthBias, Point};
+use crate::rewards::rules::text;
 use crate::rewards::{Item, Rewards, Scorer, Selection, lines};
 
 /// Answers below which a quantile map says more about chance than about a scorer.
@@ -94,6 +96,10 @@ pub struct Calibrate {
     /// What is fitted.
     #[arg(long, value_enum, default_value_t = Fit::Quantile)]
     method: Fit,
+    /// Measure within prompts what length earns in each score, and fit on scores without it (rewards.length_corrected). Needs
+    /// several answers to a prompt.
+    #[arg(long)]
+    length: bool,
 }
 
 /// What `taod reward calibrate` fits.
@@ -214,6 +220,8 @@ struct Fitted<'a> {
     answers: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     expected_calibration_error: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    length_bias: Option<&'a LengthBias>,
 }
 
 fn calibrate(config: &Config, args: &Calibrate) -> anyhow::Result<Exit> {
@@ -225,12 +233,19 @@ fn calibrate(config: &Config, args: &Calibrate) -> anyhow::Result<Exit> {
         anyhow::bail!("line {line}: label {:?} is neither 0 nor 1; platt needs one on each line", labels[line]);
     }
     // Raw scores do not depend on the calibration in use, which may be the one that is made anew.
-    let settings = crate::rewards::Settings { calibration: String::new(), ..config.rewards.clone() };
+    let settings =
+        crate::rewards::Settings { calibration: String::new(), length_corrected: Vec::new(), ..config.rewards.clone() };
     let rewards = Rewards::without_base(&settings, &config.workload)?;
     let items: Vec<Item> = lines.into_iter().map(|line| line.line.into()).collect();
     let mut raw: BTreeMap<String, Vec<(f64, bool)>> = BTreeMap::new();
+    let mut lengths: BTreeMap<String, LengthBias> = BTreeMap::new();
     for selection in [Selection::Train, Selection::Gate] {
-        for (name, scores) in rewards.graded_parts(selection, &items)? {
+        for (name, mut scores) in rewards.graded_parts(selection, &items)? {
+            if args.length {
+                let bias = length_bias(&items, &scores).with_context(|| format!("length bias of {name}"))?;
+                scores.iter_mut().for_each(|(index, raw)| *raw = bias.correct(*raw, words(&items[*index])));
+                lengths.insert(name.clone(), bias);
+            }
             let labelled = scores.into_iter().map(|(index, raw)| (raw, labels[index] == Some(1)));
             raw.insert(name, labelled.collect());
         }
@@ -251,14 +266,31 @@ fn calibrate(config: &Config, args: &Calibrate) -> anyhow::Result<Exit> {
             Calibration::fit(&raw.iter().map(plain).collect())?
         }
     };
+    let calibration = calibration.with_lengths(lengths);
     calibration.save(&args.out).with_context(|| format!("cannot save {}", args.out.display()))?;
     let mut out = Output::stdout();
     for (score, scores) in &raw {
         let expected_calibration_error = calibration.expected_error(score);
-        out.line(&Fitted { score, answers: scores.len(), expected_calibration_error })?;
+        let length_bias = calibration.length(score);
+        out.line(&Fitted { score, answers: scores.len(), expected_calibration_error, length_bias })?;
     }
     out.flush()?;
     Ok(Exit::Done)
+}
+
+fn words(item: &Item) -> usize {
+    text::words(&item.response).count()
+}
+
+fn length_bias(items: &[Item], scores: &[(usize, f64)]) -> anyhow::Result<LengthBias> {
+    let mut prompts: BTreeMap<String, usize> = BTreeMap::new();
+    let mut points = Vec::with_capacity(scores.len());
+    for (index, score) in scores {
+        let next = prompts.len();
+        let prompt = *prompts.entry(serde_json::to_string(&items[*index].messages)?).or_insert(next);
+        points.push(Point { prompt, words: words(&items[*index]), score: *score });
+    }
+    LengthBias::fit(&points).map_err(anyhow::Error::msg)
 }
 
 fn attack(config: &Config, args: &Injections) -> anyhow::Result<Exit> {

@@ -21,7 +21,6 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::engine::Hold;
-use crate::rewards::Scorer;
 use crate::table::{TableError, TableLocation, Tables};
 
 pub use keys::Key;
@@ -65,21 +64,8 @@ impl Config {
     }
 
     /// The gate's score must hold something that training did not optimise.
-    ///
-    /// Exact rules are the specification and may stand on both sides, because the guardrail of quality is a scorer of its
-    /// own. Anything learned that stands on both sides needs another scorer beside it in the gate.
     fn independence(&self) -> Option<String> {
-        let rewards = &self.rewards;
-        let learned = |scorer: &&Scorer| !scorer.is_specification();
-        let shared = rewards.gate.iter().filter(learned).find(|scorer| rewards.train.contains(scorer))?;
-        if rewards.gate.iter().any(|scorer| learned(&scorer) && !rewards.train.contains(scorer)) {
-            return None;
-        }
-        let name = shared.name();
-        Some(format!(
-            "rewards.gate names \"{name}\", which rewards.train optimises, and no scorer that it does not: take \"{name}\" out of \
-             one of the two, or add a scorer with other weights to rewards.gate"
-        ))
+        self.rewards.dependent(&|name| self.rewards.made_from(name)).map(|problem| format!("rewards.{problem}"))
     }
 
     fn samples_for_method(&self) -> Option<String> {
@@ -116,6 +102,8 @@ sections! {
     tuning: crate::adapter::Settings,
     /// How challengers are judged.
     gate: crate::gate::Settings,
+    /// What people's labels must show.
+    audit: crate::audit::Settings,
     /// What may become served.
     registry: crate::registry::Settings,
     /// The production endpoint.

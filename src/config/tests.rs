@@ -284,4 +284,20 @@ fn the_gate_must_score_what_training_does_not() {
     assert!(shared[0].starts_with("rewards.gate names \"similarity\", which rewards.train optimises"), "{shared:?}");
     assert_eq!(problems("['rules']", "['rules', 'similarity']"), Vec::<String>::new());
     assert_eq!(problems("['rules', 'similarity']", "['rules']"), Vec::<String>::new(), "rules are the specification");
+    // One model under two names is one scorer, whatever rubric each has; another model beside it is another.
+    let defined = |train: &str, gate: &str| {
+        let judge = |name: &str, model: &str| {
+            format!(
+                "[[rewards.scorers]]\nname = '{name}'\nkind = 'judge'\nmodel = '{model}'\nrubric = 'It is {name}.'\n"
+            )
+        };
+        let judges = [judge("kind", "models/j.gguf"), judge("right", "models/j.gguf"), judge("other", "models/o.gguf")];
+        let config: Config =
+            toml::from_str(&format!("[rewards]\ntrain = {train}\ngate = {gate}\n{}", judges.concat())).unwrap();
+        config.problems()
+    };
+    let same = defined("['kind']", "['rules', 'right']");
+    assert!(same.len() == 1 && same[0].contains("names \"right\", the same model as \"kind\""), "{same:?}");
+    assert_eq!(defined("['kind']", "['right', 'other']"), Vec::<String>::new());
+    assert_eq!(defined("['kind']", "['other']"), Vec::<String>::new());
 }

@@ -11,9 +11,9 @@ use tokio::sync::watch as channel;
 use super::Daemon;
 use crate::gate::standing::{standing, trials};
 use crate::gate::{self, State, StepRow, TrialRow};
-use crate::metrics::{Guardrail, Metrics, Promotion, Split, Stage, TrialOutcome};
+use crate::metrics::{Feature, Guardrail, Label, Metrics, Promotion, Split, Stage, TrialOutcome};
 use crate::registry::{Happened, Registry};
-use crate::round::{Paths, answers, book, live, view};
+use crate::round::{Paths, anchors, answers, book, live, population, view};
 use crate::table::{Name, Tables};
 
 /// How often the running step is looked at, and during a round the tables.
@@ -129,6 +129,10 @@ async fn latest_round(
         metrics.rounds.excluded.set(dataset.excluded.values().sum::<u64>() as i64);
     }
     let round = seen.plan.round;
+    shifts(metrics, population::read(paths, &round)?.as_ref());
+    let standings = anchors::read(paths, &round)?.unwrap_or_default();
+    metrics.rewards.anchor_shift.set(standings.iter().map(|standing| standing.shift).fold(0.0, f64::max));
+    metrics.rewards.anchor_moved.set(i64::from(standings.iter().any(|standing| standing.alarm)));
     let Some(rewards) = answers::summary(tables, &round).await? else { return Ok(()) };
     metrics.rewards.mean.set(rewards.mean);
     metrics.rewards.passed.set(rewards.passed);
@@ -141,6 +145,15 @@ async fn latest_round(
         count.scored = Some(round);
     }
     Ok(())
+}
+
+/// Shows how far the prompts' population moved; 0 where there was too little to tell.
+fn shifts(metrics: &Metrics, population: Option<&population::Population>) {
+    for feature in Feature::ALL {
+        let shift = population.and_then(|p| p.shifts.iter().find(|shift| shift.feature.as_str() == feature.as_str()));
+        metrics.rounds.shift.get(*feature).set(shift.map_or(0.0, |shift| shift.index));
+        metrics.rounds.shifted.get(*feature).set(shift.map_or(0, |shift| i64::from(shift.alarm)));
+    }
 }
 
 async fn latest_trial(

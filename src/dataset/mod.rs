@@ -19,7 +19,8 @@
 //! Reading order: [`Settings`], `text` (what of a prompt is compared), `sketch` (how), `index` (with what), `place` (who
 //! belongs to whom), `census` (what becomes of rows), `burst` and `secrets` (what must not train), `workload` (which kind of traffic),
 //! `catalogue` (what stands in memory), `select`, `draw` and `history` (which prompts a round gets), `feedback` (what was
-//! said of an answer), `manifest` (files), `explain` (in words), `read` and `freeze` (tables).
+//! said of an answer), `population` (whether traffic changed), `manifest` (files), `explain` (in words), `read` and `freeze`
+//! (tables).
 
 mod burst;
 mod catalogue;
@@ -33,6 +34,7 @@ mod history;
 mod index;
 mod manifest;
 mod place;
+pub mod population;
 mod read;
 mod secrets;
 mod select;

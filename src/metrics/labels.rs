@@ -75,6 +75,19 @@ label! {
 }
 
 label! {
+    /// What of the prompts' population is watched.
+    Feature as "feature" {
+        Workload = "workload",
+        Tenant = "tenant",
+        Language = "language",
+        Length = "length",
+        Turns = "turns",
+        Tools = "tools",
+        Words = "words",
+    }
+}
+
+label! {
     /// The stages of a round and of a trial, in their order.
     Stage as "stage" {
         Dataset = "dataset",

@@ -77,6 +77,10 @@ group! {
         tokens: By<Stage, IntCounter> = "taod_round_tokens_total", "Tokens sampled, scored or trained, by stage.";
         prompts: By<Split, IntGauge> = "taod_round_dataset_prompts", "Prompts in the latest dataset, by split.";
         excluded: IntGauge = "taod_round_excluded_rows", "Rows that the latest dataset left out, for any reason.";
+        shift: By<Feature, Gauge> = "taod_round_population_shift_nats",
+            "Population stability index of the latest round's new held-out prompts against those of the rounds before, by feature.";
+        shifted: By<Feature, IntGauge> = "taod_round_population_shifted_state",
+            "1 where the feature's index passes dataset.population.index and what chance explains, else 0.";
         last_start: Gauge = "taod_round_start_timestamp_seconds", "When the latest round started.";
         last_end: Gauge = "taod_round_end_timestamp_seconds", "When the latest round ended.";
         next_start: Gauge = "taod_round_next_timestamp_seconds", "When the next round is due.";
@@ -89,6 +93,9 @@ group! {
         answers: IntCounter = "taod_reward_answers_total", "Answers scored.";
         mean: Gauge = "taod_reward_mean_ratio", "Mean training reward of the candidates, from 0 to 1.";
         passed: Gauge = "taod_reward_pass_ratio", "Part of the candidates that passed every hard rule.";
+        anchor_shift: Gauge = "taod_reward_anchor_shift_ratio",
+            "How far the scorer that moved most scores its anchors from the first time, in standard deviations over them.";
+        anchor_moved: IntGauge = "taod_reward_anchor_moved_state", "1 where that is further than rewards.anchors.shift, else 0.";
         best: Gauge = "taod_reward_best_ratio", "Mean over prompts of the best candidate's reward.";
     }
 }

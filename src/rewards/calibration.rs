@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::length::LengthBias;
 use super::platt::Platt;
 use crate::durable::{self, FileError};
 
@@ -32,6 +33,9 @@ pub enum CalibrationError {
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
     maps: BTreeMap<String, Map>,
+    /// What length earns, of the scores of which it was measured; their maps were fitted on scores without it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    lengths: BTreeMap<String, LengthBias>,
 }
 
 /// Calibration as stored: the maps and the hash over them.
@@ -40,6 +44,8 @@ pub struct Calibration {
 struct Stored {
     hash: String,
     maps: BTreeMap<String, Map>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    lengths: BTreeMap<String, LengthBias>,
 }
 
 /// What turns a raw score into a share.
@@ -74,7 +80,7 @@ impl Calibration {
             let map = map.map(|map| (name.clone(), Map::Quantile(map)));
             map.map_err(|reason| CalibrationError::Map { score: name.clone(), reason })
         };
-        Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()? })
+        Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()?, ..Self::default() })
     }
 
     /// Fits one logistic curve per score on the raw scores of labelled answers.
@@ -83,7 +89,22 @@ impl Calibration {
             let platt = Platt::fit(labelled).map(|platt| (name.clone(), Map::Platt(platt)));
             platt.map_err(|reason| CalibrationError::Map { score: name.clone(), reason })
         };
-        Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()? })
+        Ok(Calibration { maps: scores.iter().map(fit).collect::<Result<_, _>>()?, ..Self::default() })
+    }
+
+    /// Returns the calibration of scores from which these length biases were taken out before.
+    pub fn with_lengths(self, lengths: BTreeMap<String, LengthBias>) -> Self {
+        Calibration { lengths, ..self }
+    }
+
+    /// Yields the names of the scores whose length bias was measured.
+    pub fn with_length(&self) -> impl Iterator<Item = &str> {
+        self.lengths.keys().map(String::as_str)
+    }
+
+    /// Returns what length earns in the score of this name; nothing where it was not measured.
+    pub fn length(&self, name: &str) -> Option<&LengthBias> {
+        self.lengths.get(name)
     }
 
     /// Returns how far a curve's chances were off on answers that it had not seen; nothing for a quantile map.
@@ -101,19 +122,30 @@ impl Calibration {
 
     /// Returns the hash over all maps.
     pub fn hash(&self) -> String {
-        let bytes = serde_json::to_vec(&self.maps).unwrap_or_default();
+        // A calibration without length biases keeps the hash that it had before there were any.
+        let bytes = match self.lengths.is_empty() {
+            true => serde_json::to_vec(&self.maps),
+            false => serde_json::to_vec(&(&self.maps, &self.lengths)),
+        };
+        let bytes = bytes.unwrap_or_default();
         blake3::hash(&bytes).to_hex().to_string()
     }
 
     /// Writes the maps with their hash.
     pub fn save(&self, path: &Path) -> Result<(), CalibrationError> {
-        Ok(durable::write_json(path, &Stored { hash: self.hash(), maps: self.maps.clone() })?)
+        Ok(durable::write_json(
+            path,
+            &Stored { hash: self.hash(), maps: self.maps.clone(), lengths: self.lengths.clone() },
+        )?)
     }
 
     /// Reads maps and refuses them where they are not those that were written.
     pub fn load(path: &Path) -> Result<Self, CalibrationError> {
         let stored: Stored = durable::read_json(path)?;
-        let calibration = Calibration { maps: stored.maps };
+        let calibration = Calibration { maps: stored.maps, lengths: stored.lengths };
+        for (name, bias) in &calibration.lengths {
+            bias.check().map_err(|reason| CalibrationError::Map { score: name.clone(), reason })?;
+        }
         for (name, map) in &calibration.maps {
             map.check().map_err(|reason| CalibrationError::Map { score: name.clone(), reason })?;
         }

@@ -136,6 +136,11 @@ impl Judge {
         }
     }
 
+    /// Returns the hash of the weights, where they are here.
+    pub(super) fn weights(&self) -> Option<String> {
+        self.backend.weights()
+    }
+
     /// Returns what decides the scores as far as can be known from here.
     pub fn identity(&self) -> String {
         let Settings { rubric, mode, opponents, max_chars, version, .. } = &self.settings;

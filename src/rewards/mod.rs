@@ -2,12 +2,14 @@
 //!
 //! Reading order: [`rules`] are exact checks of form; [`workload`] says which rules an answer is held to; [`similarity`]
 //! is the graded score that keeps answers on the question; [`scorer`] holds those that an operator defines, of which
-//! [`classifier`] is a reward model; [`calibration`] and [`ensemble`] make one number of several;
+//! [`classifier`] is a reward model; [`length`] takes out what length earns, [`calibration`] and [`ensemble`] make one number of
+//! several; [`anchors`] see a scorer that changes;
 //! [`quality`] is the gate's guardrail, which no reward may contain; [`lines`] serves `taod score`.
 //!
 //! [`Rewards`] holds two selections of scorers: one whose total trains, one whose total the gate compares. Scorers see
 //! the answer and the prompt as data. None follows instructions, so no text in a prompt can argue with it.
 
+pub mod anchors;
 mod cache;
 pub mod calibration;
 pub mod classifier;
@@ -15,6 +17,7 @@ pub mod command;
 pub mod ensemble;
 pub mod http;
 pub mod judge;
+pub mod length;
 pub mod lines;
 pub mod platt;
 mod quality;
@@ -137,7 +140,16 @@ impl Rewards {
         base: &Model,
         folder: &Path,
     ) -> Result<Self, RewardError> {
-        Ok(Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(folder))? })
+        let rewards = Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(folder))? };
+        // Copies of one model in two places are told by their weights, which only now are known.
+        let made_from = |name: &str| {
+            let loaded = rewards.defined.iter().find(|loaded: &&Loaded| loaded.name == name);
+            loaded.and_then(Loaded::weights).unwrap_or_else(|| settings.made_from(name))
+        };
+        match settings.dependent(&made_from) {
+            Some(problem) => Err(RewardError::Settings(problem)),
+            None => Ok(rewards),
+        }
     }
 
     /// Loads what the settings name, for uses that never ask for [`Rewards::quality`].
@@ -151,6 +163,7 @@ impl Rewards {
             "" => Calibration::default(),
             path => Calibration::load(Path::new(path))?,
         };
+        settings.check_lengths(&calibration).map_err(RewardError::Settings)?;
         let workloads = Workloads::compile(workloads)?;
         let settings = settings.clone();
         let used = settings.scorers.iter().filter(|d| settings.uses(&Scorer::Defined(d.name.clone())));
@@ -198,8 +211,25 @@ impl Rewards {
         selection: Selection,
         items: &[Item],
     ) -> Result<BTreeMap<String, Vec<(usize, f64)>>, RewardError> {
+        self.graded(self.selection(selection), items, Effort::Full)
+    }
+
+    /// Returns every graded score that either selection names, in the order of the answers; none comes from what was kept.
+    pub fn graded_anew(&self, items: &[Item]) -> Result<BTreeMap<String, Vec<f64>>, RewardError> {
+        let mut scorers = self.settings.train.clone();
+        scorers.extend(self.settings.gate.iter().filter(|s| !self.settings.train.contains(s)).cloned());
+        let graded = self.graded(&scorers, items, Effort::Anew)?.into_iter();
+        Ok(graded.map(|(name, scores)| (name, scores.into_iter().map(|(_, raw)| raw).collect())).collect())
+    }
+
+    fn graded(
+        &self,
+        scorers: &[Scorer],
+        items: &[Item],
+        effort: Effort,
+    ) -> Result<BTreeMap<String, Vec<(usize, f64)>>, RewardError> {
         let mut by_name: BTreeMap<String, Vec<(usize, f64)>> = BTreeMap::new();
-        for (place, draft) in self.drafts(self.selection(selection), items, Effort::Full)?.into_iter().enumerate() {
+        for (place, draft) in self.drafts(scorers, items, effort)?.into_iter().enumerate() {
             for Graded { part, raw, scale } in draft.graded {
                 if !scale.holds(raw) {
                     return Err(RewardError::Range { part, index: place, value: raw });
@@ -287,6 +317,9 @@ impl Rewards {
             "similarity": self.similarity.get().filter(|_| embeds).map(Similarity::identity),
             "base": self.base.as_ref().map(|base| base.identity().sha256.clone()),
         });
+        if !self.settings.length_corrected.is_empty() {
+            whole["length_corrected"] = serde_json::json!(self.settings.length_corrected);
+        }
         if !defined.is_empty() {
             whole["defined"] = serde_json::json!(defined);
         }
@@ -310,7 +343,10 @@ impl Rewards {
 
     fn score(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Scored>, RewardError> {
         let drafts = self.drafts(scorers, items, effort)?;
-        drafts.into_iter().enumerate().map(|(index, draft)| self.finish(index, draft)).collect()
+        let answers = self.without_thoughts(items);
+        let words = answers.iter().map(|item| text::words(&item.response).count());
+        let counted = drafts.into_iter().zip(words).enumerate();
+        counted.map(|(index, (draft, words))| self.finish(index, words, draft)).collect()
     }
 
     fn drafts(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Draft>, RewardError> {
@@ -382,22 +418,27 @@ impl Rewards {
         let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == name) else { return Ok(()) };
         let mut chosen = effort.chosen(items, drafts);
         let asked: Vec<&Item> = chosen.iter().map(|(item, _)| *item).collect();
-        let scores = loaded.score(&asked)?;
+        let scores = if effort == Effort::Anew { loaded.score_anew(&asked)? } else { loaded.score(&asked)? };
         for ((_, draft), score) in chosen.iter_mut().zip(scores) {
             draft.scaled(name, score, loaded.scale());
         }
         Ok(())
     }
 
-    fn finish(&self, index: usize, draft: Draft) -> Result<Scored, RewardError> {
+    /// Returns what a graded score of an answer of so many words is worth, in [0, 1].
+    fn worth(&self, Graded { part, raw, scale }: &Graded, words: usize) -> f64 {
+        let bias = self.calibration.length(part).filter(|_| self.settings.corrects_length(part));
+        let score = bias.map_or(*raw, |bias| bias.correct(*raw, words));
+        // Without a map a corrected share may lie a little outside.
+        self.calibration.get(part, score).unwrap_or_else(|| scale.share(score).clamp(0.0, 1.0))
+    }
+
+    fn finish(&self, index: usize, words: usize, draft: Draft) -> Result<Scored, RewardError> {
         let Draft { failed, parts, graded } = draft;
         if let Some(Graded { part, raw, .. }) = graded.iter().find(|graded| !graded.scale.holds(graded.raw)) {
             return Err(RewardError::Range { part: part.clone(), index, value: *raw });
         }
-        let z = graded
-            .iter()
-            .map(|Graded { part, raw, scale }| self.calibration.get(part, *raw).unwrap_or(scale.share(*raw)));
-        let z: Vec<f64> = z.collect();
+        let z: Vec<f64> = graded.iter().map(|graded| self.worth(graded, words)).collect();
         Ok(Scored { total: ensemble::total(!failed, &z, self.settings.lambda), passed: !failed, parts })
     }
 }
@@ -409,12 +450,14 @@ enum Effort {
     Needed,
     /// Every part.
     Full,
+    /// Every part, and no score that was kept.
+    Anew,
 }
 
 impl Effort {
     /// Returns the answers that are worth a forward pass.
     fn chosen<'a>(self, items: &'a [Item], drafts: &'a mut [Draft]) -> Vec<(&'a Item, &'a mut Draft)> {
-        items.iter().zip(drafts).filter(|(_, draft)| self == Effort::Full || !draft.failed).collect()
+        items.iter().zip(drafts).filter(|(_, draft)| self != Effort::Needed || !draft.failed).collect()
     }
 }
 

@@ -49,6 +49,23 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// Returns what the scorer is made from as far as its settings say: two of the same are no two opinions, whatever rubric or
+    /// cut each has.
+    pub(super) fn made_from(&self) -> String {
+        // A place that is not here (yet) is compared as it is written.
+        let place = |path: &str| std::fs::canonicalize(path).map_or(path.to_owned(), |p| p.display().to_string());
+        match self {
+            Kind::Classifier(settings) if !settings.sha256.is_empty() => settings.sha256.to_lowercase(),
+            Kind::Classifier(settings) => place(&settings.model),
+            Kind::Judge(settings) if settings.url.is_empty() => place(&settings.model),
+            Kind::Judge(settings) => format!("{} {}", settings.url, settings.model),
+            Kind::Remote(settings) => format!("{} {}", settings.url, settings.model),
+            Kind::Command(settings) => settings.command.join(" "),
+        }
+    }
+}
+
 /// Names that stand for scorers that are always there; `rules` also begins the names of their parts.
 const RESERVED: [&str; 3] = ["rules", "similarity", "brevity"];
 
@@ -178,6 +195,15 @@ impl Loaded {
         }
     }
 
+    /// Returns the hash of the weights, where they were loaded here.
+    pub(super) fn weights(&self) -> Option<String> {
+        match &self.body {
+            Body::Classifier(classifier) => Some(classifier.sha256().to_owned()),
+            Body::Judge(judge) => judge.weights(),
+            Body::Remote(_) | Body::Command(_) => None,
+        }
+    }
+
     /// Returns the raw score of each answer: those that are kept, and new ones for the rest, which are kept as they come.
     pub(super) fn score(&self, items: &[&Item]) -> Result<Vec<f64>, RewardError> {
         let fail = |source| RewardError::Scorer { name: self.name.clone(), source: Box::new(source) };
@@ -200,6 +226,13 @@ impl Loaded {
             places.iter().zip(found).for_each(|(place, score)| scores[*place] = Some(score));
         }
         Ok(scores.into_iter().map(|score| score.unwrap_or(f64::NAN)).collect())
+    }
+
+    /// Returns the raw score of each answer, none from what is kept and none kept.
+    pub(super) fn score_anew(&self, items: &[&Item]) -> Result<Vec<f64>, RewardError> {
+        self.body
+            .score(items)
+            .map_err(|source| RewardError::Scorer { name: self.name.clone(), source: Box::new(source) })
     }
 
     /// Returns how much better the first answer of each pair is than the second, in units of the raw score.

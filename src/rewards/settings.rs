@@ -5,8 +5,12 @@ use std::borrow::Cow;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
+use super::calibration::Calibration;
 use super::scorer::Definition;
-use super::{reasoning, similarity};
+use super::{anchors, reasoning, similarity};
+
+/// What names every score in `length_corrected`.
+pub(super) const ALL: &str = "all";
 
 /// A scorer: what gives an answer one or more scores. It is named by a text, `"rules"` or the name of a definition.
 ///
@@ -95,6 +99,11 @@ pub struct Settings {
     /// File of frozen quantile maps for graded scores; empty = scores count as they are. Another file is another reward,
     /// so open trials become void.
     pub calibration: String,
+    /// Scores from which the length bias in `calibration` is taken out, by their names, such as "similarity" or the name of one of
+    /// `scorers`; "all" names every one that has a bias there. It is fitted by `taod reward calibrate --length`.
+    pub length_corrected: Vec<String>,
+    /// Answers that every scorer scores anew each night, so that one which changes is seen.
+    pub anchors: anchors::Settings,
     /// Tags around what a reasoning model thinks: trained on, not scored.
     pub reasoning: reasoning::Settings,
     /// The sentence-embedding model behind the scorer "similarity".
@@ -110,6 +119,8 @@ impl Default for Settings {
             gate: vec![Scorer::Rules],
             lambda: 0.5,
             calibration: String::new(),
+            length_corrected: Vec::new(),
+            anchors: anchors::Settings::default(),
             reasoning: reasoning::Settings::default(),
             similarity: similarity::Settings::default(),
             scorers: Vec::new(),
@@ -132,6 +143,12 @@ impl Settings {
         if !(self.lambda.is_finite() && self.lambda >= 0.0) {
             return Err(format!("lambda = {}: give a number of at least 0", self.lambda));
         }
+        if !self.length_corrected.is_empty() && self.calibration.is_empty() {
+            return Err(
+                "length_corrected needs a file in calibration: fit one with `taod reward calibrate --length`".into()
+            );
+        }
+        self.anchors.validate().map_err(|message| format!("anchors.{message}"))?;
         self.check_definitions()?;
         self.similarity.validate().map_err(|message| format!("similarity.{message}"))
     }
@@ -163,6 +180,59 @@ impl Settings {
             )),
             None => Ok(()),
         }
+    }
+
+    /// Says what is wrong where the gate's score holds nothing that training does not optimise. Scorers are told apart by what
+    /// they are made from, since one model under two names is one scorer.
+    ///
+    /// Exact rules are the specification and may stand on both sides, because the guardrail of quality is a scorer of its own.
+    /// Anything learned that stands on both sides needs another scorer beside it in the gate.
+    pub fn dependent(&self, made_from: &dyn Fn(&str) -> String) -> Option<String> {
+        let learned = |scorer: &&Scorer| !scorer.is_specification();
+        let optimised: Vec<String> = self.train.iter().filter(learned).map(|scorer| made_from(scorer.name())).collect();
+        let is_optimised = |scorer: &&Scorer| optimised.contains(&made_from(scorer.name()));
+        let shared = self.gate.iter().filter(learned).find(is_optimised)?;
+        let has_other = self.gate.iter().filter(learned).any(|scorer| !is_optimised(&scorer));
+        let name = shared.name();
+        let train = self.train.iter().filter(learned).find(|scorer| made_from(scorer.name()) == made_from(name));
+        let same = match train.map(Scorer::name).filter(|train| *train != name) {
+            Some(train) => format!(", the same model as \"{train}\""),
+            None => String::new(),
+        };
+        (!has_other).then(|| {
+            format!(
+                "gate names \"{name}\"{same}, which rewards.train optimises, and no scorer that it does not: take \"{name}\" out \
+                 of one of the two, or add a scorer with other weights to rewards.gate"
+            )
+        })
+    }
+
+    /// Returns what a scorer is made from as far as the config says: the weights' hash or place, the server, the program.
+    pub fn made_from(&self, name: &str) -> String {
+        self.scorers.iter().find(|definition| definition.name == name).map_or(name.to_owned(), |d| d.kind.made_from())
+    }
+
+    /// Says where calibration and config differ about which scores lose what length earns: a map is right for one of the two.
+    pub(super) fn check_lengths(&self, calibration: &Calibration) -> Result<(), String> {
+        let named = self.length_corrected.iter().filter(|name| *name != ALL);
+        if let Some(name) = { named }.find(|name| calibration.length(name).is_none()) {
+            return Err(format!(
+                "length_corrected names {name:?}, of which the calibration holds no length bias: fit it with `taod reward \
+                 calibrate --length`"
+            ));
+        }
+        match calibration.with_length().find(|name| !self.corrects_length(name)) {
+            Some(name) => Err(format!(
+                "calibration was fitted on {name:?} without what length earns: name it in length_corrected, or fit it again \
+                 without --length"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns true where the length bias of this score is taken out.
+    pub fn corrects_length(&self, score: &str) -> bool {
+        self.length_corrected.iter().any(|name| name == ALL || name == score)
     }
 
     /// Returns true where either selection names the scorer.

@@ -110,7 +110,7 @@ fn a_score_outside_its_range_names_the_scorer() {
     for value in [f64::NAN, -0.1, 1.1] {
         let mut draft = Draft::default();
         draft.graded("similarity", value);
-        let refused = message(rewards.finish(7, draft));
+        let refused = message(rewards.finish(7, 3, draft));
         assert!(refused.contains("scorer similarity") && refused.contains("item 7"), "{refused}");
     }
 }
@@ -186,4 +186,48 @@ fn the_demo_accepts_an_answer_and_neither_a_bare_ok_nor_an_echo() {
             assert!(!ask(workload, empty).passed, "{}: {empty:?} passed", workload.name);
         }
     }
+}
+
+#[test]
+fn what_length_earns_is_taken_out_where_calibration_and_config_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("calibration.json");
+    let bias = length::LengthBias { slope: -0.1, error: 0.01, centre: 5f64.ln_1p(), prompts: 30 };
+    let calibration = Calibration::default().with_lengths([("brevity".to_owned(), bias)].into());
+    calibration.save(&path).unwrap();
+    let with = |corrected: &str| {
+        let head = "train = ['brevity']\ngate = ['rules']\n";
+        settings(&format!("{head}calibration = {:?}\nlength_corrected = {corrected}", path.display().to_string()))
+    };
+    for corrected in ["['brevity']", "['all']"] {
+        let rewards = Rewards::without_base(&with(corrected), &shop()).unwrap();
+        let scored = rewards.train(&[item("shop", "one two"), item("shop", "one two three four five")]).unwrap();
+        // Shortness of 2 words is 1 / 1.1; two words are ln 3 - ln 6 from the centre, at which nothing changes.
+        assert!((scored[0].total - (1.0 / 1.1 + 0.1 * (3f64.ln() - 6f64.ln()))).abs() < NEAR, "{scored:?}");
+        assert!((scored[1].total - 0.8).abs() < NEAR, "{scored:?}");
+        assert!((scored[0].parts["brevity"] - 1.0 / 1.1).abs() < NEAR, "the raw score is what is recorded");
+    }
+    let refusal = |corrected: &str| message(Rewards::without_base(&with(corrected), &shop()));
+    assert!(refusal("[]").contains("\"brevity\" without what length earns"), "{}", refusal("[]"));
+    assert!(refusal("['similarity']").contains("names \"similarity\", of which"), "{}", refusal("['similarity']"));
+}
+
+#[test]
+fn copies_of_one_model_are_one_scorer_by_their_weights() {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(models.join("reward-llama")).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let base = Model::load(&models.join("tiny-llama").display().to_string()).unwrap();
+    let open = |gate: &Path| {
+        let scorer = |name: &str, model: &Path| {
+            format!("[[scorers]]\nname = '{name}'\nkind = 'classifier'\nmodel = {:?}\n", model.display().to_string())
+        };
+        let both = scorer("a", &models.join("reward-llama")) + &scorer("b", gate);
+        let settings = settings(&format!("train = ['a']\ngate = ['rules', 'b']\n{both}"));
+        message(Rewards::keeping(&settings, &shop(), &base, &copy.path().join("scores")))
+    };
+    assert!(open(copy.path()).contains("names \"b\", the same model as \"a\""), "{}", open(copy.path()));
+    assert_eq!(open(&models.join("reward-qwen2")), "", "other weights are another scorer");
 }

@@ -208,11 +208,12 @@ fn store_answers(
     batch: &str,
     sides: &[(&str, &[Answers])],
 ) -> Result<(), RoundError> {
+    let stamps = night.rewards.stamps();
     let mut rows = Vec::new();
     for (side, answers) in sides {
         let place = Place::Trial { trial: trial.id(), side };
         for a in answers.iter() {
-            let row = |(c, s): (&Candidate, &Scored)| candidate_row(place, c, s.total, s.passed, &s.parts);
+            let row = |(c, s): (&Candidate, &Scored)| candidate_row(place, c, (s.total, s.passed, &s.parts), &stamps);
             rows.extend(a.drawn.iter().zip(&a.scored).map(row));
         }
     }

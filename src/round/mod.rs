@@ -4,6 +4,7 @@
 //! a new one, first extends the open trial and only then trains, and ends by writing an outcome that the daemon
 //! verifies before it acts. Stages are plain functions over folders; what is complete is never done twice.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+pub mod anchors;
 pub mod answers;
 pub mod book;
 mod brake;
@@ -20,6 +22,7 @@ mod dry_run;
 pub mod erase;
 mod judging;
 pub mod live;
+pub mod population;
 pub mod replay;
 mod rows;
 mod state;
@@ -44,6 +47,7 @@ use crate::layout::{self, LayoutError};
 use crate::progress::Progress;
 use crate::record::{Message, derive_seed};
 use crate::registry::{Base, Lineage, OffsetRange, Promotion, Registry, RegistryError};
+use crate::rewards::anchors::AnchorError;
 use crate::rewards::{RewardError, Rewards, Workload};
 use crate::table::{Name, TableError, Tables};
 use train::Trained;
@@ -88,6 +92,8 @@ pub enum RoundError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Candidates(#[from] CandidateError),
+    #[error(transparent)]
+    Anchors(#[from] AnchorError),
     #[error(transparent)]
     Rewards(#[from] RewardError),
     #[error(transparent)]
@@ -402,7 +408,13 @@ impl Night<'_> {
         let rows = dataset.train.prompts().len() + dataset.gate.prompts().len() + dataset.audit.prompts().len();
         self.report(StageReport::new("dataset".to_string(), rows as u64, 0, started))?;
         crash::at("dataset");
-        self.state("dataset", json!({ "manifest": dataset.manifest }))?;
+        let population = population::watch(self, &dataset)?;
+        let shifts: BTreeMap<&str, f64> = population.alarms().map(|s| (s.feature.as_str(), s.index)).collect();
+        let anchors = anchors::watch(self)?;
+        self.state(
+            "dataset",
+            json!({ "manifest": dataset.manifest, "population_shifts": shifts, "anchors": anchors }),
+        )?;
         Ok(dataset)
     }
 

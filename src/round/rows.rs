@@ -71,6 +71,9 @@ pub(super) struct CandidateRow {
     pub sampler_logprobs: Vec<f32>,
     pub finish_reason: String,
     pub rewards: BTreeMap<String, f64>,
+    /// Version and identity of the scorers behind `rewards`, by the beginning of their names there.
+    #[serde(default)]
+    pub scorers: BTreeMap<String, String>,
     pub total: f64,
     pub passed: bool,
     pub time: DateTime<Utc>,
@@ -87,10 +90,11 @@ pub(super) enum Place<'a> {
 pub(super) fn candidate_row(
     place: Place<'_>,
     c: &Candidate,
-    total: f64,
-    passed: bool,
-    parts: &BTreeMap<String, f64>,
+    (total, passed, parts): (f64, bool, &BTreeMap<String, f64>),
+    stamps: &BTreeMap<String, String>,
 ) -> CandidateRow {
+    let scored =
+        |(scorer, _): &(&String, &String)| parts.keys().any(|part| part.split('/').next() == Some(scorer.as_str()));
     let (purpose, round, trial, iteration, side) = match place {
         Place::Training { round, pass } => (Purpose::Train, Some(round.to_string()), None, Some(pass as i32), None),
         Place::Trial { trial, side } => (Purpose::Gate, None, Some(trial.to_string()), None, Some(side.to_string())),
@@ -114,6 +118,7 @@ pub(super) fn candidate_row(
         sampler_logprobs: c.sampler_logprobs.clone(),
         finish_reason: c.finish_reason.as_str().to_string(),
         rewards: parts.clone(),
+        scorers: stamps.iter().filter(scored).map(|(scorer, stamp)| (scorer.clone(), stamp.clone())).collect(),
         total,
         passed,
         time: Utc::now(),

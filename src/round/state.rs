@@ -35,6 +35,11 @@ impl Paths {
         self.root.join("prompts")
     }
 
+    /// Folder of the first scores of the anchors, by scorer and identity.
+    pub fn anchors(&self) -> PathBuf {
+        self.root.join("anchors")
+    }
+
     /// Root of the adapter registry.
     pub fn registry(&self) -> PathBuf {
         self.root.join("registry")

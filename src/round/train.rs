@@ -281,7 +281,8 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
 fn record(night: &Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score]) -> Result<(), RoundError> {
     let app_id = format!("taod/candidates/{}/{pass}", night.plan.round);
     let place = Place::Training { round: &night.plan.round, pass };
-    let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, s.total, s.passed, &s.parts);
+    let stamps = night.rewards.stamps();
+    let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, (s.total, s.passed, &s.parts), &stamps);
     let rows: Vec<_> = drawn.iter().zip(scores).map(row).collect();
     night.append_once(Name::Candidates, &app_id, &rows)
 }

@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["endpoint", "serve"],
     &["config"],
     &["ingest", "schedule", "round"],
-    &["erasure"],
+    &["audit", "erasure"],
     &["admin", "doctor"],
     &["daemon"],
     &["demo"],

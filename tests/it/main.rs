@@ -8,6 +8,7 @@
 mod harness;
 
 mod alerts;
+mod audit;
 mod bad_input;
 mod bad_tables;
 mod bench_commit;

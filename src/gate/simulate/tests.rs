@@ -35,15 +35,34 @@ fn nulls_are_not_promoted_and_a_gate_without_a_bar_would_be_seen() {
 
 #[test]
 fn guardrails_refuse_what_the_score_cannot_see() {
-    // A gain of 0.026 on average needs a low bar to be seen in 600 prompts.
-    let low = Settings { alpha: 0.5, challengers: 10, ..quick() };
+    // A gain of 0.026 on average needs a low bar to be seen in 600 prompts. The harm (0.10 on one workload, 0.15 in quality) is
+    // larger than what each guardrail lets pass.
+    let mut low = Settings { alpha: 0.5, challengers: 10, ..quick() };
+    low.guardrails.workload_tolerance = 0.08;
     for scenario in [Scenario::Hacked, Scenario::Segment] {
         let blind = run(&low, Guards::Waved, scenario, Shape::Continuous, 4);
         let seeing = run(&low, Guards::Asked, scenario, Shape::Continuous, 4);
         assert!(blind.false_promotions >= 2, "{blind:?}");
-        assert!(seeing.promotions * 2 <= blind.promotions, "{seeing:?} where {blind:?}");
+        // A bound of 95 % errs in at most one trial of twenty; these harms are beyond their tolerance, so less often.
+        assert!(seeing.promotions * 20 <= seeing.trials, "{seeing:?} where {blind:?}");
         assert!(seeing.refused + seeing.expired > 0, "{seeing:?}");
     }
+}
+
+#[test]
+fn a_harm_within_the_tolerance_is_no_harm_and_one_at_it_passes_as_rarely_as_the_level_says() {
+    let with = |tolerance| {
+        let mut settings = Settings { alpha: 0.5, challengers: 10, ..quick() };
+        settings.guardrails.workload_tolerance = tolerance;
+        run(&settings, Guards::Asked, Scenario::Segment, Shape::Continuous, 12)
+    };
+    // The second workload loses 0.10. Where 0.15 may be lost, that it loses less is soon shown, and the gain decides.
+    let within = with(0.15);
+    assert!(within.promotions >= 5, "{within:?}");
+    // Where 0.10 may be lost it is the worst null: a bound that ends above it errs, in at most 5 % of trials. The upper 99.9 % limit
+    // of a binomial of 120 is 15.
+    let at = with(0.10);
+    assert!(at.trials >= 100 && at.promotions <= 15, "{at:?}");
 }
 
 #[test]

@@ -46,6 +46,14 @@ impl Backend {
         }
     }
 
+    /// Returns the hash of the weights, where they are here.
+    pub(super) fn weights(&self) -> Option<String> {
+        match self {
+            Backend::Local(model) => Some(model.identity().sha256.clone()),
+            Backend::Server { .. } => None,
+        }
+    }
+
     /// Returns true where the model here reads the whole prompt.
     pub(super) fn fits(&self, prompt: &Message) -> Result<bool, JudgeError> {
         match self {
