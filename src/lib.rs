@@ -24,6 +24,8 @@ pub mod layout;
 #[cfg(feature = "daemon")]
 pub mod metrics;
 #[cfg(feature = "daemon")]
+pub mod notify;
+#[cfg(feature = "daemon")]
 pub mod progress;
 pub mod record;
 #[cfg(feature = "daemon")]

@@ -51,6 +51,7 @@ macro_rules! sections {
                 problems.extend(self.across());
                 // Matchers and rules: what they hold is known when they are made ready.
                 problems.extend(crate::rewards::Workloads::compile(&self.workload).err().map(|error| error.to_string()));
+                problems.extend(crate::notify::problems(&self.notifications));
                 problems
             }
         }
@@ -117,6 +118,8 @@ sections! {
     lists {
         /// A kind of traffic: its house rules and what a good answer looks like.
         workload: crate::rewards::Workload,
+        /// Who is told what the daemon did: a webhook, or a program of your own.
+        notifications: crate::notify::Destination,
     }
 }
 

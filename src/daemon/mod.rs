@@ -11,6 +11,7 @@ pub mod live;
 pub mod maintenance;
 mod measure;
 mod nights;
+mod notices;
 mod panel;
 pub mod promotion;
 pub mod reload;
@@ -61,6 +62,8 @@ struct Daemon {
     in_round: AtomicBool,
     /// Told when something else than a round changed what is served.
     changed: Notify,
+    /// Nights without a verdict, for who wants to be told.
+    failures: notices::Failures,
 }
 
 /// Runs until `stop` turns true, then drains and commits what was read. The config is read again by `reread` whenever
@@ -90,6 +93,7 @@ pub async fn run(
         run_now: Notify::new(),
         in_round: AtomicBool::new(false),
         changed: Notify::new(),
+        failures: notices::Failures::default(),
     });
 
     let bound = admin::bind(&config.admin).map_err(anyhow::Error::msg)?;
@@ -108,6 +112,7 @@ pub async fn run(
     loops.spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));
     loops.spawn(measure::keep(daemon.clone(), config.state.open_tables()?, stop.clone()));
     loops.spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
+    loops.spawn(notices::keep(daemon.clone(), config.state.open_tables()?, stop.clone()));
     loops.spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
     loops.spawn(reload::keep(daemon.clone(), reload, reread, stop.clone()));
     loops.spawn(live::keep(daemon, owner, stop.clone()));

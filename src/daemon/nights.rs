@@ -238,6 +238,7 @@ impl Daemon {
             Err(error) => {
                 self.metrics.rounds.ended.get(RoundOutcome::Failed).inc();
                 self.health.not_ready("round", format!("{error:#}"));
+                self.failures.night(&self.config(), &error);
                 tracing::error!(error = format!("{error:#}"), "the round failed; the next one resumes it");
             }
         }

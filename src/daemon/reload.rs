@@ -17,7 +17,7 @@ use crate::config::{Config, ConfigError};
 use crate::durable;
 
 /// Sections that hold until the daemon ends.
-pub const FIXED: [&str; 6] = ["state", "model", "ingest", "endpoint", "serve", "admin"];
+pub const FIXED: [&str; 7] = ["state", "model", "ingest", "endpoint", "serve", "admin", "notifications"];
 
 /// Name of the file in the state folder that holds the config in force.
 const IN_FORCE: &str = "config.toml";
@@ -50,6 +50,7 @@ pub fn merge(now: &Config, new: &Config) -> Reloaded {
         endpoint: held.endpoint,
         serve: held.serve,
         admin: held.admin,
+        notifications: held.notifications,
         ..new.clone()
     };
     Reloaded { config, taken, refused }

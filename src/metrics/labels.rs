@@ -190,3 +190,11 @@ label! {
         Failed = "failed",
     }
 }
+
+label! {
+    /// How a notice to a destination of `[[notifications]]` ended.
+    Delivery as "outcome" {
+        Delivered = "delivered",
+        Failed = "failed",
+    }
+}

@@ -18,6 +18,7 @@ const UNITS: &[&str] = &[
     "letters",
     "nats",
     "norm",
+    "notices",
     "offsets",
     "partitions",
     "promotions",
