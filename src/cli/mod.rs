@@ -21,6 +21,7 @@ mod gate;
 mod ingest;
 mod lines;
 mod logs;
+mod manual;
 mod progress;
 mod records;
 mod replay;
@@ -128,6 +129,10 @@ pub enum Command {
     Table(table::Command),
     #[command(hide = true)]
     TableWorker(table::Worker),
+    #[command(hide = true)]
+    Completions(manual::Completions),
+    #[command(hide = true)]
+    Man(manual::Man),
 }
 
 /// How a command ended, other than by an error.
@@ -179,6 +184,8 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
         Command::Doctor(args) => doctor::run(global, args),
         Command::Table(command) => table::run(global, command),
         Command::TableWorker(args) => table::run_worker(global, args),
+        Command::Completions(args) => manual::run_completions(args),
+        Command::Man(args) => manual::run_man(args),
     }
 }
 

@@ -28,6 +28,7 @@ mod kafka_group;
 mod kafka_late;
 mod kafka_security;
 mod layers;
+mod manual;
 mod metrics;
 mod operations;
 mod page_browser;
