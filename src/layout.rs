@@ -21,7 +21,9 @@ const FILE: &str = "layout.json";
 
 /// What each upgrade does, from its index to the next layout. Each is safe to repeat: a kill in the midst of one is followed by
 /// the same one.
-const UPGRADES: [fn(&Path) -> Result<(), LayoutError>; LAYOUT as usize] = [sweep];
+const UPGRADES: [Upgrade; LAYOUT as usize] = [sweep];
+
+type Upgrade = fn(&Path) -> Result<(), LayoutError>;
 
 /// What `layout.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -366,9 +366,9 @@ async fn a_load_is_proved_on_request_and_leaves_the_folder_that_a_server_may_rea
     let setup = Setup::new(Wrong::default()).await;
     let report = examine(&setup.config, &options).await;
     assert_eq!(report.state, State::Ok, "{}", report.explain());
-    let loaded = setup.loaded.lock().unwrap();
-    let [name] = loaded.ever.as_slice() else { panic!("{:?}", loaded.ever) };
-    assert!(loaded.now.is_empty() && name.starts_with("taod-doctor-r4-"), "{name}");
+    let Loaded { now, ever } = std::mem::take(&mut *setup.loaded.lock().unwrap());
+    let [name] = ever.as_slice() else { panic!("{ever:?}") };
+    assert!(now.is_empty() && name.starts_with("taod-doctor-r4-"), "{name}");
     let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry()).unwrap();
     assert!(registry.path(name).join("adapter_model.safetensors").is_file());
     assert_eq!(registry.list().unwrap().len(), 0, "it is no version");
