@@ -83,3 +83,5 @@ pub mod daemon;
 pub mod demo;
 #[cfg(feature = "daemon")]
 pub mod doctor;
+#[cfg(feature = "daemon")]
+pub mod simulate;

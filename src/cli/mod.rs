@@ -29,6 +29,7 @@ mod reward;
 mod score;
 mod serve;
 mod signals;
+mod simulate;
 mod status;
 mod table;
 mod tune;
@@ -88,6 +89,7 @@ impl Global {
 pub enum Command {
     Run(daemon::Run),
     Demo(daemon::Demo),
+    Simulate(simulate::Simulate),
     Serve(serve::Serve),
     Ingest(ingest::Ingest),
     Records(records::Records),
@@ -161,6 +163,7 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
     match &cli.command {
         Command::Run(args) => daemon::run(global, args),
         Command::Demo(args) => daemon::run_demo(global, args, screen),
+        Command::Simulate(args) => simulate::run(args, screen),
         Command::Serve(args) => serve::run(global, args),
         Command::Ingest(args) => ingest::run(global, args),
         Command::Records(args) => records::run(global, args),

@@ -5,6 +5,7 @@
 //! HTTP. Nothing here computes a result: the demo arranges, asks the same audit prompts before and after, and prints.
 
 mod audit;
+mod endpoint;
 mod report;
 mod stats;
 mod traffic;
@@ -14,9 +15,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+pub use endpoint::Endpoint;
 pub use report::Report;
 
 use crate::config::Config;
@@ -30,7 +31,6 @@ use crate::progress::Progress;
 use crate::query_log::embedded::EmbeddedBroker;
 use crate::rewards::{Rewards, Scorer};
 use crate::round::{self, Control, Outcome, Paths, StageReport, Verdict};
-use crate::serve::{self, log::CallLog};
 use crate::table::{Name, Tables};
 
 /// Calls under way at the same time; the endpoint batches them.
@@ -70,7 +70,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
         config.rewards.gate = vec![Scorer::Brevity];
     }
     let model = crate::daemon::load_model(&config).await?;
-    let endpoint = start_endpoint(&mut config, &model).await?;
+    let endpoint = Endpoint::start(&mut config, &model).await?;
     let config_file = root.join("config.toml");
     std::fs::write(&config_file, toml::to_string(&config)?)?;
 
@@ -130,42 +130,6 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
     };
     endpoint.stop().await;
     Ok(report)
-}
-
-/// The embedded endpoint while it runs.
-struct Endpoint {
-    stop: tokio::sync::oneshot::Sender<()>,
-    task: tokio::task::JoinHandle<Result<(), serve::ServeError>>,
-}
-
-impl Endpoint {
-    async fn stop(self) {
-        // Both fail only where the server is gone already, which is what is wanted.
-        let _gone = self.stop.send(());
-        if let Ok(Err(error)) = self.task.await {
-            tracing::warn!(%error, "the embedded endpoint did not end in order");
-        }
-    }
-}
-
-async fn start_endpoint(config: &mut Config, model: &Model) -> Result<Endpoint> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
-    config.endpoint.urls = vec![format!("http://{address}")];
-    config.serve.base_model = config.endpoint.base_model.clone();
-    config.serve.address = address.to_string();
-    config.serve.adapter_root = Paths::new(&config.state.dir).registry();
-    config.serve.log_brokers = config.ingest.kafka.brokers.clone();
-    config.serve.log_topic = config.ingest.kafka.topic.clone();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let shutdown = async move {
-        // An error means that the sender is gone, which is a stop as well.
-        let _stopped = stopped.await;
-    };
-    let (settings, model) = (config.serve.clone(), model.clone());
-    let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
-    let task = tokio::spawn(async move { serve::serve(listener, model, &settings, log, shutdown).await });
-    Ok(Endpoint { stop, task })
 }
 
 async fn send_traffic(

@@ -25,6 +25,7 @@ const LAYERS: &[&[&str]] = &[
     &["admin", "doctor"],
     &["daemon"],
     &["demo"],
+    &["simulate"],
     &["cli"],
     &["main"],
 ];

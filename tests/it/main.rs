@@ -42,6 +42,7 @@ mod reward_models;
 mod round;
 mod security;
 mod servers;
+mod simulate;
 mod spark;
 mod stores;
 mod systemd;
