@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page deb test-deb package-files dist
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -25,6 +25,9 @@ help:
 	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
 	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
 	@echo 'make test-vllm  adapters and promotions with a real vLLM on the CPU (6 GB)'
+	@echo 'make deb        a package for Debian, in target/debian'
+	@echo 'make test-deb   installs, starts, upgrades and purges it in a clean root (needs root)'
+	@echo 'make dist       an archive with its SBOM and checksums, in target/dist'
 	@echo 'make test-full  also the tests that take long or need large packages'
 
 demo: build models
@@ -54,6 +57,28 @@ test-vllm: models
 test-page:
 	tools/setup.sh page
 	TAOD_REQUIRE=chromium TAOD_SCREENSHOTS=$(SHOTS) $(CARGO) test $(FLAGS) --test it -- --ignored page_browser
+
+# What packages hold besides the program: man pages and completions, made by the program itself.
+package-files: build
+	rm -rf target/package && mkdir -p target/package/completions
+	$(BIN) man target/package/man
+	$(BIN) completions bash >target/package/completions/taod
+	$(BIN) completions zsh >target/package/completions/_taod
+	$(BIN) completions fish >target/package/completions/taod.fish
+
+# Needs cargo-deb (`cargo install cargo-deb`).
+deb: package-files
+	cargo deb --no-build --output target/debian/ $(ARGS)
+
+# Installs, starts, upgrades and purges the package in a fresh Debian; needs root, cargo-deb, mmdebstrap and a mirror.
+test-deb: package-files
+	cargo deb --no-build --quiet --output target/debian/old.deb --deb-version 0.0.1-1
+	cargo deb --no-build --quiet --output target/debian/new.deb --deb-version 0.0.2-1
+	tests/package/test-deb --old target/debian/old.deb --new target/debian/new.deb --cache $(CACHE)/package $(ARGS)
+
+# The same program and the same tree give the same bytes.
+dist: build
+	tools/package/dist --binary $(BIN) --out target/dist
 
 check: setup
 	$(CARGO) metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null

@@ -101,6 +101,22 @@ pub fn create_folder(folder: &Path) -> Result<(), FileError> {
     fs::create_dir_all(folder).map_err(|e| FileError::io("cannot create folder", folder, e))
 }
 
+/// Lets the group of a file or folder do what `bits` say (octal, such as `0o050`) besides what it may already. For what the
+/// model server has to read: all else is made for its owner alone. Who is not the owner cannot, and need not.
+pub fn admit_group(path: &Path, bits: u32) -> Result<(), FileError> {
+    use std::os::unix::fs::PermissionsExt;
+    let fail = |e| FileError::io("cannot let the group read", path, e);
+    let mut permissions = fs::metadata(path).map_err(fail)?.permissions();
+    if permissions.mode() & bits == bits {
+        return Ok(());
+    }
+    permissions.set_mode(permissions.mode() | bits);
+    match fs::set_permissions(path, permissions) {
+        Err(error) if error.kind() != io::ErrorKind::PermissionDenied => Err(fail(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Returns the SHA-256 of a file's bytes in lower-case hex, reading it in pieces.
 pub fn sha256_file(path: &Path) -> Result<String, FileError> {
     let read = || -> io::Result<String> {

@@ -172,7 +172,12 @@ impl Publisher {
         if !self.settings.base_model_path.is_empty() {
             config["base_model_name_or_path"] = self.settings.base_model_path.as_str().into();
         }
-        durable::write_json(&to.join("adapter_config.json"), &config)
+        durable::write_json(&to.join("adapter_config.json"), &config)?;
+        // A copy is for the server as what is in the registry is.
+        durable::admit_group(to, 0o050)?;
+        ["adapter_model.safetensors", "adapter_config.json"]
+            .iter()
+            .try_for_each(|name| durable::admit_group(&to.join(name), 0o040))
     }
 
     fn read(&self) -> Result<Published, FileError> {

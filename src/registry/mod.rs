@@ -148,6 +148,9 @@ impl Registry {
     pub fn open(root: &Path) -> Result<Registry, RegistryError> {
         durable::create_folder(&root.join("adapters"))?;
         durable::create_folder(&root.join("quarantine"))?;
+        // The group may pass through to the adapters, and list those.
+        durable::admit_group(root, 0o010)?;
+        durable::admit_group(&root.join("adapters"), 0o050)?;
         durable::sync_folder(root)?;
         Ok(Registry { root: root.to_path_buf() })
     }
@@ -202,8 +205,10 @@ impl Registry {
         }
         let target = self.path(&new.version);
         durable::create_folder(&target)?;
+        durable::admit_group(&target, 0o050)?;
         for name in new.files.keys() {
             disk::copy(&folder.join(name), &target.join(name))?;
+            durable::admit_group(&target.join(name), 0o040)?;
         }
         durable::sync_folder(&self.root.join("adapters"))?;
         // Read back what was written: the manifest states what is in the registry, not what was in the folder.

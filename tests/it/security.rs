@@ -17,6 +17,10 @@ fn what_is_written_is_for_its_owner_alone() {
     for made in ["var", "var/registry", "var/registry/adapters"] {
         assert_eq!(mode(&folder.path().join(made)) & 0o007, 0, "{made} is open to every user");
     }
+    // The group, which the model server's user is in, passes through to the adapters and sees nothing else.
+    assert_eq!(mode(&folder.path().join("var/registry")), 0o710);
+    assert_eq!(mode(&folder.path().join("var/registry/adapters")), 0o750);
+    assert_eq!(mode(&folder.path().join("var/registry/quarantine")), 0o700);
     let file = [("TAOD__ADMIN__TOKEN_FILE", "tokens.json")];
     let token = taod_in(folder.path(), &["admin", "token", "anna", "--role", "operate"], &file).code(0).out;
     assert_eq!(mode(&folder.path().join("tokens.json")), 0o600);
