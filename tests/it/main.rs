@@ -18,6 +18,7 @@ mod cli;
 mod config;
 mod crash;
 mod dashboards;
+mod deploy;
 mod docs;
 mod erase;
 mod gate;
