@@ -55,6 +55,8 @@ pub mod rewards;
 pub mod serve;
 #[cfg(feature = "daemon")]
 pub mod table;
+#[cfg(feature = "daemon")]
+pub mod telemetry;
 
 // What an operator sets, made of the stages' own settings.
 #[cfg(feature = "daemon")]

@@ -115,6 +115,8 @@ sections! {
     schedule: crate::schedule::Settings,
     /// The page for people and monitors: metrics, health, status.
     admin: crate::admin::Settings,
+    /// Traces of rounds and scores of calls, for a collector of OpenTelemetry.
+    telemetry: crate::telemetry::Settings,
     lists {
         /// A kind of traffic: its house rules and what a good answer looks like.
         workload: crate::rewards::Workload,

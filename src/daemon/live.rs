@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use tokio::sync::watch as channel;
 
+use super::evaluations::{self, Evaluation};
 use super::{Daemon, lease, load_model, promotion};
 use crate::config::Config;
 use crate::endpoint::watch::{Action, Seen, judge};
@@ -24,6 +26,9 @@ pub(super) struct Answer {
     messages: serde_json::Value,
     response: String,
     finish_reason: Option<String>,
+    event_time: DateTime<Utc>,
+    request_id: Option<String>,
+    trace_id: Option<String>,
 }
 
 impl Answer {
@@ -102,7 +107,7 @@ async fn look_at_canary(config: &Config) -> Result<Option<String>> {
         format!("{own} and {}", at(">=", canary.since_us))
     };
     let served = if served == BASE { config.endpoint.base_model.clone() } else { served };
-    let seen = compare(config, &since(&served.replace('\'', "''")), &since(&canary.version)).await?;
+    let (seen, _) = compare(config, &since(&served.replace('\'', "''")), &since(&canary.version)).await?;
     let Some(fall) = seen.fall() else { return Ok(None) };
     let reason = format!("as canary {fall}");
     if config.endpoint.watch.action == Action::Rollback {
@@ -144,30 +149,46 @@ pub async fn look(config: &Config) -> Result<Option<Seen>> {
     let others: String =
         tried.map(|version| format!(" and coalesce(served_version, model, '') not like '%{version}'")).collect();
     let after = format!("{}{others} order by event_time", at(">=", current.since_us.saturating_add(settle)));
-    compare(config, &before, &after).await.map(Some)
+    let (seen, scored) = compare(config, &before, &after).await?;
+    // The watch does not depend on who else is told.
+    if let Err(error) = evaluations::send(config, &scored).await {
+        tracing::warn!(error = format!("{error:#}"), "scores of calls were not sent; they are with the next ones");
+    }
+    Ok(Some(seen))
 }
 
-/// Scores two kinds of answers, so many of each as the settings allow, and holds one against the other.
-async fn compare(config: &Config, before: &str, after: &str) -> Result<Seen> {
+/// Scores two kinds of answers, so many of each as the settings allow, and holds one against the other. Returns the scores, too.
+async fn compare(config: &Config, before: &str, after: &str) -> Result<(Seen, Vec<Evaluation>)> {
     let (settings, tables) = (&config.endpoint.watch, config.state.open_tables()?);
     let (queries, limit) = (tables.open_one(Name::Queries).await?, settings.max_answers);
     let before = answers(&queries, &format!("{before} limit {limit}")).await?;
     let after = answers(&queries, &format!("{after} limit {limit}")).await?;
     if before.len().min(after.len()) < settings.min_answers {
-        return Ok(Seen::Waiting { before: before.len(), after: after.len() });
+        return Ok((Seen::Waiting { before: before.len(), after: after.len() }, Vec::new()));
     }
     let (rewards, workloads) = (config.rewards.clone(), config.workload.clone());
     let work = move || {
         let rewards = Rewards::without_base(&rewards, &workloads)?;
-        let score = |answers: Vec<Answer>| -> Result<Vec<f64>> {
-            let items = answers.into_iter().filter_map(Answer::item);
-            let items: Vec<Item> = items.filter(|item| rewards.covers(item.workload.as_deref())).collect();
-            Ok(rewards.gate(&items)?.into_iter().map(|scored| scored.total).collect())
-        };
-        Ok::<_, anyhow::Error>((score(before)?, score(after)?))
+        Ok::<_, anyhow::Error>((score(&rewards, before)?, score(&rewards, after)?))
     };
     let (before, after) = tokio::task::spawn_blocking(work).await??;
-    Ok(judge(&before, &after, settings))
+    let totals = |scored: &[Evaluation]| scored.iter().map(|one| one.score).collect::<Vec<_>>();
+    let seen = judge(&totals(&before), &totals(&after), settings);
+    Ok((seen, [before, after].concat()))
+}
+
+/// Scores the answers whose workload has rules.
+fn score(rewards: &Rewards, answers: Vec<Answer>) -> Result<Vec<Evaluation>> {
+    let call = |answer: Answer| {
+        let (time_us, response_id) = (answer.event_time.timestamp_micros(), answer.request_id.clone());
+        let unscored =
+            Evaluation { time_us, response_id, trace_id: answer.trace_id.clone(), score: 0.0, passed: false };
+        Some((unscored, answer.item()?))
+    };
+    let covered = |(_, item): &(Evaluation, Item)| rewards.covers(item.workload.as_deref());
+    let (calls, items): (Vec<Evaluation>, Vec<Item>) = answers.into_iter().filter_map(call).filter(covered).unzip();
+    let scored = calls.into_iter().zip(rewards.gate(&items)?);
+    Ok(scored.map(|(call, one)| Evaluation { score: one.total, passed: one.passed, ..call }).collect())
 }
 
 fn at(relation: &str, us: i64) -> String {
@@ -176,7 +197,7 @@ fn at(relation: &str, us: i64) -> String {
 
 /// Returns the answers that clients got, not those that taod asked for.
 pub(super) async fn answers(queries: &Table, which: &str) -> Result<Vec<Answer>> {
-    let columns = "workload, messages, response, finish_reason";
+    let columns = "workload, messages, response, finish_reason, event_time, request_id, trace_id";
     let theirs = "kind = 'call' and status = 200 and response is not null and coalesce(reason, '') <> 'self'";
     Ok(queries.select(&format!("select {columns} from t where {theirs} and {which}")).await?)
 }

@@ -6,6 +6,7 @@
 
 mod actions;
 pub mod canary;
+mod evaluations;
 mod lease;
 pub mod live;
 pub mod maintenance;
@@ -17,6 +18,7 @@ pub mod promotion;
 pub mod reload;
 mod shadow;
 mod tend;
+mod traces;
 mod watch;
 
 use std::path::PathBuf;
@@ -113,6 +115,7 @@ pub async fn run(
     loops.spawn(measure::keep(daemon.clone(), config.state.open_tables()?, stop.clone()));
     loops.spawn(actions::keep(daemon.clone(), actions, todo, owner.clone(), stop.clone()));
     loops.spawn(notices::keep(daemon.clone(), config.state.open_tables()?, stop.clone()));
+    loops.spawn(traces::keep(daemon.clone(), stop.clone()));
     loops.spawn(tend::keep(daemon.clone(), owner.clone(), stop.clone()));
     loops.spawn(reload::keep(daemon.clone(), reload, reread, stop.clone()));
     loops.spawn(live::keep(daemon, owner, stop.clone()));

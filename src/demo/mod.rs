@@ -214,5 +214,5 @@ fn report_paths(paths: &Paths, tables: &Tables, verdict: &Verdict, config: &Path
 }
 
 fn stage(name: &str, rows: u64, tokens: u64, began: Instant) -> StageReport {
-    StageReport { stage: name.to_string(), rows, tokens, seconds: began.elapsed().as_secs_f64() }
+    StageReport { stage: name.to_string(), rows, tokens, seconds: began.elapsed().as_secs_f64(), ended_us: 0 }
 }

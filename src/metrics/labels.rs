@@ -165,6 +165,7 @@ label! {
         Admin = "admin",
         Lease = "lease",
         Maintenance = "maintenance",
+        Telemetry = "telemetry",
     }
 }
 

@@ -137,7 +137,13 @@ mod tests {
 
     #[test]
     fn rates_are_over_all_passes_and_only_of_rounds_that_trained() {
-        let stage = |stage: &str, rows, tokens, seconds| StageReport { stage: stage.into(), rows, tokens, seconds };
+        let stage = |stage: &str, rows, tokens, seconds| StageReport {
+            stage: stage.into(),
+            rows,
+            tokens,
+            seconds,
+            ended_us: 0,
+        };
         let mut stages = vec![
             stage("dataset", 500, 0, 9.0),
             stage("candidates 1", 100, 3000, 50.0),

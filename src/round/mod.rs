@@ -173,11 +173,15 @@ pub struct StageReport {
     pub rows: u64,
     pub tokens: u64,
     pub seconds: f64,
+    /// When it ended, microseconds since the epoch; 0 in records of older versions.
+    #[serde(default)]
+    pub ended_us: i64,
 }
 
 impl StageReport {
     fn new(stage: String, rows: u64, tokens: u64, started: Instant) -> Self {
-        StageReport { stage, rows, tokens, seconds: started.elapsed().as_secs_f64() }
+        let ended_us = chrono::Utc::now().timestamp_micros();
+        StageReport { stage, rows, tokens, seconds: started.elapsed().as_secs_f64(), ended_us }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::harness::{files, text};
 const LAYERS: &[&[&str]] = &[
     &["crash", "durable", "health", "json", "metrics", "progress", "secret"],
     &["layout"],
-    &["notify", "record"],
+    &["notify", "record", "telemetry"],
     &["query_log", "engine"],
     &["table"],
     &["dataset"],

@@ -120,7 +120,7 @@ fn document(seen: view::Seen) -> Round {
         (None, true) => "erased",
         (None, false) => "running",
     };
-    let stage = |StageReport { stage, rows, tokens, seconds }| Stage { stage, rows, tokens, seconds };
+    let stage = |StageReport { stage, rows, tokens, seconds, .. }| Stage { stage, rows, tokens, seconds };
     Round {
         begun: time(seen.plan.created_us),
         outcome: outcome.to_string(),
