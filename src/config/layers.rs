@@ -132,7 +132,9 @@ fn override_value(schema: &Value, path: &[String], text: &str) -> Result<Option<
         let (parents, last) = path.split_at(path.len().saturating_sub(1));
         let parent = parents.iter().try_fold(Shape(schema), |shape, part| shape.child(part));
         let file = last.first().and_then(|name| parent?.child(&format!("{name}_file")));
-        return if file.is_some() { Ok(None) } else { Err(keys::unknown(schema, &key)) };
+        // The scorers of one's own stand in a list, so their secrets go by their names.
+        let is_scorers = matches!(path, [section, _, last] if section == "rewards" && last == "api_key");
+        return if file.is_some() || is_scorers { Ok(None) } else { Err(keys::unknown(schema, &key)) };
     };
     if shape.is_section() || shape.is_list_of_tables() {
         return Err(format!("{key} is a table and cannot be set as a whole; set one of its keys, or use the file"));

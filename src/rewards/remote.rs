@@ -226,6 +226,8 @@ impl Remote {
         };
         if openai {
             body["user"] = json!(INTERNAL_USER);
+            // As much as the model takes: a text of the log that is longer must not fail a night.
+            body["truncate_prompt_tokens"] = json!(-1);
         }
         if !self.settings.model.is_empty() {
             body["model"] = json!(self.settings.model);

@@ -29,14 +29,14 @@ fn every_route_asks_and_reads_in_its_own_way() {
             "",
             "/score",
             data(r#"{"index":1,"score":0.75},{"index":0,"score":0.25}"#),
-            json!({ "text_1": ["q1", "q2"], "text_2": ["a1", "a2"], "use_activation": true, "model": "m", "user": "taod-internal" }),
+            json!({ "text_1": ["q1", "q2"], "text_2": ["a1", "a2"], "use_activation": true, "model": "m", "user": "taod-internal", "truncate_prompt_tokens": -1 }),
         ),
         (
             "classify",
             "text = 'Q: {question} A: {answer}'",
             "/v1/classify",
             data(r#"{"index":0,"probs":[0.25]},{"index":1,"probs":[0.75]}"#),
-            json!({ "input": ["Q: q1 A: a1", "Q: q2 A: a2"], "use_activation": true, "model": "m", "user": "taod-internal" }),
+            json!({ "input": ["Q: q1 A: a1", "Q: q2 A: a2"], "use_activation": true, "model": "m", "user": "taod-internal", "truncate_prompt_tokens": -1 }),
         ),
         (
             "sglang_reward",
