@@ -196,6 +196,15 @@ fn a_server_without_ids_gives_answers_without_log_probs() {
 }
 
 #[test]
+fn a_prompt_that_the_server_refuses_is_left_out_and_the_others_are_drawn() {
+    let (drawn, _) = drawn(|body, calls| match calls {
+        0 => (400, json!({"error": {"message": "This model's maximum context length is 64 tokens."}})),
+        _ => (200, plain(body)),
+    });
+    assert_eq!(drawn.unwrap().len(), 6);
+}
+
+#[test]
 fn a_server_that_answers_otherwise_is_refused_with_the_reason() {
     let refused = |respond: Respond, words: &str| {
         let error = drawn(respond).0.unwrap_err();
@@ -213,7 +222,7 @@ fn a_server_that_answers_otherwise_is_refused_with_the_reason() {
             answer["choices"][1]["finish_reason"] = json!("tool_calls");
             (200, answer)
         },
-        "ends for Some(\"tool_calls\")",
+        "ends for tool_calls, not stop or length",
     );
     refused(
         |body, _| {
