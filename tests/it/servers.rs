@@ -26,17 +26,20 @@ fn engines() -> Option<(PathBuf, PathBuf)> {
 struct Running(Child);
 
 impl Running {
-    /// Starts a script and waits for its first line.
+    /// Starts a script, waits until it says `ready`, and returns what stands after that. Its engine may say more before.
     fn start(python: &Path, script: &str, arguments: &[&Path]) -> (Running, String) {
         let mut command = Command::new(python);
         command.arg(harness::root().join("tests/tools").join(script)).args(arguments);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
-        output.read_line(&mut line).unwrap();
+        while !line.starts_with("ready") {
+            line.clear();
+            assert!(output.read_line(&mut line).unwrap() > 0, "{script} ended before it was ready");
+        }
         // What it says later is read, so that it never waits for a reader.
         std::thread::spawn(move || output.read_to_end(&mut Vec::new()));
-        (Running(child), line.trim().to_owned())
+        (Running(child), line.trim_start_matches("ready").trim().to_owned())
     }
 }
 
@@ -105,7 +108,7 @@ async fn hook(python: PathBuf, model: PathBuf, folder: PathBuf, port: u16) -> (S
             drop(kept.take());
             let arguments = arguments.each_ref().map(PathBuf::as_path);
             let (running, said) = Running::start(&python, "llama_cpp_server.py", &arguments);
-            assert_eq!(said, "ready");
+            assert_eq!(said, "");
             *kept = Some(running);
         };
         tokio::task::spawn_blocking(work).await.unwrap();

@@ -2,7 +2,7 @@
 
     python tests/tools/mistralrs_server.py MODEL_DIR
 
-Prints the port. Routes, fields, statuses and codes are those of mistralrs-server-core 0.9; the engine is the real one.
+Prints `ready` and the port. Routes, fields, statuses and codes are those of mistralrs-server-core 0.9; the engine is the real one.
 """
 
 import json
@@ -75,5 +75,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 server = HTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
+print("ready", server.server_port, flush=True)
 server.serve_forever()
