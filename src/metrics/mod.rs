@@ -153,7 +153,7 @@ group! {
         lease: IntGauge = "taod_daemon_lease_state", "1 when this process owns rounds and promotion, else 0.";
         errors: By<Part, IntCounter> = "taod_daemon_errors_total", "Errors that were retried, by part.";
         notices: By<Delivery, IntCounter> = "taod_daemon_notices_total",
-            "Notices for the destinations of [[notifications]], one for each of them, by whether they arrived.";
+            "Notices for the destinations of `notifications`, one for each of them, by whether they arrived.";
         up_seconds: Counter = "taod_daemon_up_seconds_total", "Time since the start, counted by the main loop.";
     }
 }
