@@ -25,6 +25,8 @@ pub struct Estimate {
     kept: u64,
     /// The inputs of all layers, and what two layers make of theirs and of the gradients.
     again: u64,
+    /// What the threads hold of attention while they work: for each a head's scores of the longest sequence and their gradients.
+    scores: u64,
     logits: u64,
     /// The adapter, its gradients and both moments.
     adapter: u64,
@@ -53,18 +55,20 @@ impl Estimate {
             rounded,
             kept: floats(rows * layers * kept),
             again: floats(rows * (layers * config.hidden_size + 2 * kept)),
+            scores: floats(2 * rayon::current_num_threads() * longest * longest),
             logits: floats(rows.min(LOGIT_ROWS) * config.vocab),
             adapter: floats(4 * adapter),
             rows,
         }
     }
 
-    /// Returns how many bytes all activations take, kept or made again.
+    /// Returns how many bytes all activations take, kept or made again, attention's scores included.
     pub fn activations(&self, activations: Activations) -> u64 {
-        match activations {
+        let layers = match activations {
             Activations::Kept => self.kept,
             Activations::Again => self.again,
-        }
+        };
+        layers + self.scores
     }
 
     /// Returns the bytes of the model as it is held, of its rounded copies, of logits, and of the adapter with its optimizer.
@@ -223,9 +227,11 @@ mod tests {
         assert_eq!((kept(0, None), kept(0, Some(0))), (Ok(Activations::Kept), Ok(Activations::Kept)), "warned of");
         assert_eq!(kept((total >> 20) + 1, Some(0)), Ok(Activations::Kept), "the operator's word holds");
         let error = kept(1000, None).unwrap_err();
-        for words in ["1000 (tuning.memory_mib)", "activations of 568 rows 411", "set tuning.activations to auto"] {
+        let activations = format!("activations of 568 rows {}", estimate.activations(Activations::Kept) >> 20);
+        for words in ["1000 (tuning.memory_mib)", &activations, "set tuning.activations to auto"] {
             assert!(error.contains(words), "{error}");
         }
+        assert_eq!(estimate.kept >> 20, 411);
         let needed = total - estimate.weights;
         let problem = |room: u64| estimate.problem(Activations::Kept, needed, room, "free");
         assert_eq!(problem(needed), None);
@@ -245,7 +251,17 @@ mod tests {
         assert_eq!(decide(Keep::Auto, 0, Some(free)), Ok(Activations::Kept));
         assert_eq!(decide(Keep::Auto, 0, Some(free - 1)), Ok(Activations::Again));
         let error = decide(Keep::Auto, (again >> 20) - 1, None).unwrap_err();
-        assert!(error.contains("activations of 568 rows 64") && !error.contains("tuning.activations"), "{error}");
+        assert_eq!(estimate.again >> 20, 64);
+        assert!(error.contains("activations of 568 rows ") && !error.contains("tuning.activations"), "{error}");
+    }
+
+    #[test]
+    fn attention_grows_with_the_square_of_the_longest_sequence() {
+        let [short, long] = [1024, 8192].map(|rows| estimate(rows, Precision::F32));
+        assert_eq!(long.scores, 64 * short.scores);
+        // 8,192 by 8,192 scores and as many gradients, for each thread.
+        assert_eq!(long.scores, rayon::current_num_threads() as u64 * (512 << 20));
+        assert_eq!(long.activations(Activations::Again), long.again + long.scores);
     }
 
     #[test]
