@@ -59,7 +59,9 @@ pub(super) fn run(global: &Global, args: &Explain) -> anyhow::Result<Exit> {
             steps.iter().filter(|step| step.trial == verdict.trial && step.suite.is_none()).collect();
         mine.sort_by_key(|step| step.step);
         let points: Vec<(u32, f64)> = mine.iter().map(|step| (step.night, step.ln_wealth)).collect();
-        durable::write(path, gate::picture::evidence(&trial, &points).as_bytes())?;
+        let picture = gate::picture::evidence(&trial, &points)
+            .map_err(|why| anyhow::anyhow!("cannot draw the evidence: {why}"))?;
+        durable::write(path, picture.as_bytes())?;
     }
     match args.json {
         true => out.line(&verdict)?,
