@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
 use super::{Answer, AuditError, Pair, SAMPLE, audited, pairs};
-use crate::candidates::{self, Candidate, Draw, Formats, Stream};
+use crate::candidates::{self, Candidate, Draw, Stream};
 use crate::config::Config;
 use crate::dataset::{self, Prompt};
 use crate::durable;
@@ -17,7 +17,7 @@ use crate::progress::Progress;
 use crate::record::derive_seed;
 use crate::registry::{BASE, Registry};
 use crate::rewards::{Item, Rewards, Scored};
-use crate::round::Paths;
+use crate::round::{Paths, formats};
 
 /// A sample that was drawn.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ fn draw(
         sampling,
         limits: config.candidates.limits(),
         strategies: Vec::new(),
-        formats: Formats::new(),
+        formats: formats(&config.workload, model, config.decoding.follow_json_rules)?,
     };
     let policy = Policy::new(model, adapter, WeightForm::F32)?;
     let prompts: Vec<&Prompt> = prompts.iter().collect();

@@ -24,6 +24,9 @@ pub struct Decoding {
     pub max_tokens: usize,
     /// Strings that end an answer, as clients send them in `stop`; empty: none.
     pub stop: Vec<String>,
+    /// The endpoint's clients ask for JSON (`response_format`) where a workload's rules do (`json`), so that the gate, too, draws
+    /// only texts that keep that rule.
+    pub follow_json_rules: bool,
 }
 
 impl Default for Decoding {
@@ -36,6 +39,7 @@ impl Default for Decoding {
             repetition_penalty: 1.0,
             max_tokens: 512,
             stop: Vec::new(),
+            follow_json_rules: false,
         }
     }
 }

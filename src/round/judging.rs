@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::formats::formats;
 use super::rows::{Place, candidate_row};
 use super::train::item;
 use super::{Night, RoundError};
@@ -118,7 +119,7 @@ fn draw(
         sampling: night.config.decoding.sampling(),
         limits: night.config.candidates.limits(),
         strategies: Vec::new(),
-        formats: Formats::new(),
+        formats: formats(&night.config.workload, night.model, night.config.decoding.follow_json_rules)?,
     };
     let policy = |adapter: &Option<Adapter>| Policy::new(night.model, adapter.as_ref(), WeightForm::F32);
     let (new, old) = (&sides.challenger, &sides.incumbent);

@@ -20,6 +20,7 @@ mod brake;
 pub mod child;
 mod dry_run;
 pub mod erase;
+mod formats;
 mod judging;
 pub mod live;
 pub mod population;
@@ -33,6 +34,7 @@ pub mod view;
 
 pub use brake::{Brake, Budget};
 pub use dry_run::{Forecast, forecast};
+pub use formats::formats;
 pub use state::{Control, Paths, Plan};
 
 use crate::adapter::TuneError;

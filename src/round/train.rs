@@ -11,14 +11,15 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::formats::formats;
 use super::rows::{Place, TuningRow, candidate_row};
 use super::{Control, Night, RoundError, StageReport};
 use crate::adapter::{self, Sample, TuneError};
-use crate::candidates::{self, Candidate, Formats, Stream};
+use crate::candidates::{self, Candidate, Stream};
 use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
-use crate::engine::{Adapter, Grammar};
+use crate::engine::Adapter;
 use crate::progress::Ask;
 use crate::record::derive_seed;
 use crate::registry::OffsetRange;
@@ -153,7 +154,7 @@ fn draw(
     let stream = Stream { seed: night.plan.seed, name: &name, sampler: &sampler };
     let out = folder.join("candidates");
     let settings = &night.config.candidates;
-    let formats = formats(night)?;
+    let formats = formats(&night.config.workload, night.model, settings.follow_json_rules)?;
     let manifest =
         candidates::sample(night.model, adapter.as_ref(), prompts, (settings, &formats), stream, &out, night.progress)?;
     night.report(StageReport::new(
@@ -164,13 +165,6 @@ fn draw(
     ))?;
     crash::at(&format!("candidates-{pass}"));
     Ok(candidates::load(&out)?)
-}
-
-/// Returns what the answers of each workload must be, where the config asks that they keep their JSON rules.
-fn formats(night: &Night<'_>) -> Result<Formats, RoundError> {
-    let workloads = night.config.workload.iter().filter(|_| night.config.candidates.follow_json_rules);
-    let ruled = workloads.filter_map(|workload| Some((workload.name.clone(), workload.json_schema()?)));
-    ruled.map(|(name, schema)| Ok((name, Grammar::json_schema(night.model, &schema)?))).collect()
 }
 
 fn score(
