@@ -5,6 +5,9 @@
 //! non-negative supermartingale: by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however
 //! often it is looked at. The stake is the predictable plug-in of Waudby-Smith and Ramdas, "Estimating means of bounded
 //! random variables by betting" (<https://arxiv.org/abs/2010.09686>), with one pseudo-observation.
+//!
+//! The stake is never negative, so a challenger that is plainly worse loses no wealth: it is never bet upon. What speaks
+//! against one is the wealth of the mirrored bet ([`Evidence::against`]), whose null hypothesis is `E[d] >= margin`.
 
 use std::io::{BufRead, Write};
 
@@ -40,7 +43,16 @@ impl Evidence {
         if !(0.0..1.0).contains(&margin) {
             return Err(GateError::Margin(margin));
         }
-        Ok(Evidence { margin, n: 0, sum: 0.0, squared_deviations: 0.0, ln_wealth: 0.0 })
+        Ok(Evidence::with(margin))
+    }
+
+    /// Returns the mirrored process, with wealth 1 against the null "the mean gain is at least `margin`"; it takes `-d`.
+    pub fn against(margin: f64) -> Result<Evidence, GateError> {
+        Evidence::new(margin).map(|evidence| Evidence::with(-evidence.margin))
+    }
+
+    fn with(margin: f64) -> Evidence {
+        Evidence { margin, n: 0, sum: 0.0, squared_deviations: 0.0, ln_wealth: 0.0 }
     }
 
     /// Bets on one difference. A value outside [-1, 1] would break the proof and is refused.
@@ -197,6 +209,30 @@ mod tests {
         }
         let before = evidence.ln_wealth();
         assert!(evidence.step(-1.0).unwrap().ln_wealth >= before + 0.5f64.ln() - 1e-12);
+    }
+
+    #[test]
+    fn the_mirrored_bet_wins_where_the_gain_is_below_the_margin_and_is_the_same_process() {
+        let (mut ahead, mut against) = (Evidence::new(0.005).unwrap(), Evidence::against(0.005).unwrap());
+        // By hand: a mean of 0 is 0.005 above the mirrored margin, so the first stake is 0.005 / (0.12 + 0.005^2). After d = -1 the
+        // mirrored mean is 1/2, 0.505 above it, the variance (0.12 + 0.25) / 2, and the stake 0.505 / (0.185 + 0.505^2) = 1.1470,
+        // cut to 0.5 / 0.995.
+        let (first, second) = (against.step(1.0).unwrap(), against.step(1.0).unwrap());
+        assert!((first.lambda - 0.005 / 0.120_025).abs() < 1e-12, "{first:?}");
+        assert!((second.lambda - 0.5 / 0.995).abs() < 1e-12, "{second:?}");
+        let grown = (first.lambda * 1.005).ln_1p() + (0.5 / 0.995 * 1.005f64).ln_1p();
+        assert!((second.ln_wealth - grown).abs() < 1e-12, "{second:?}");
+        for i in 0..200 {
+            let d = if i % 10 == 0 { 1.0 } else { -0.2 };
+            ahead.step(d).unwrap();
+            against.step(-d).unwrap();
+        }
+        assert!(ahead.ln_wealth() > -1.0 && against.ln_wealth() > 50f64.ln(), "{ahead:?} {against:?}");
+        // Without a margin the two are one: betting on d against 0 is betting on -d against 0.
+        let (mut one, mut other) = (Evidence::new(0.0).unwrap(), Evidence::against(0.0).unwrap());
+        for d in [0.3, -0.2, 0.9, 0.1] {
+            assert_eq!(one.step(d).unwrap(), other.step(d).unwrap());
+        }
     }
 
     #[test]

@@ -3,12 +3,13 @@
 //! Everything here is pure: no I/O, no clock, no hidden randomness. The driver draws answers, scores them and stores
 //! rows; the gate says in which order, what each difference does to the evidence, and what follows. Reading order:
 //! [`evidence`] (the bet), [`level`] (how high the bar is this time of the year), [`order`] (why the bet is fair),
-//! [`confidence`] and [`guardrail`] (what must hold besides), [`trial`] (one challenger's whole test, stored in
+//! [`confidence`] and [`guardrail`] (what must hold besides), [`trial`] (one challenger's whole test, its [`decision`]s, stored in
 //! [`rows`]), [`verdict`] (the recomputation that alone makes a [`Passed`]).
 
 pub mod behaviour;
 pub mod comparison;
 pub mod confidence;
+pub mod decision;
 pub mod evidence;
 pub mod forecast;
 pub mod guardrail;
@@ -29,6 +30,7 @@ pub mod verdict;
 mod simulations;
 
 pub use behaviour::Behaviour;
+pub use decision::{Decision, Waiting};
 pub use evidence::{Evidence, EvidenceStep, evidence_line, evidence_lines};
 pub use guardrail::{Finding, Guardrail, Outcome, Thresholds};
 pub use level::Mode;
@@ -36,7 +38,7 @@ pub use order::Block;
 pub use rows::{Facts, Kl, LengthBounds, Observation, Side, State, StepRow, TrialRow, UsageRow};
 pub use settings::Settings;
 pub use suite::Suite;
-pub use trial::{Conditions, Decision, Opening, Trial, Waiting};
+pub use trial::{Conditions, Opening, Trial};
 pub use verdict::{Passed, Verdict, explain, verify};
 
 /// Why the gate refuses to go on. None of these is a verdict: a refused challenger is a [`Decision`].

@@ -26,6 +26,9 @@ pub struct Settings {
     pub max_nights: u32,
     /// The logarithm of the wealth below which, at the end of a night, a challenger is dropped as hopeless, below 0.
     pub futility: f64,
+    /// The level at which, at the end of a night, a challenger is dropped because it is shown not to gain the margin, above 0
+    /// and at most 0.5: the probability that one which gains it is dropped for that on any night.
+    pub futility_alpha: f64,
     /// Answers that each side gives to each gate prompt, 1 or more; their scores are averaged.
     pub samples: u32,
     /// Gate prompts of a trial, from its first, on which the divergence from the base is measured too; it takes an answer
@@ -52,6 +55,7 @@ impl Default for Settings {
             block_size: 32,
             max_nights: 7,
             futility: -2.0,
+            futility_alpha: 0.02,
             samples: 1,
             kl_prompts: 100,
             head_prompts: 50,
@@ -73,6 +77,10 @@ impl Settings {
         }
         if self.futility.is_nan() || self.futility >= 0.0 {
             return Err(format!("futility {} is not below 0: use a value such as -2", self.futility));
+        }
+        if !(self.futility_alpha > 0.0 && self.futility_alpha <= 0.5) {
+            let alpha = self.futility_alpha;
+            return Err(format!("futility_alpha {alpha} is not above 0 and at most 0.5: use a value such as 0.02"));
         }
         if self.kl_prompts < self.guardrails.min_prompts {
             let least = self.guardrails.min_prompts;
@@ -109,6 +117,8 @@ mod tests {
             ("alpha", Settings { mode: Mode::Strict, ..default() }),
             ("margin", Settings { margin: f64::NAN, ..default() }),
             ("futility", Settings { futility: 0.0, ..default() }),
+            ("futility_alpha", Settings { futility_alpha: 0.0, ..default() }),
+            ("futility_alpha", Settings { futility_alpha: 0.6, ..default() }),
             ("block_size", Settings { block_size: 0, ..default() }),
             (
                 "guardrails.quality_range",

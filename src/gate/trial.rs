@@ -8,8 +8,9 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::GateError;
+use super::decision::{Decision, Waiting};
 use super::evidence::Evidence;
-use super::guardrail::{Finding, Guardrail, Outcome, examine};
+use super::guardrail::{Finding, Outcome, examine};
 use super::history::last_rows;
 use super::level::bar;
 use super::order::{self, Block};
@@ -49,45 +50,6 @@ pub struct Conditions<'a> {
     pub settings: &'a Settings,
 }
 
-/// What follows from the evidence and the guardrails.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Decision {
-    Continue(Waiting),
-    Promote,
-    Refuse {
-        guardrail: Guardrail,
-        reason: String,
-    },
-    /// A person said no to what the gate had passed.
-    Reject(String),
-    Futile,
-    Expired,
-    Void(String),
-}
-
-/// What an open trial waits for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Waiting {
-    /// The bar is not reached.
-    Evidence,
-    /// The bar is reached, but these guardrails cannot tell yet.
-    Guardrails(Vec<Guardrail>),
-}
-
-impl Decision {
-    /// Returns the state that the trial is in after this decision.
-    pub fn state(&self) -> State {
-        match self {
-            Decision::Continue(_) => State::Open,
-            Decision::Promote => State::Promoted,
-            Decision::Refuse { .. } | Decision::Reject(_) => State::Refused,
-            Decision::Futile => State::Futile,
-            Decision::Expired => State::Expired,
-            Decision::Void(_) => State::Void,
-        }
-    }
-}
-
 /// A trial in memory; its rows are the truth.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trial {
@@ -96,6 +58,8 @@ pub struct Trial {
     lengths: BTreeMap<String, LengthBounds>,
     order_seed: u64,
     evidence: Evidence,
+    /// The bet that the challenger does not gain the margin.
+    against: Evidence,
     observations: Vec<Observation>,
     suites: Suites,
     nights: u32,
@@ -163,6 +127,7 @@ impl Trial {
             .map_err(|_| GateError::record(&facts.trial, format!("order seed {:?} is not hex", facts.order_seed)))?;
         Ok(Trial {
             evidence: Evidence::new(facts.margin)?,
+            against: Evidence::against(facts.margin)?,
             facts,
             settings,
             lengths,
@@ -292,6 +257,7 @@ impl Trial {
         self.pending.drain(..block.len());
         for observation in block {
             let step = self.evidence.step(observation.d())?;
+            self.against.step(-observation.d())?;
             rows.push(StepRow {
                 step: self.evidence.len(),
                 night: self.nights,
@@ -322,14 +288,23 @@ impl Trial {
 
     /// Decides at the end of a night, when its prompts are used up: the same, and whether the challenger is dropped.
     ///
-    /// Hopelessness is looked at here and not after every block: a good challenger of small gain often dips below on the way
-    /// (3 % of those that gain 0.03 at 2,000 prompts a night).
+    /// Hopeless is one whose evidence melted, or that is shown not to gain the margin. It is looked at here and not after every
+    /// block: a good challenger of small gain often dips below on the way (3 % of those that gain 0.03 at 2,000 prompts a night).
     pub fn end_night(&self) -> Decision {
         match self.decide() {
-            Decision::Continue(_) if self.ln_wealth() < self.settings.futility => Decision::Futile,
+            Decision::Continue(_) if self.has_melted() || self.is_shown_not_to_gain() => Decision::Futile,
             Decision::Continue(_) if self.nights >= self.settings.max_nights => Decision::Expired,
             decision => decision,
         }
+    }
+
+    /// Returns true where the evidence, once better, speaks against the challenger.
+    pub(super) fn has_melted(&self) -> bool {
+        self.ln_wealth() < self.settings.futility
+    }
+
+    fn is_shown_not_to_gain(&self) -> bool {
+        self.ln_against() >= self.bar_against()
     }
 
     /// Returns why the trial is void under the conditions of today, or `None` where it stands.
@@ -450,6 +425,16 @@ impl Trial {
     /// Returns the logarithm of the wealth.
     pub fn ln_wealth(&self) -> f64 {
         self.evidence.ln_wealth()
+    }
+
+    /// Returns the logarithm of the wealth of the bet against the challenger.
+    pub fn ln_against(&self) -> f64 {
+        self.against.ln_wealth()
+    }
+
+    /// Returns the bar for that wealth, above which the challenger is dropped.
+    pub fn bar_against(&self) -> f64 {
+        bar(self.settings.futility_alpha)
     }
 
     /// Returns the mean difference so far.

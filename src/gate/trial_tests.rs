@@ -1,4 +1,5 @@
 use super::*;
+use crate::gate::Guardrail;
 use crate::gate::behaviour::Behaviour;
 use crate::gate::rows::{Kl, Side, UsageRow};
 
@@ -131,7 +132,7 @@ fn quick() -> Settings {
 fn every_way_a_trial_can_end() {
     type Measure = fn(&str) -> Observation;
     let open = |waiting| Decision::Continue(waiting);
-    let cases: [(&str, Measure, usize, Vec<Decision>); 5] = [
+    let cases: [(&str, Measure, usize, Vec<Decision>); 6] = [
         ("promoted", better, 200, vec![Decision::Promote]),
         ("no gain", equal, 40, vec![open(Waiting::Evidence), open(Waiting::Evidence), Decision::Expired]),
         ("empty nights", equal, 0, vec![open(Waiting::Evidence), open(Waiting::Evidence), Decision::Expired]),
@@ -145,7 +146,9 @@ fn every_way_a_trial_can_end() {
                 Decision::Expired,
             ],
         ),
-        ("worse", worse, 200, vec![open(Waiting::Evidence), open(Waiting::Evidence), Decision::Expired]),
+        ("worse", worse, 200, vec![Decision::Futile]),
+        // Eight losses in a row make 18 of 50, twelve make 95.
+        ("worse, on few prompts", worse, 4, vec![open(Waiting::Evidence), open(Waiting::Evidence), Decision::Futile]),
     ];
     for (name, measure, n, expected) in cases {
         let mut driven = Driven::open(opening(), &[], &quick());

@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::GateError;
+use super::decision::{Decision, Waiting};
 use super::forecast::outlook;
 use super::guardrail::{Finding, Outcome};
 use super::history::last_rows;
 use super::rows::{State, StepRow, TrialRow, UsageRow, spent};
 use super::settings::Settings;
-use super::trial::{Decision, TOLERANCE, Trial, Waiting};
+use super::trial::{TOLERANCE, Trial};
 
 /// Proof that a challenger passed its trial. Its fields are private: only [`verify`] makes one.
 #[derive(Debug, Clone, PartialEq)]
@@ -151,7 +152,10 @@ pub fn reason(trial: &Trial, decision: &Decision) -> String {
     match decision {
         Decision::Promote => format!("{wealth}; every guardrail passes"),
         Decision::Refuse { guardrail, reason } => format!("guardrail {} fails: {reason}", guardrail.as_str()),
-        Decision::Futile => format!("{wealth}, below {}: hopeless", trial.settings().futility),
+        Decision::Futile if trial.has_melted() => format!("{wealth}, below {}: hopeless", trial.settings().futility),
+        Decision::Futile => {
+            format!("{wealth}; it is shown not to gain the margin of {}: {}", trial.facts().margin, against(trial))
+        }
         Decision::Expired => format!("{wealth} when the last of {} nights ended", trial.settings().max_nights),
         Decision::Void(why) | Decision::Reject(why) => why.clone(),
         Decision::Continue(Waiting::Evidence) => format!("{wealth}; more prompts are needed: {}", outlook(trial)),
@@ -160,6 +164,11 @@ pub fn reason(trial: &Trial, decision: &Decision) -> String {
             format!("{wealth}; not yet told by {}", names.join(", "))
         }
     }
+}
+
+/// Says how much the bet against the challenger has made.
+fn against(trial: &Trial) -> String {
+    format!("the bet against it made {:.3} of {:.0}", trial.ln_against().exp(), trial.bar_against().exp())
 }
 
 /// A trial's outcome as the round's child hands it to the daemon, in a JSON file. It is a claim, not a key.
@@ -179,6 +188,11 @@ pub struct Verdict {
     pub ln_wealth: f64,
     pub bar: f64,
     pub alpha: f64,
+    /// The logarithm of what the bet against the challenger made, and of what drops it.
+    #[serde(default)]
+    pub ln_against: f64,
+    #[serde(default)]
+    pub bar_against: f64,
     /// The share of the gate's traffic that the judged prompts stand for.
     #[serde(default)]
     pub traffic_share: Option<f64>,
@@ -208,6 +222,8 @@ impl Verdict {
             ln_wealth: trial.ln_wealth(),
             bar: trial.bar(),
             alpha: facts.alpha,
+            ln_against: trial.ln_against(),
+            bar_against: trial.bar_against(),
             traffic_share: trial.traffic_share(),
             findings: trial.findings(),
         }
@@ -249,6 +265,8 @@ pub fn explain(verdict: &Verdict) -> String {
             verdict.alpha
         ),
     ];
+    let (made, enough) = (verdict.ln_against.exp(), verdict.bar_against.exp());
+    lines.push(format!("  against it: the bet that it does not gain the margin made {made:.3e}; {enough:.0} drops it"));
     if let Some(share) = verdict.traffic_share {
         lines.push(format!("  traffic: the prompts stand for {:.1} % of the gate's logged calls", 100.0 * share));
     }

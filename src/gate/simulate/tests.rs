@@ -34,6 +34,17 @@ fn nulls_are_not_promoted_and_a_gate_without_a_bar_would_be_seen() {
 }
 
 #[test]
+fn a_challenger_that_is_worse_leaves_before_its_nights_are_over_and_a_better_one_is_seldom_dropped() {
+    let settings = Settings { max_nights: 7, ..quick() };
+    let worse = run(&settings, Guards::Waved, Scenario::Regression, Shape::Continuous, 12);
+    // The loss of 0.035 against the margin grows 5 nats by 1,000 prompts, and the bar is 3.9.
+    assert!(worse.futile * 3 >= worse.trials && worse.promotions == 0, "{worse:?}");
+    let better = run(&settings, Guards::Waved, Scenario::SmallGain, Shape::Continuous, 12);
+    // At most 2 % by the mirrored bet; the upper 99.9 % limit of a binomial of 60 at 0.02 is 6.
+    assert!(better.trials >= 50 && better.futile <= 6, "{better:?}");
+}
+
+#[test]
 fn guardrails_refuse_what_the_score_cannot_see() {
     // A gain of 0.026 on average needs a low bar to be seen in 600 prompts. The harm (0.10 on one workload, 0.15 in quality) is
     // larger than what each guardrail lets pass.

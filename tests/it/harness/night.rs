@@ -50,6 +50,7 @@ min_entropy = 0.0
 [gate]
 block_size = 16
 futility = -50.0
+futility_alpha = 1e-12
 alpha = 0.001
 
 [[workload]]
