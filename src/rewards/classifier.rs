@@ -5,6 +5,7 @@
 //! Either way the number is a logit: unbounded, and larger is better. What follows the instruction of an answer never
 //! reaches a classifier as an instruction; it can only be scored.
 
+mod deberta;
 mod encoder;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::{EncodeInput, Encoding, Tokenizer, TruncationParams};
 
 use super::ClassifierError;
+use super::deberta::{Activation, ConvDeberta};
 use crate::durable;
 
 /// Cells of one padded batch.
@@ -39,6 +40,7 @@ enum Body {
     Bert { model: BertModel, pooler: Linear, classifier: Linear },
     Roberta(XLMRobertaForSequenceClassification),
     Deberta(Box<DebertaV2SeqClassificationModel>),
+    ConvDeberta(Box<ConvDeberta>),
     ModernBert { model: ModernBert, pooling: Pooling, dense: Linear, norm: LayerNorm, classifier: Linear },
 }
 
@@ -145,15 +147,23 @@ impl Body {
                     "pooler_hidden_size": width,
                 });
                 let mut shape: debertav2::Config = shape(folder, config, defaults)?;
-                // candle-transformers has no forward pass of it.
-                if shape.conv_kernel_size.is_some_and(|width| width > 0) {
-                    let problem = "has a convolution (conv_kernel_size), which is not supported; DeBERTa-v3 has none";
-                    return Err(ClassifierError::load(&folder.join("config.json"), problem));
-                }
                 (shape.id2label, shape.label2id) = (None, None);
-                let label = std::collections::HashMap::from([(0, "score".to_owned())]);
-                DebertaV2SeqClassificationModel::load(vars.pp("deberta"), &shape, Some(label))
-                    .map(|model| Body::Deberta(Box::new(model)))
+                if let Some(width) = shape.conv_kernel_size.filter(|width| *width > 0) {
+                    let refuse = |problem: String| ClassifierError::load(&folder.join("config.json"), problem);
+                    if width.is_multiple_of(2) {
+                        return Err(refuse(format!(
+                            "conv_kernel_size {width} is even, and would change a text's length"
+                        )));
+                    }
+                    let activation = Activation::named(shape.conv_act.as_deref()).ok_or_else(|| {
+                        refuse(format!("conv_act {} is not one of tanh, gelu, relu", config["conv_act"]))
+                    })?;
+                    ConvDeberta::load(&vars, &shape, activation).map(|model| Body::ConvDeberta(Box::new(model)))
+                } else {
+                    let label = std::collections::HashMap::from([(0, "score".to_owned())]);
+                    DebertaV2SeqClassificationModel::load(vars.pp("deberta"), &shape, Some(label))
+                        .map(|model| Body::Deberta(Box::new(model)))
+                }
             }
             "modernbert" => Self::load_modernbert(folder, config, vars, width)?,
             _ => {
@@ -221,8 +231,8 @@ impl Body {
     /// Returns how many texts go through one pass at most.
     fn rows(&self) -> usize {
         match self {
-            // candle-transformers adds the positions of DeBERTa-v2 to one text only.
-            Body::Deberta(_) => 1,
+            // candle-transformers adds the positions of DeBERTa-v2 to one text only, and a convolution would read padding.
+            Body::Deberta(_) | Body::ConvDeberta(_) => 1,
             Body::Bert { .. } | Body::Roberta(_) | Body::ModernBert { .. } => BATCH,
         }
     }
@@ -236,6 +246,7 @@ impl Body {
             // RoBERTa was published with one type; what its tokenizer says of types is 0 throughout.
             Body::Roberta(model) => model.forward(ids, mask, &types.zeros_like()?),
             Body::Deberta(model) => model.forward(ids, Some(types.clone()), Some(mask.clone())),
+            Body::ConvDeberta(model) => model.forward(ids, types, mask),
             Body::ModernBert { model, pooling, dense, norm, classifier } => {
                 let states = model.forward(ids, mask)?;
                 let pooled = match pooling {

@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use serde_json::json;
+
 use super::*;
 
 /// What `tools/reference/classifier_golden.py` wrote, by family.
@@ -9,7 +11,7 @@ struct Golden {
 }
 
 const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma2"];
-const ENCODERS: [&str; 4] = ["bert", "roberta", "deberta-v3", "modernbert"];
+const ENCODERS: [&str; 5] = ["bert", "roberta", "deberta-v2", "deberta-v3", "modernbert"];
 const NEAR: f64 = 1e-4;
 
 fn folder(name: &str) -> PathBuf {
@@ -37,6 +39,7 @@ fn item(case: &Value) -> Item {
         finish_reason: crate::record::FinishReason::Stop,
         prompt_ids: None,
         token_ids: None,
+        ratings: Vec::new(),
     }
 }
 
@@ -80,9 +83,20 @@ fn encoders_read_single_texts_too() {
 }
 
 #[test]
-fn what_has_a_convolution_is_refused() {
-    let message = refusal(&settings("deberta-v2"));
-    assert!(message.contains("conv_kernel_size") && message.contains("DeBERTa-v3"), "{message}");
+fn a_convolution_that_is_not_known_is_refused() {
+    for (key, value, problem) in
+        [("conv_act", json!("mish"), "tanh, gelu, relu"), ("conv_kernel_size", json!(4), "even")]
+    {
+        let copy = tempfile::tempdir().unwrap();
+        for name in ["model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(folder("deberta-v2").join(name), copy.path().join(name)).unwrap();
+        }
+        let mut config: Value = durable::read_json(&folder("deberta-v2").join("config.json")).unwrap();
+        config[key] = value;
+        std::fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+        let message = refusal(&Settings { model: copy.path().display().to_string(), ..Settings::default() });
+        assert!(message.contains(key) && message.contains(problem), "{message}");
+    }
 }
 
 #[test]
