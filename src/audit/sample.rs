@@ -154,6 +154,7 @@ fn score(
         finish_reason: candidate.finish_reason,
         prompt_ids: Some(candidate.prompt_ids.clone()),
         token_ids: Some(candidate.token_ids.clone()),
+        ratings: Vec::new(),
     };
     let of = |(_, candidates): &(&str, Vec<Candidate>)| {
         let items: Vec<Item> = prompts.iter().zip(candidates).map(item).collect();

@@ -179,5 +179,6 @@ fn item(line: &WorkloadLine, answer: Completion) -> Item {
         finish_reason: answer.finish_reason,
         prompt_ids: None,
         token_ids: Some(answer.token_ids),
+        ratings: Vec::new(),
     }
 }

@@ -41,6 +41,7 @@ impl Answer {
             finish_reason: if length { FinishReason::Length } else { FinishReason::Stop },
             prompt_ids: None,
             token_ids: None,
+            ratings: Vec::new(),
         })
     }
 }

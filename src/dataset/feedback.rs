@@ -2,7 +2,8 @@
 //!
 //! Ingestion keeps no state, so feedback is a row of its own until a dataset is frozen. Here it finds its call: by the
 //! call's id, else by its trace, else by its conversation, where it means the last call before it. A dataset is frozen
-//! again every night, so feedback that is a week late still reaches its prompt.
+//! again every night, so feedback that is a week late still reaches its prompt. Where it rates the answer, and the prompt
+//! trains, the answer comes with it: the scorer `feedback` learns from the two.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use super::census::Row;
 use super::text::hash;
+use crate::record::Coordinates;
 
 /// Most feedback that a prompt carries; the newest counts.
 const MAX_PER_PROMPT: usize = 32;
@@ -21,6 +23,9 @@ pub struct Feedback {
     pub event_time_us: i64,
     /// As it was logged.
     pub value: Value,
+    /// The answer that it rates, for prompts that train.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response: Option<String>,
 }
 
 /// A row with feedback: a record of its own, or a call with something beside it.
@@ -44,9 +49,10 @@ struct Names {
 }
 
 /// A call that feedback may mean.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Call {
     names: Names,
+    topic: String,
     event_time_us: i64,
     /// Its prompt, where the call may be used.
     entry: Option<u32>,
@@ -64,8 +70,8 @@ pub(super) struct Joined {
 /// What became of the feedback.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// By the entry of the prompt.
-    pub(super) by_prompt: HashMap<u32, Vec<Feedback>>,
+    /// By the entry of the prompt, each with the place of the call that it is on.
+    pub(super) by_prompt: HashMap<u32, Vec<(Feedback, Coordinates)>>,
     /// Records of feedback that found a call, and those that did not.
     pub(super) matched: u64,
     pub(super) unmatched: u64,
@@ -91,14 +97,19 @@ impl Said {
     /// Reads a row's feedback, given as the text of the column.
     pub(super) fn of(row: &Row<'_>, text: &str) -> Self {
         let value = serde_json::from_str(text).unwrap_or_else(|_| text.into());
-        let said = Feedback { event_time_us: row.event_time_us, value };
+        let said = Feedback { event_time_us: row.event_time_us, value, response: None };
         Said { names: Names::of(row), is_beside: row.kind == crate::record::Kind::Call, said }
     }
 }
 
 impl Call {
     pub(super) fn of(row: &Row<'_>, entry: Option<u32>) -> Self {
-        Call { names: Names::of(row), event_time_us: row.event_time_us, entry }
+        Call { names: Names::of(row), topic: row.topic.to_owned(), event_time_us: row.event_time_us, entry }
+    }
+
+    fn place(&self) -> Coordinates {
+        let (_, partition, offset, record_index) = self.names.place;
+        Coordinates { topic: self.topic.clone(), partition, offset, record_index }
     }
 }
 
@@ -138,17 +149,75 @@ impl Joined {
                 None if is_beside => {}
                 None => found.unmatched += 1,
             }
-            if let Some(entry) = call.and_then(|call| call.entry) {
-                found.by_prompt.entry(entry).or_default().push(said);
+            if let Some((call, entry)) = call.and_then(|call| Some((call, call.entry?))) {
+                found.by_prompt.entry(entry).or_default().push((said, call.place()));
             }
         }
         found
     }
 }
 
+impl Feedback {
+    /// Returns how good it finds the answer, from 0 to 1; nothing where it does not say, or on a scale that it does not name.
+    pub fn rating(&self) -> Option<f64> {
+        rating(&self.value)
+    }
+}
+
+/// Fields that hold a rating, in the order in which they are asked.
+const RATINGS: [&str; 12] = [
+    "thumb",
+    "thumbs",
+    "vote",
+    "rating",
+    "score",
+    "like",
+    "liked",
+    "helpful",
+    "sentiment",
+    "stars",
+    "feedback",
+    "value",
+];
+
+/// Fields that name the top of a scale beside its rating.
+const TOPS: [&str; 4] = ["max", "scale", "out_of", "best"];
+
+fn rating(value: &Value) -> Option<f64> {
+    match value {
+        Value::Bool(is_good) => Some(if *is_good { 1.0 } else { 0.0 }),
+        Value::Number(number) => match number.as_f64()? {
+            -1.0 => Some(0.0),
+            share if (0.0..=1.0).contains(&share) => Some(share),
+            // Four of what?
+            _ => None,
+        },
+        Value::String(word) => match word.trim().to_lowercase().as_str() {
+            "up" | "thumbs_up" | "thumb_up" | "thumbsup" | "👍" | "like" | "liked" | "good" | "positive" | "yes" => {
+                Some(1.0)
+            }
+            "down" | "thumbs_down" | "thumb_down" | "thumbsdown" | "👎" | "dislike" | "disliked" | "bad"
+            | "negative" | "no" => Some(0.0),
+            _ => None,
+        },
+        Value::Object(fields) => {
+            let found = RATINGS.iter().find_map(|name| fields.get(*name))?;
+            let top = TOPS.iter().find_map(|name| fields.get(*name)?.as_f64());
+            match (found.as_f64(), top) {
+                // Stars are counted from one.
+                (Some(stars), Some(top)) if top > 1.0 => {
+                    Some((stars - 1.0) / (top - 1.0)).filter(|r| (0.0..=1.0).contains(r))
+                }
+                _ => rating(found),
+            }
+        }
+        _ => None,
+    }
+}
+
 /// Returns the newest feedback on a prompt, the oldest of it first.
-pub(super) fn newest(mut feedback: Vec<Feedback>) -> Vec<Feedback> {
-    feedback.sort_by_key(|feedback| feedback.event_time_us);
+pub(super) fn newest(mut feedback: Vec<(Feedback, Coordinates)>) -> Vec<(Feedback, Coordinates)> {
+    feedback.sort_by_key(|(feedback, _)| feedback.event_time_us);
     feedback.split_off(feedback.len().saturating_sub(MAX_PER_PROMPT))
 }
 
@@ -196,5 +265,34 @@ impl<'a> Calls<'a> {
             let calls = calls.get(&id?)?.iter().copied().filter(|call| same_tenant(call));
             calls.max_by_key(|call| order(call))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_rating_is_read_where_its_scale_is_plain() {
+        for (value, expected) in [
+            (json!({ "thumb": "up", "comment": "down the road" }), Some(1.0)),
+            (json!({ "thumb": "down" }), Some(0.0)),
+            (json!("👎"), Some(0.0)),
+            (json!(true), Some(1.0)),
+            (json!(-1), Some(0.0)),
+            (json!(0.25), Some(0.25)),
+            (json!({ "rating": 4, "max": 5 }), Some(0.75)),
+            (json!({ "stars": 1, "out_of": 5 }), Some(0.0)),
+            (json!({ "rating": 9, "max": 5 }), None),
+            (json!({ "rating": 4 }), None),
+            (json!({ "value": { "liked": false } }), Some(0.0)),
+            (json!({ "correction": "It is Paris." }), None),
+            (json!("so so"), None),
+            (json!(null), None),
+        ] {
+            assert_eq!(rating(&value), expected, "{value}");
+        }
     }
 }

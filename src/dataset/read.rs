@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use rayon::prelude::*;
 
+use crate::record::Coordinates;
 use crate::table::{Suppressions, Table};
 
 use super::burst::Bursts;
@@ -268,6 +269,43 @@ pub(super) async fn texts<T: Send>(
             tools: columns.optional("tools", i),
         };
         found.par_extend(hits.into_par_iter().map(|(entry, i)| each(entry, text(i))));
+    }
+    Ok(found)
+}
+
+/// Reads what was answered at some places; those where nothing was are not among them.
+pub(super) async fn answers(
+    queries: &Table,
+    places: impl Iterator<Item = &Coordinates>,
+    catalogue: &Catalogue,
+) -> Result<HashMap<Coordinates, String>, DatasetError> {
+    let place = |at: &Coordinates| {
+        let topic = catalogue.words.known(&at.topic)?;
+        Some(Place { topic, partition: at.partition, offset: at.offset, record_index: at.record_index })
+    };
+    let wanted: HashMap<Place, Coordinates> = places.filter_map(|at| Some((place(at)?, at.clone()))).collect();
+    let mut found = HashMap::new();
+    if wanted.is_empty() {
+        return Ok(found);
+    }
+    let columns = r#"topic, partition, "offset", record_index, response"#;
+    let condition = ranges(wanted.keys(), catalogue);
+    let mut scan =
+        queries.scan(&format!("select {columns} from t where response is not null and ({condition})")).await?;
+    while let Some(batch) = scan.next().await? {
+        let columns = Columns::of("queries", &batch)?;
+        for i in 0..batch.num_rows() {
+            let Some(topic) = catalogue.words.known(columns.text("topic", i)?) else { continue };
+            let place = Place {
+                topic,
+                partition: columns.narrow("partition", i)?,
+                offset: columns.number("offset", i)?,
+                record_index: columns.narrow("record_index", i)?,
+            };
+            if let Some(at) = wanted.get(&place) {
+                found.insert(at.clone(), columns.text("response", i)?.to_owned());
+            }
+        }
     }
     Ok(found)
 }

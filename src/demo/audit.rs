@@ -55,6 +55,7 @@ impl Audit {
                 finish_reason: answer.1,
                 prompt_ids: None,
                 token_ids: None,
+                ratings: Vec::new(),
             });
             step.advance(1, "");
         }

@@ -85,6 +85,7 @@ fn each(config: &Config) -> Vec<Finding> {
         finish_reason: FinishReason::Stop,
         prompt_ids: None,
         token_ids: None,
+        ratings: Vec::new(),
     };
     named.into_iter().map(|scorer| one(config, scorer, &item)).collect()
 }

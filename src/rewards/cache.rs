@@ -189,6 +189,7 @@ mod tests {
             finish_reason: crate::record::FinishReason::Stop,
             prompt_ids: None,
             token_ids: None,
+            ratings: Vec::new(),
         };
         let others = [
             Item { workload: Some("w".into()), ..item.clone() },

@@ -48,6 +48,7 @@ impl From<Line> for Item {
             finish_reason: line.finish_reason,
             prompt_ids: None,
             token_ids: None,
+            ratings: Vec::new(),
         }
     }
 }

@@ -15,10 +15,12 @@ pub mod calibration;
 pub mod classifier;
 pub mod command;
 pub mod ensemble;
+mod feedback;
 pub mod http;
 pub mod judge;
 pub mod length;
 pub mod lines;
+mod margins;
 pub mod platt;
 mod quality;
 pub mod reasoning;
@@ -47,6 +49,7 @@ use similarity::{Similarity, SimilarityError};
 use crate::engine::{EngineError, Model};
 use crate::record::{FinishReason, Message, last_user_text};
 
+pub use feedback::Rated;
 pub use settings::{Scorer, Settings};
 pub use workload::{NamedCheck, Workload, Workloads};
 
@@ -64,6 +67,8 @@ pub struct Item {
     pub prompt_ids: Option<Vec<u32>>,
     /// The answer's ids; they win over `response` where a model reads the answer.
     pub token_ids: Option<Vec<u32>>,
+    /// Other answers to the same prompt that users rated.
+    pub ratings: Vec<Rated>,
 }
 
 /// The reward of one answer and what it is made of.
@@ -169,7 +174,7 @@ impl Rewards {
         let used = settings.scorers.iter().filter(|d| settings.uses(&Scorer::Defined(d.name.clone())));
         let defined = used.map(|definition| Loaded::open(definition, kept)).collect::<Result<_, _>>()?;
         let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), defined, base: None };
-        if rewards.settings.uses(&Scorer::Similarity) {
+        if rewards.settings.uses(&Scorer::Similarity) || rewards.settings.uses(&Scorer::Feedback) {
             rewards.similarity_model()?;
         }
         Ok(rewards)
@@ -240,19 +245,6 @@ impl Rewards {
         Ok(by_name)
     }
 
-    /// Returns by how much the training selection finds the first answer of each pair better. With one defined scorer it is
-    /// the difference of its raw scores, else that of the totals.
-    pub fn margins(&self, pairs: &[(Item, Item)]) -> Result<Vec<f64>, RewardError> {
-        if let [Scorer::Defined(name)] = self.settings.train.as_slice()
-            && let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == *name)
-        {
-            return loaded.margins(pairs);
-        }
-        let items: Vec<Item> = pairs.iter().flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
-        let totals: Vec<f64> = self.train(&items)?.into_iter().map(|scored| scored.total).collect();
-        Ok(totals.chunks_exact(2).map(|both| both[0] - both[1]).collect())
-    }
-
     /// Returns version and identity of every scorer that either selection names: what a recorded score was made by.
     pub fn stamps(&self) -> BTreeMap<String, String> {
         let short = |identity: &str| blake3::hash(identity.as_bytes()).to_hex()[..16].to_owned();
@@ -260,7 +252,9 @@ impl Rewards {
             let identity = match scorer {
                 Scorer::Rules => serde_json::json!(self.workloads.iter().collect::<Vec<_>>()).to_string(),
                 Scorer::Brevity => String::new(),
-                Scorer::Similarity => self.similarity.get().map(Similarity::identity).unwrap_or_default(),
+                Scorer::Similarity | Scorer::Feedback => {
+                    self.similarity.get().map(Similarity::identity).unwrap_or_default()
+                }
                 Scorer::Defined(name) => {
                     self.defined.iter().find(|loaded| loaded.name == *name).map(Loaded::identity).unwrap_or_default()
                 }
@@ -305,7 +299,8 @@ impl Rewards {
         let named = |loaded: &&Loaded| selections.iter().any(|(_, s)| s.iter().any(|s| s.name() == loaded.name));
         let defined: BTreeMap<&str, String> =
             self.defined.iter().filter(named).map(|loaded| (loaded.name.as_str(), loaded.identity())).collect();
-        let embeds = selections.iter().any(|(_, scorers)| scorers.contains(&Scorer::Similarity));
+        let embeds = [Scorer::Similarity, Scorer::Feedback];
+        let embeds = selections.iter().any(|(_, scorers)| scorers.iter().any(|scorer| embeds.contains(scorer)));
         let selections: BTreeMap<&str, _> = selections.iter().map(|(name, s)| (*name, scorers(s))).collect();
         let workloads: Vec<&Workload> = self.workloads.iter().collect();
         let mut whole = serde_json::json!({
@@ -363,6 +358,7 @@ impl Rewards {
                 Scorer::Rules => {}
                 Scorer::Brevity => items.iter().zip(&mut drafts).for_each(|(item, draft)| draft.brevity(item)),
                 Scorer::Similarity => self.apply_similarity(items, &mut drafts, effort)?,
+                Scorer::Feedback => self.apply_feedback(items, &mut drafts, effort)?,
                 Scorer::Defined(name) => self.apply_defined(name, items, &mut drafts, effort)?,
             }
         }

@@ -67,7 +67,7 @@ impl Kind {
 }
 
 /// Names that stand for scorers that are always there; `rules` also begins the names of their parts.
-const RESERVED: [&str; 3] = ["rules", "similarity", "brevity"];
+const RESERVED: [&str; 4] = ["rules", "similarity", "feedback", "brevity"];
 
 impl Definition {
     /// Checks name and settings; the message begins with the key.

@@ -23,6 +23,8 @@ pub enum Scorer {
     Rules,
     /// How near the answer's meaning is to the question's (sentence embeddings), a guard against empty form.
     Similarity,
+    /// How near an answer is to what users rated, up or down, of the answers to the same prompt. For training alone.
+    Feedback,
     /// Shortness, 1 / (1 + words / 20). A reward to be gamed: it exists to prove that the gate's guardrails refuse it.
     Brevity,
     /// One of `[[rewards.scorers]]`, by its name.
@@ -35,6 +37,7 @@ impl Scorer {
         match self {
             Scorer::Rules => "rules",
             Scorer::Similarity => "similarity",
+            Scorer::Feedback => "feedback",
             Scorer::Brevity => "brevity",
             Scorer::Defined(name) => name,
         }
@@ -45,7 +48,7 @@ impl Scorer {
     pub fn is_specification(&self) -> bool {
         match self {
             Scorer::Rules | Scorer::Brevity => true,
-            Scorer::Similarity | Scorer::Defined(_) => false,
+            Scorer::Similarity | Scorer::Feedback | Scorer::Defined(_) => false,
         }
     }
 
@@ -53,7 +56,7 @@ impl Scorer {
     /// defined scorer is part of its identity.
     pub fn version(&self) -> u32 {
         match self {
-            Scorer::Rules | Scorer::Similarity | Scorer::Brevity | Scorer::Defined(_) => 1,
+            Scorer::Rules | Scorer::Similarity | Scorer::Feedback | Scorer::Brevity | Scorer::Defined(_) => 1,
         }
     }
 }
@@ -63,6 +66,7 @@ impl From<String> for Scorer {
         match name.as_str() {
             "rules" => Scorer::Rules,
             "similarity" => Scorer::Similarity,
+            "feedback" => Scorer::Feedback,
             "brevity" => Scorer::Brevity,
             _ => Scorer::Defined(name),
         }
@@ -89,8 +93,9 @@ impl JsonSchema for Scorer {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Scorers whose scores make the reward of training: any of "rules", "similarity", "brevity" (shortness, for
-    /// experiments only), and the names of `scorers`.
+    /// Scorers whose scores make the reward of training: any of "rules", "similarity", "feedback" (nearness to the answers to the
+    /// same prompt that users rated; silent where nobody did), "brevity" (shortness, for experiments only), and the names of
+    /// `scorers`.
     pub train: Vec<Scorer>,
     /// Scorers whose scores make the gate's score. With "rules" alone and only hard rules it is the strict pass: 1 or 0.
     pub gate: Vec<Scorer>,
@@ -140,6 +145,11 @@ impl Settings {
                 return Err(format!("{key} names \"{}\" twice: remove one", scorer.name()));
             }
         }
+        if self.gate.contains(&Scorer::Feedback) {
+            return Err("gate names \"feedback\": fresh gate prompts have no rated answers, and what users rated is what training \
+                 learns from; name it in train alone"
+                .into());
+        }
         if !(self.lambda.is_finite() && self.lambda >= 0.0) {
             return Err(format!("lambda = {}: give a number of at least 0", self.lambda));
         }
@@ -166,7 +176,7 @@ impl Settings {
                 scorers.iter().filter_map(|s| if let Scorer::Defined(name) = s { Some(name.as_str()) } else { None });
             if let Some(name) = { defined }.find(unknown) {
                 return Err(format!(
-                    "{key} names \"{name}\": it is none of rules, similarity, brevity, and no [[rewards.scorers]] has this name"
+                    "{key} names \"{name}\": it is none of rules, similarity, feedback, brevity, and no [[rewards.scorers]] has this name"
                 ));
             }
         }

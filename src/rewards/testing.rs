@@ -71,6 +71,7 @@ pub(super) fn items(answers: &[(&str, &str)]) -> Vec<Item> {
         finish_reason: FinishReason::Stop,
         prompt_ids: None,
         token_ids: None,
+        ratings: Vec::new(),
     };
     answers.iter().map(item).collect()
 }

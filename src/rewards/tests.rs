@@ -44,6 +44,7 @@ fn item(workload: &str, response: &str) -> Item {
         finish_reason: FinishReason::Stop,
         prompt_ids: None,
         token_ids: None,
+        ratings: Vec::new(),
     }
 }
 

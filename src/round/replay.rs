@@ -129,6 +129,7 @@ fn score(rewards: &Rewards, prompt: &Prompt, rows: &[CandidateRow]) -> Result<f6
         },
         prompt_ids: None,
         token_ids: Some(row.token_ids.clone()),
+        ratings: Vec::new(),
     };
     let scored = rewards.gate(&rows.iter().map(item).collect::<Vec<_>>())?;
     Ok(scored.iter().map(|s| s.total).sum::<f64>() / scored.len().max(1) as f64)

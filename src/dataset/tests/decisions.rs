@@ -301,6 +301,35 @@ fn late_feedback_joins_the_call_that_it_means() {
 }
 
 #[test]
+fn a_rated_answer_comes_with_its_prompt_where_that_trains() {
+    let (train, gate) = (in_split(Split::Train), in_split(Split::Gate));
+    let call = |offset: i64, number: usize, response: &str, feedback: serde_json::Value| {
+        with(row(offset, &ask(&question(number))), json!({ "response": response, "feedback": feedback }))
+    };
+    let rows = [
+        call(0, train[0], "liked", json!({ "thumb": "up" })),
+        call(1, train[0], "said to be long", json!({ "comment": "long" })),
+        call(2, train[0], "disliked", json!({ "thumb": "down" })),
+        call(3, train[1], "write to bob@example.org", json!({ "thumb": "up" })),
+        call(4, gate[0], "before the gate", json!({ "thumb": "up" })),
+        call(5, train[2], "rated late", json!(null)),
+        with(row(6, &[]), json!({ "kind": "feedback", "request_id": "r-5", "feedback": { "rating": 4, "max": 5 } })),
+    ];
+    let found = World::of(&rows).night();
+    let of = |number: usize| {
+        let hash = prompt_hash(&ask(&question(number)), None);
+        let prompt = all(&found).into_iter().find(|prompt| prompt.prompt_hash == hash).unwrap();
+        let said = prompt.feedback.iter().map(|said| (said.response.as_deref(), said.rating()));
+        said.map(|(answer, rating)| (answer.map(str::to_owned), rating)).collect::<Vec<_>>()
+    };
+    let answer = |text: &str| Some(text.to_owned());
+    assert_eq!(of(train[0]), [(answer("liked"), Some(1.0)), (None, None), (answer("disliked"), Some(0.0))]);
+    assert_eq!(of(train[1]), [(None, Some(1.0))], "an answer with personal data stays where it is");
+    assert_eq!(of(gate[0]), [(None, Some(1.0))], "the gate has no use for it");
+    assert_eq!(of(train[2]), [(answer("rated late"), Some(0.75))]);
+}
+
+#[test]
 fn an_index_that_was_lost_is_made_anew_and_decisions_of_an_older_taod_are_kept() {
     let gate = in_split(Split::Gate)[0];
     let original = ask(&question(gate));

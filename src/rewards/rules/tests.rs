@@ -63,6 +63,12 @@ fn a_schema_pattern_cannot_backtrack() {
 }
 
 #[test]
+fn a_pattern_that_would_backtrack_without_end_ends() {
+    let long = format!("{}!", "a".repeat(100_000));
+    check("kind = 'regex_must'\npattern = '^(a+)+$'", &[(&long, 0.0), ("aaa", 1.0)]);
+}
+
+#[test]
 fn length_counts_each_unit_with_both_bounds_included() {
     check(
         "kind = 'length'\nunit = 'characters'\nmax = 4",
