@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page deb test-deb package-files dist
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page test-templates deb test-deb package-files dist
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-ingest  the log into the table, against the limit and against peers'
 	@echo 'make bench-dataset  1 million prompts clustered and split: seconds and memory'
 	@echo 'make test-page  the admin page in a browser'
+	@echo 'make test-templates  chat templates as TRL ships them, against transformers (6 GB)'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
 	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
 	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
@@ -52,6 +53,14 @@ test-ray: models
 test-vllm: models
 	tools/setup.sh vllm
 	TAOD_REQUIRE=$${TAOD_REQUIRE:-vllm,models} $(CARGO) test $(FLAGS) --test it -- --ignored --nocapture --test-threads 1 vllm
+
+# Chat templates as TRL ships them, rendered by transformers and by taod.
+test-templates:
+	tools/setup.sh engine
+	$(CACHE)/reference/bin/python tools/reference/template_golden.py \
+	  $$($(CACHE)/reference/bin/python -c 'import importlib.util as u; print(u.find_spec("trl").submodule_search_locations[0])')/chat_templates \
+	  >$(CACHE)/templates.json
+	TAOD_TEMPLATES=$(CACHE)/templates.json $(CARGO) test $(FLAGS) --lib -- --nocapture templates_render
 
 # The page in Chromium: what it shows, its actions, its accessibility; SHOTS=DIR keeps the screenshots.
 test-page:

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use settings::Settings;
+pub use settings::{Keep, Settings};
 
 use crate::durable::{self, FileError};
 use crate::engine::train::Base;

@@ -34,8 +34,9 @@ pub enum Command {
 ///
 /// Input lines: {"messages" or "prompt", "chosen", "rejected"}, or {"messages", "response", "reward"}, of which pairs are built;
 /// a user's thumb is a reward of 1 or 0. DIR becomes a model for sequence classification that `transformers` loads and that
-/// [[rewards.scorers]] of kind "classifier" names. Rank, learning rate and the like are those of `tuning`; one step takes
-/// tuning.batch_samples pairs.
+/// [[rewards.scorers]] of kind "classifier" names. Rank, learning rate, epochs and the like are those of `tuning`; one step takes
+/// tuning.batch_samples pairs. Keys of `tuning` that would limit or change training elsewhere and do nothing here (dropout,
+/// memory_mib, command, a rounded precision) are refused.
 #[derive(Debug, Args)]
 pub struct Train {
     /// The model to begin with: a folder in Hugging Face layout, a .gguf file, or a hub id.
@@ -113,13 +114,16 @@ enum Fit {
 
 /// Measure how often texts that argue with a scorer turn its verdict.
 ///
-/// Runs the built-in attacks against each of [[rewards.scorers]] and "similarity", and reports flips beyond those that any
-/// text of the same length causes.
+/// Runs the built-in attacks against each of [[rewards.scorers]] and "similarity", with --workload against its rules too, and reports
+/// flips beyond those that any text of the same length causes.
 #[derive(Debug, Args)]
 pub struct Injections {
     /// Only this scorer.
     #[arg(long, value_name = "NAME")]
     scorer: Option<String>,
+    /// The workload whose rules hold; only for "rules".
+    #[arg(long, value_name = "NAME")]
+    workload: Option<String>,
     /// Print one JSON document a scorer.
     #[arg(long)]
     json: bool,
@@ -187,9 +191,10 @@ fn eval(config: &Config, args: &Eval) -> anyhow::Result<Exit> {
 fn summary(report: &Report) -> String {
     let share = |a: &Accuracy| {
         format!(
-            "{:.1} % of {} pairs, 95 % interval {:.1} to {:.1}",
+            "{:.1} % of {} pairs of {} prompts, 95 % interval {:.1} to {:.1}",
             100.0 * a.accuracy,
             a.pairs,
+            a.prompts,
             100.0 * a.low,
             100.0 * a.high
         )
@@ -297,13 +302,17 @@ fn attack(config: &Config, args: &Injections) -> anyhow::Result<Exit> {
     let defined = || config.rewards.scorers.iter().map(|definition| definition.name.clone());
     let names: Vec<String> = match &args.scorer {
         Some(name) => vec![name.clone()],
-        None => ["similarity".to_owned()].into_iter().chain(defined()).collect(),
+        None => {
+            let rules = args.workload.iter().map(|_| "rules".to_owned());
+            ["similarity".to_owned()].into_iter().chain(rules).chain(defined()).collect()
+        }
     };
     let mut out = Output::stdout();
     for name in names {
         let rewards = single(config, &name)?;
         let report = injections::run(|pairs| {
-            let pairs: Vec<(Item, Item)> = pairs.iter().map(|pair| reward_model::items(pair, None)).collect();
+            let workload = args.workload.as_deref();
+            let pairs: Vec<(Item, Item)> = pairs.iter().map(|pair| reward_model::items(pair, workload)).collect();
             rewards.margins(&pairs)
         })?;
         if args.json {

@@ -60,37 +60,46 @@ pub struct Report {
     pub kinds: BTreeMap<String, Flips>,
 }
 
+/// A pair of answers, as it is and with an attack or a neutral text behind the worse one.
+#[derive(Debug, Clone)]
+pub struct Meeting {
+    pub kind: String,
+    pub plain: Pair,
+    pub neutral: Pair,
+    pub attacked: Pair,
+}
+
 /// Returns the attacks that taod is tested with.
 pub fn attacks() -> Result<Vec<Attack>, serde_json::Error> {
     ATTACKS.lines().map(serde_json::from_str).collect()
 }
 
-/// Runs all attacks. `margins` gives each pair's margin: positive where the scorer finds the better answer better.
-pub fn run(margins: impl Fn(&[Pair]) -> Result<Vec<f64>, RewardError>) -> Result<Report, RewardModelError> {
+/// Returns every attack behind the bad answers of two pairs, so that chance weighs less.
+pub fn meetings() -> Result<Vec<Meeting>, RewardModelError> {
     let damaged = |e: serde_json::Error| RewardModelError::Builtin(e.to_string());
     let attacks = attacks().map_err(damaged)?;
     let lines: Vec<Line> = PAIRS.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(damaged)?;
     let (pairs, _) = pairs::pairs(lines, 1, 0.0).map_err(|e| RewardModelError::Builtin(e.to_string()))?;
-    // Each attack meets two pairs, so that chance weighs less.
-    let meetings: Vec<(&Attack, &Pair)> = (0..2 * attacks.len())
-        .map(|at| (&attacks[at / 2], &pairs[(at * 5 + at / pairs.len()) % pairs.len()]))
-        .collect();
-    let with = |suffix: &dyn Fn(&Attack) -> String| -> Vec<Pair> {
-        let changed = |(attack, pair): &(&Attack, &Pair)| Pair {
-            rejected: format!("{} {}", pair.rejected, suffix(attack)).trim_end().to_owned(),
-            ..(*pair).clone()
-        };
-        meetings.iter().map(changed).collect()
+    let meeting = |at: usize| {
+        let (attack, pair) = (&attacks[at / 2], &pairs[(at * 5 + at / pairs.len()) % pairs.len()]);
+        let with = |text: &str| Pair { rejected: format!("{} {text}", pair.rejected), ..pair.clone() };
+        let neutral = with(&neutral(attack.text.chars().count()));
+        Meeting { kind: attack.kind.clone(), plain: pair.clone(), neutral, attacked: with(&attack.text) }
     };
-    let before = margins(&with(&|_| String::new()))?;
-    let neutral = margins(&with(&|attack| neutral(attack.text.chars().count())))?;
-    let attacked = margins(&with(&|attack| attack.text.clone()))?;
+    Ok((0..2 * attacks.len()).map(meeting).collect())
+}
+
+/// Runs all attacks. `margins` gives each pair's margin: positive where the scorer finds the better answer better.
+pub fn run(margins: impl Fn(&[Pair]) -> Result<Vec<f64>, RewardError>) -> Result<Report, RewardModelError> {
+    let meetings = meetings()?;
+    let of = |pair: fn(&Meeting) -> &Pair| margins(&meetings.iter().map(|m| pair(m).clone()).collect::<Vec<_>>());
+    let (before, neutral, attacked) = (of(|m| &m.plain)?, of(|m| &m.neutral)?, of(|m| &m.attacked)?);
     let (mut overall, mut kinds) = (Flips::default(), BTreeMap::<String, Flips>::new());
-    for (at, (attack, _)) in meetings.iter().enumerate() {
+    for (at, meeting) in meetings.iter().enumerate() {
         overall.count(before[at], neutral[at], attacked[at]);
-        kinds.entry(attack.kind.clone()).or_default().count(before[at], neutral[at], attacked[at]);
+        kinds.entry(meeting.kind.clone()).or_default().count(before[at], neutral[at], attacked[at]);
     }
-    Ok(Report { attacks: attacks.len(), overall, beyond_neutral: overall.beyond_neutral(), kinds })
+    Ok(Report { attacks: meetings.len() / 2, overall, beyond_neutral: overall.beyond_neutral(), kinds })
 }
 
 fn neutral(characters: usize) -> String {

@@ -21,7 +21,7 @@ use self::pairs::Pair;
 use self::training::{MIN_HELD_OUT, Run, Trained, held_out};
 use crate::adapter::Settings;
 use crate::durable::{self, FileError};
-use crate::engine::{EngineError, Model, padding_id, save_classifier};
+use crate::engine::{EngineError, Model, Precision, padding_id, save_classifier};
 use crate::progress::Progress;
 use crate::record::FinishReason;
 use crate::rewards::{Item, RewardError};
@@ -66,6 +66,7 @@ pub fn train<'a>(
     progress: &Progress,
 ) -> Result<Card<'a>, RewardModelError> {
     settings.validate().map_err(RewardModelError::Settings)?;
+    refuse_unused(settings)?;
     let held = held_out(pairs, share, seed);
     if held.len() < MIN_HELD_OUT {
         return Err(RewardModelError::Few { what: "pairs held out", found: held.len(), least: MIN_HELD_OUT });
@@ -77,6 +78,23 @@ pub fn train<'a>(
     let card = Card { base: model.identity(), seed, held_out_share: share, tuning: settings, trained };
     durable::write_json(&out.join("taod_reward.json"), &card)?;
     Ok(card)
+}
+
+/// Refuses keys that were set for a trainer of policies and would do nothing here. What an operator reads as a limit must be one.
+fn refuse_unused(settings: &Settings) -> Result<(), RewardModelError> {
+    let default = Settings::default();
+    let unused = [
+        ("dropout", settings.dropout != default.dropout, "nothing is dropped here"),
+        ("memory_mib", settings.memory_mib != default.memory_mib, "memory is not limited here; lower batch_tokens"),
+        ("command", settings.command != default.command, "taod itself trains here"),
+        ("precision", !matches!(settings.precision, Precision::Auto | Precision::F32), "weights are f32 here"),
+    ];
+    match unused.into_iter().find(|(_, is_set, _)| *is_set) {
+        Some((key, _, why)) => Err(RewardModelError::Settings(format!(
+            "{key} does nothing for a reward model ({why}): train under a config without it"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Reports how often the better answer of a pair wins. `margins` tells by how much the first of two answers is better.
@@ -98,6 +116,7 @@ pub fn items(pair: &Pair, workload: Option<&str>) -> (Item, Item) {
         finish_reason: FinishReason::Stop,
         prompt_ids: None,
         token_ids: None,
+        ratings: Vec::new(),
     };
     (item(&pair.chosen), item(&pair.rejected))
 }

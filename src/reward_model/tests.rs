@@ -119,3 +119,20 @@ fn too_few_pairs_are_refused() {
     let refused = train((&path, &model), &taught(), &wrong, (0.3, 1), out.path(), &Progress::silent());
     assert!(refused.map(|_| ()).unwrap_err().to_string().starts_with("tuning.rank"));
 }
+
+#[test]
+fn keys_that_would_do_nothing_are_refused() {
+    let (path, model) = load("tiny-llama");
+    let folder = tempfile::tempdir().unwrap();
+    for (key, settings) in [
+        ("tuning.dropout", Settings { dropout: 0.1, ..settings() }),
+        ("tuning.memory_mib", Settings { memory_mib: 1000, ..settings() }),
+        ("tuning.command", Settings { command: vec!["trainer".into()], ..settings() }),
+        ("tuning.precision", Settings { precision: crate::engine::Precision::Int16, ..settings() }),
+    ] {
+        let silent = crate::progress::Progress::silent();
+        let refused = train((&path, &model), &taught(), &settings, (0.2, 1), folder.path(), &silent);
+        let message = refused.err().unwrap().to_string();
+        assert!(message.starts_with(key) && message.contains("without it"), "{message}");
+    }
+}

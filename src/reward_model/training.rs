@@ -13,9 +13,9 @@ use serde::Serialize;
 use super::RewardModelError;
 use super::accuracy::Report;
 use super::pairs::Pair;
-use crate::adapter::Settings;
 use crate::adapter::optimizer::{AdamW, clip, learning_rate};
-use crate::engine::train::{Base, LoraMatrices, TextGroup};
+use crate::adapter::{Keep, Settings};
+use crate::engine::train::{Activations, Base, LoraMatrices, TextGroup};
 use crate::engine::{Adapter, Model, ScoreHead, WeightForm};
 use crate::progress::Progress;
 use crate::record::{Message, derive_seed};
@@ -71,7 +71,10 @@ impl<'a> Run<'a> {
         padding: u32,
         seed: u64,
     ) -> Result<Self, RewardModelError> {
-        let base = Base::new(model.config(), model.weights(), WeightForm::F32)?;
+        let mut base = Base::new(model.config(), model.weights(), WeightForm::F32)?;
+        if settings.activations == Keep::Recompute {
+            base.activations = Activations::Again;
+        }
         let lora = LoraMatrices::fresh(model.config(), &settings.lora(), derive_seed(seed, &["reward-lora"]));
         let head = ScoreHead { weight: vec![0.0; model.config().hidden_size], padding };
         let (adam, head_adam) = (AdamW::new(&lora.values), AdamW::new(std::slice::from_ref(&head.weight)));
