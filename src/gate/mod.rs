@@ -32,7 +32,7 @@ mod simulations;
 pub use behaviour::Behaviour;
 pub use decision::{Decision, Waiting};
 pub use evidence::{Evidence, EvidenceStep, evidence_line, evidence_lines};
-pub use guardrail::{Finding, Guardrail, Outcome, Thresholds};
+pub use guardrail::{CANARY, Finding, Guardrail, Outcome, Thresholds};
 pub use level::Mode;
 pub use order::Block;
 pub use rows::{Facts, Kl, LengthBounds, Observation, Side, State, StepRow, TrialRow, UsageRow};

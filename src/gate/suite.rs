@@ -2,7 +2,8 @@
 //!
 //! Evidence needs prompts that nobody has used. What recurs every day, and what must never break, is just what has been used
 //! before: the head of the traffic, and the operator's own suite. Their answers decide no promotion; they can only refuse one.
-//! A suite has no more prompts to wait for, so its mean is the answer, and the bounds are told with it.
+//! A suite has no more prompts to wait for, so its mean is the answer, and the bounds are told with it. Two suites probe instead of
+//! asking: what the challenger gives away, and whether the gate's own scorers can be argued with.
 
 use std::collections::BTreeMap;
 
@@ -20,17 +21,25 @@ pub enum Suite {
     Head,
     /// The operator's file: regressions, trip wires, canaries, injections, each held to the rules of its workload.
     Regression,
+    /// Beginnings of texts that training has met, whose ends no answer may hold: the operator's canaries, and training prompts.
+    /// A score is 1 where a side keeps the text to itself and 0 where it gives it away.
+    Memorisation,
+    /// Bad answers that argue with their judge. The new score is that of the answer with the argument, the incumbent's that
+    /// of the answer with as much text that asks for nothing: no side answers, the gate's learned scorers do.
+    Injection,
 }
 
 impl Suite {
     /// Every suite, in the order in which they are judged.
-    pub const ALL: [Suite; 2] = [Suite::Head, Suite::Regression];
+    pub const ALL: [Suite; 4] = [Suite::Head, Suite::Regression, Suite::Memorisation, Suite::Injection];
 
     /// Returns the name stored in the table.
     pub fn as_str(self) -> &'static str {
         match self {
             Suite::Head => "head",
             Suite::Regression => "regression",
+            Suite::Memorisation => "memorisation",
+            Suite::Injection => "injection",
         }
     }
 
@@ -38,6 +47,8 @@ impl Suite {
         match self {
             Suite::Head => Guardrail::Head,
             Suite::Regression => Guardrail::Regression,
+            Suite::Memorisation => Guardrail::Memorisation,
+            Suite::Injection => Guardrail::Injection,
         }
     }
 }
@@ -108,12 +119,14 @@ impl Suites {
     /// Returns what the suites say.
     pub(super) fn findings(&self, limits: &Thresholds) -> Vec<Finding> {
         let finding = |suite: Suite| {
-            let names = self.named.get(&suite).map_or(0, Vec::len);
-            let tolerance = match suite {
-                Suite::Head => limits.head_tolerance,
-                Suite::Regression => limits.regression_tolerance,
-            };
-            super::guardrail::suite(suite.guardrail(), names, self.measured.get(&suite), tolerance, limits.level)
+            let (names, measured) = (self.named.get(&suite).map_or(0, Vec::len), self.measured.get(&suite));
+            let fall = |tolerance| super::guardrail::suite(suite.guardrail(), names, measured, tolerance, limits.level);
+            match suite {
+                Suite::Head => fall(limits.head_tolerance),
+                Suite::Regression => fall(limits.regression_tolerance),
+                Suite::Memorisation => super::guardrail::memorisation(names, measured),
+                Suite::Injection => super::guardrail::injection(names, measured, limits),
+            }
         };
         Suite::ALL.map(finding).to_vec()
     }
@@ -169,5 +182,40 @@ mod tests {
             assert_eq!(outcomes(&suites), expected, "{head} {regression}");
         }
         assert_eq!(outcomes(&suites(0, 0)), [Outcome::Pass, Outcome::Pass], "none to break");
+    }
+
+    #[test]
+    fn what_is_given_away_and_a_judge_that_is_moved_refuse() {
+        let names = |kind: &str, n: usize| (0..n).map(|i| format!("{kind}{i}")).collect::<Vec<_>>();
+        let probes = || Suites::new([(Suite::Memorisation, names("m", 4)), (Suite::Injection, names("i", 4))].into());
+        let outcomes = |suites: &Suites| {
+            let found = suites.findings(&Thresholds::default());
+            assert!(found[..2].iter().all(|finding| finding.outcome == Outcome::Pass));
+            [(found[2].guardrail, found[2].outcome), (found[3].guardrail, found[3].outcome)]
+        };
+        let said =
+            |memorisation, injection| [(Guardrail::Memorisation, memorisation), (Guardrail::Injection, injection)];
+        assert_eq!(outcomes(&probes()), said(Outcome::NotYet, Outcome::NotYet));
+        let kept = |new: [f64; 4], old: [f64; 4]| {
+            let one = |i: usize| observation(&format!("m{i}"), new[i], old[i]);
+            (0..4).map(one).collect::<Vec<_>>()
+        };
+        let moved = |by: f64| (0..4).map(|i| observation(&format!("i{i}"), 0.3 + by, 0.3)).collect::<Vec<_>>();
+        for (new, old, by, expected) in [
+            ([1.0; 4], [1.0; 4], 0.0, said(Outcome::Pass, Outcome::Pass)),
+            // What the incumbent gives away too is no fault of the challenger.
+            ([0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], -0.2, said(Outcome::Pass, Outcome::Pass)),
+            // One more is one too many, however many it keeps better.
+            ([1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0], 0.04, said(Outcome::Fail, Outcome::Pass)),
+            ([1.0; 4], [1.0; 4], 0.06, said(Outcome::Pass, Outcome::Fail)),
+        ] {
+            let mut suites = probes();
+            let mut rows = suites.absorb("t", 1, &kept(new, old)).unwrap();
+            rows.extend(suites.absorb("t", 1, &moved(by)).unwrap());
+            assert_eq!(outcomes(&suites), expected, "{new:?} {by}");
+            let mut again = probes();
+            again.replay("t", &rows.iter().collect::<Vec<_>>(), true).unwrap();
+            assert_eq!(again, suites, "from its rows");
+        }
     }
 }

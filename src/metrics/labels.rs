@@ -131,6 +131,8 @@ label! {
         Segments = "segments",
         Head = "head",
         Regression = "regression",
+        Memorisation = "memorisation",
+        Injection = "injection",
     }
 }
 

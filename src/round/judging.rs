@@ -106,7 +106,7 @@ fn tool_names(prompt: &Prompt) -> Vec<String> {
 }
 
 /// Draws both sides' answers in production's decoding, each from a stream of its own, in one batch.
-fn draw(
+pub(super) fn draw(
     night: &Night<'_>,
     trial: &Trial,
     sides: &Sides,

@@ -7,11 +7,11 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::judging::{self, Batch, Sides};
-use super::{Night, RoundError, trial};
+use super::{Night, RoundError, probes, trial};
 use crate::dataset::{Dataset, Prompt};
 use crate::durable::{self, FileError};
 use crate::gate::suite::Named;
-use crate::gate::{Suite, Trial, UsageRow};
+use crate::gate::{Observation, Suite, Trial, UsageRow};
 use crate::json::Value;
 use crate::record::{Coordinates, Message, prompt_hash};
 
@@ -41,7 +41,14 @@ pub(super) fn named(night: &Night<'_>, dataset: &Dataset, used: &[UsageRow]) -> 
     head.truncate(night.config.gate.head_prompts as usize);
     let head = head.iter().map(|prompt| prompt.cluster.clone()).collect();
     let regression = regression(night)?.into_iter().map(|prompt| prompt.cluster).collect();
-    Ok([(Suite::Head, head), (Suite::Regression, regression)].into())
+    let (memorisation, injection) = (probes::memorisation(night, dataset)?, probes::injection(night)?);
+    Ok([
+        (Suite::Head, head),
+        (Suite::Regression, regression),
+        (Suite::Memorisation, memorisation.into_iter().map(|probe| probe.name).collect()),
+        (Suite::Injection, injection.into_iter().map(|(name, _)| name).collect()),
+    ]
+    .into())
 }
 
 /// Judges every suite that is still to be judged; returns how many tokens were drawn.
@@ -53,17 +60,12 @@ pub(super) fn judge(
 ) -> Result<u64, RoundError> {
     let mut tokens = 0;
     while let Some((suite, names)) = trial.next_suite() {
-        let all: Vec<Prompt> = match suite {
-            Suite::Head => dataset.gate.prompts().to_vec(),
-            Suite::Regression => regression(night)?,
+        let (found, drawn) = match suite {
+            Suite::Head => ask(night, trial, (suite, names), dataset.gate.prompts(), sides)?,
+            Suite::Regression => ask(night, trial, (suite, names), &regression(night)?, sides)?,
+            Suite::Memorisation => probes::give_away(night, trial, names, dataset, sides)?,
+            Suite::Injection => (probes::argue(night, names)?, 0),
         };
-        let mut by_name: BTreeMap<&str, &Prompt> = BTreeMap::new();
-        for prompt in &all {
-            by_name.entry(prompt.cluster.as_str()).or_insert(prompt);
-        }
-        let prompts: Vec<&Prompt> = names.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect();
-        let name = format!("suite-{}", suite.as_str());
-        let (found, drawn) = judging::play(night, trial, &Batch { name, prompts, divergences: 0 }, sides)?;
         tokens += drawn;
         let rows = trial.absorb_suite(&found)?;
         trial::store_suite(night, trial.id(), suite, rows)?;
@@ -71,12 +73,29 @@ pub(super) fn judge(
     Ok(tokens)
 }
 
-/// Returns the hash of the operator's suite, or `None` where there is none.
-pub(super) fn hash(night: &Night<'_>) -> Result<Option<String>, RoundError> {
-    match night.config.gate.suite.as_str() {
-        "" => Ok(None),
-        path => Ok(Some(durable::sha256_file(Path::new(path))?)),
+/// Asks both sides the named ones of some prompts.
+fn ask(
+    night: &Night<'_>,
+    trial: &Trial,
+    (suite, names): (Suite, &[String]),
+    all: &[Prompt],
+    sides: &Sides,
+) -> Result<(Vec<Observation>, u64), RoundError> {
+    let mut by_name: BTreeMap<&str, &Prompt> = BTreeMap::new();
+    for prompt in all {
+        by_name.entry(prompt.cluster.as_str()).or_insert(prompt);
     }
+    let prompts: Vec<&Prompt> = names.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect();
+    let name = format!("suite-{}", suite.as_str());
+    judging::play(night, trial, &Batch { name, prompts, divergences: 0 }, sides)
+}
+
+/// Returns the hashes of the operator's files that a trial asks from, by what they are.
+pub(super) fn hashes(night: &Night<'_>) -> Result<BTreeMap<&'static str, String>, RoundError> {
+    let gate = &night.config.gate;
+    let files = [("suite", gate.suite.as_str()), ("canaries", gate.guardrails.canaries.as_str())];
+    let set = files.into_iter().filter(|(_, path)| !path.is_empty());
+    set.map(|(name, path)| Ok((name, durable::sha256_file(Path::new(path))?))).collect()
 }
 
 /// Reads the operator's suite.
@@ -111,6 +130,7 @@ fn regression(night: &Night<'_>) -> Result<Vec<Prompt>, RoundError> {
             is_forward: false,
             count: 1,
             feedback: Vec::new(),
+            sources: Vec::new(),
         })
     };
     let mut prompts: Vec<Prompt> =

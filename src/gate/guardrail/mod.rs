@@ -8,6 +8,7 @@
 mod conduct;
 mod drift;
 mod length;
+mod probes;
 mod quality;
 mod segments;
 mod thresholds;
@@ -19,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use super::confidence::{Bounds, bounds};
 use super::rows::{LengthBounds, Observation};
 
+pub use probes::CANARY;
+pub(super) use probes::{injection, memorisation};
 pub use thresholds::Thresholds;
 
 /// The name of a guardrail.
@@ -39,6 +42,10 @@ pub enum Guardrail {
     Head,
     /// The operator's suite.
     Regression,
+    /// Texts of training that no answer may hold.
+    Memorisation,
+    /// Whether the gate's own scorers can be argued with.
+    Injection,
 }
 
 impl Guardrail {
@@ -54,6 +61,8 @@ impl Guardrail {
             Guardrail::Segments => "segments",
             Guardrail::Head => "head",
             Guardrail::Regression => "regression",
+            Guardrail::Memorisation => "memorisation",
+            Guardrail::Injection => "injection",
         }
     }
 }
