@@ -30,7 +30,7 @@ use super::{
 const POSITION: &str = "taod/splits";
 
 /// How often a decision that another writer overtook is made again.
-const ATTEMPTS: usize = 5;
+pub(super) const ATTEMPTS: usize = 5;
 
 /// Prompts that are placed and stored at once.
 const BATCH: usize = 50_000;
@@ -225,7 +225,7 @@ async fn store_templates(
 }
 
 /// Returns the step that the next decision makes.
-async fn next(splits: &mut Table) -> Result<TxnStep, DatasetError> {
+pub(super) async fn next(splits: &mut Table) -> Result<TxnStep, DatasetError> {
     let position = splits.txn(POSITION).await?;
     Ok(TxnStep { app_id: POSITION.to_owned(), expect: position, set: position.unwrap_or(0) + 1 })
 }
@@ -264,15 +264,25 @@ async fn prompts(
     mut said: Found,
 ) -> Result<[Vec<Prompt>; 3], DatasetError> {
     let mut parts = [Vec::new(), Vec::new(), Vec::new()];
+    // A correction may quote what the prompt itself does not hold.
+    let is_clean = |text: &str| secrets::kinds(text).is_empty();
+    for said in said.by_prompt.values_mut() {
+        said.retain(|(feedback, _)| is_clean(&feedback.value.to_string()));
+        *said = feedback::newest(std::mem::take(said));
+    }
+    let rated = selected.train.iter().filter_map(|chosen| said.by_prompt.get(&chosen.entry)).flatten();
+    let rated = rated.filter(|(feedback, _)| feedback.rating().is_some()).map(|(_, place)| place);
+    let answers = read::answers(queries, rated, catalogue).await?;
+    for (feedback, place) in said.by_prompt.values_mut().flatten() {
+        feedback.response = answers.get(&*place).filter(|answer| is_clean(answer)).cloned();
+    }
     for (part, chosen) in parts.iter_mut().zip([&selected.train, &selected.gate, &selected.audit]) {
         let wanted: Vec<u32> = chosen.iter().map(|chosen| chosen.entry).collect();
         let texts = read::texts(queries, &wanted, catalogue, |entry, text| (entry, text.read())).await?;
         let mut texts: HashMap<u32, _> = texts.into_iter().collect();
         for Chosen { entry, count } in chosen {
-            let mut feedback = said.by_prompt.remove(entry).unwrap_or_default();
-            // A correction may quote what the prompt itself does not hold.
-            feedback.retain(|feedback| secrets::kinds(&feedback.value.to_string()).is_empty());
-            let feedback = feedback::newest(feedback);
+            let feedback = said.by_prompt.remove(entry).unwrap_or_default();
+            let feedback = feedback.into_iter().map(|(feedback, _)| feedback).collect();
             // It was read when it was placed, so it can be read again.
             let text = texts.remove(entry).flatten();
             part.extend(text.and_then(|(messages, tools)| {
@@ -297,6 +307,7 @@ async fn prompts(
                     is_forward: rows.event_time_us >= selected.forward_from_us,
                     count: *count,
                     feedback,
+                    sources: Vec::new(),
                 })
             }));
         }

@@ -69,10 +69,12 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Returns why there is too little to train on, or `None` where there is enough.
-    pub fn shortfall(&self) -> Option<String> {
-        let (found, needed) = (self.train.prompts, self.settings.min_train_prompts as u64);
-        (found < needed).then(|| format!("{found} training prompts, fewer than min_train_prompts ({needed})"))
+    /// Returns why there is too little to train on together with so many made prompts, or `None` where there is enough.
+    pub fn shortfall(&self, made: u64) -> Option<String> {
+        let (logged, needed) = (self.train.prompts, self.settings.min_train_prompts as u64);
+        let made_too = if made > 0 { format!(" and {made} made ones") } else { String::new() };
+        let why = || format!("{logged} training prompts{made_too}, fewer than min_train_prompts ({needed})");
+        (logged + made < needed).then(why)
     }
 
     fn own_hash(&self) -> Result<String, durable::FileError> {

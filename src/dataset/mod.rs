@@ -20,7 +20,7 @@
 //! belongs to whom), `census` (what becomes of rows), `burst` and `secrets` (what must not train), `workload` (which kind of traffic),
 //! `catalogue` (what stands in memory), `select`, `draw` and `history` (which prompts a round gets), `feedback` (what was
 //! said of an answer), `population` (whether traffic changed), `manifest` (files), `explain` (in words), `read` and `freeze`
-//! (tables).
+//! (tables), [`synthetic`] (prompts that are made where there are too few).
 
 mod burst;
 mod catalogue;
@@ -41,6 +41,7 @@ mod select;
 mod settings;
 mod sketch;
 mod split;
+pub mod synthetic;
 mod text;
 mod workload;
 
@@ -90,6 +91,16 @@ pub struct Prompt {
     /// What was said of the answers to it, the oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub feedback: Vec<Feedback>,
+    /// The logged prompts that it was made from, where it is synthetic; empty for a logged one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<String>,
+}
+
+impl Prompt {
+    /// Returns true where a model made it of logged ones.
+    pub fn is_synthetic(&self) -> bool {
+        !self.sources.is_empty()
+    }
 }
 
 /// What became of the rows.
@@ -142,6 +153,11 @@ pub enum DatasetError {
     Changed { path: PathBuf, expected: String, found: String },
     #[error("cluster {cluster} stands in both {first} and {second} of {path}: remove the folder and freeze again")]
     Leak { path: PathBuf, cluster: String, first: &'static str, second: &'static str },
+    #[error(
+        "{path} holds the made prompt {prompt}, which comes from no prompt of the training split: remove the folder and make \
+         them again"
+    )]
+    Orphan { path: PathBuf, prompt: String },
     #[error("table splits was changed by another writer {attempts} times in a row: stop the other daemon and retry")]
     Contended { attempts: usize },
 }

@@ -55,22 +55,34 @@ pub(super) fn prepare(
     let rows = known.rows.as_ref()?;
     let facts = facts(&messages, tools.as_ref());
     let workload = workloads.find(rows.workloads, facts.system).map(|view| view.name.as_str());
-    let variable = boilerplate.variable(workload, &messages, tools.as_ref());
-    let turn = variable.as_ref().map_or("", |variable| variable.turn.as_str());
-    let named = |of: fn(&super::text::Variable) -> u64| variable.as_ref().map_or(0, of);
-    let record = Record {
-        id: id_of(&known.hash),
-        context: named(|variable| variable.context),
-        text: hash(turn),
-        conversation: rows.conversation,
-        start: named(|variable| variable.start),
-        tail: named(|variable| variable.tail),
-        sketch: Sketch::of(turn),
-    };
+    let record = record(&known.hash, workload, rows.conversation, (&messages, tools.as_ref()), boilerplate);
     Some(Prepared { entry, record, facts })
 }
 
-fn facts(messages: &[Message], tools: Option<&Value>) -> Facts {
+/// Returns what of a prompt's text is compared with others.
+pub(super) fn record(
+    prompt: &[u8; 32],
+    workload: Option<&str>,
+    conversation: u64,
+    (messages, tools): (&[Message], Option<&Value>),
+    boilerplate: &Boilerplate,
+) -> Record {
+    let variable = boilerplate.variable(workload, messages, tools);
+    let turn = variable.as_ref().map_or("", |variable| variable.turn.as_str());
+    let named = |of: fn(&super::text::Variable) -> u64| variable.as_ref().map_or(0, of);
+    Record {
+        id: id_of(prompt),
+        context: named(|variable| variable.context),
+        text: hash(turn),
+        conversation,
+        start: named(|variable| variable.start),
+        tail: named(|variable| variable.tail),
+        sketch: Sketch::of(turn),
+    }
+}
+
+/// Reads what is kept of a text beside its place.
+pub(super) fn facts(messages: &[Message], tools: Option<&Value>) -> Facts {
     let all: Vec<String> = messages.iter().map(Message::plain_text).collect();
     let texts: usize = all.iter().map(|text| text.chars().count()).sum();
     let chars = texts + tools.map_or(0, |tools| tools.to_string().chars().count());

@@ -250,6 +250,7 @@ mod tests {
             is_forward: false,
             count: 1,
             feedback: Vec::new(),
+            sources: Vec::new(),
         }
     }
 

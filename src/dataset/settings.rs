@@ -59,6 +59,8 @@ pub struct Settings {
     pub max_held_prompts: usize,
     /// Fewest training prompts; a round with fewer is skipped. At least 1.
     pub min_train_prompts: usize,
+    /// Prompts that are made where a workload has too few to train on.
+    pub synthetic: super::synthetic::Settings,
     /// The alarm that tonight's prompts are not like those of the rounds before.
     pub population: super::population::Settings,
 }
@@ -86,6 +88,7 @@ impl Default for Settings {
             max_train_prompts: 2000,
             max_held_prompts: 20_000,
             min_train_prompts: 32,
+            synthetic: super::synthetic::Settings::default(),
             population: super::population::Settings::default(),
         }
     }
@@ -155,6 +158,7 @@ impl Settings {
             let known: Vec<&str> = secrets::all_kinds().collect();
             return Err(format!("allow_kinds holds {kind:?}: give any of {}", known.join(", ")));
         }
+        self.synthetic.validate().map_err(|problem| format!("synthetic.{problem}"))?;
         self.population.validate()?;
         at_least("max_held_prompts", self.max_held_prompts, 1)?;
         at_least("min_train_prompts", self.min_train_prompts, 1)?;

@@ -5,4 +5,5 @@ mod decisions;
 mod files;
 mod filters;
 mod leaks;
+mod synthetic;
 mod world;

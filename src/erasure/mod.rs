@@ -76,6 +76,9 @@ impl Erasure {
         let mut receipt = Receipt::begin(subject, self.user_key.as_deref());
         let (mut prompts, mut records) = (HashSet::new(), HashSet::new());
         for name in [Name::Queries, Name::DeadLetters, Name::Candidates] {
+            if name == Name::Candidates {
+                prompts.extend(round::erase::made(&self.paths, &self.tables, &prompts).await?);
+            }
             let Some(selection) = self.selection(name, subject, &prompts, &records)? else { continue };
             if !self.tables.exists(name).await? {
                 continue;
@@ -123,6 +126,7 @@ impl Erasure {
         let rounds = round::erase::erase(&self.paths, &self.tables, &plan.prompts, &plan.receipt.id).await?;
         plan.receipt.rounds.extend(rounds.rounds);
         plan.receipt.round_lines += rounds.lines;
+        plan.prompts.extend(rounds.made);
         plan.receipt.stopped_round = rounds.stopped.or(plan.receipt.stopped_round.take());
         plan.save()?;
         self.take_from(Name::Candidates, &mut plan).await?;

@@ -151,7 +151,8 @@ pub fn prompt(paths: &Paths, prompt_hash: &str, newest: usize) -> Result<Option<
             continue;
         }
         let dataset = dataset::load(&folder)?;
-        let all = dataset.train.prompts().iter().chain(dataset.gate.prompts());
+        let train = dataset::synthetic::extended(&paths.round(id).join(super::SYNTHETIC), &dataset.train)?;
+        let all = train.prompts().iter().chain(dataset.gate.prompts());
         if let Some(found) = all.into_iter().find(|prompt| prompt.prompt_hash == prompt_hash) {
             return Ok(Some(found.clone()));
         }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{Paths, RoundError, StageReport, state};
 use crate::config::Config;
-use crate::dataset::{self, Explained, Manifest};
+use crate::dataset::{self, Explained, Manifest, synthetic};
 use crate::record::{Message, derive_seed};
 
 /// Characters of a token, about, in the languages of most prompts.
@@ -21,6 +21,8 @@ pub struct Forecast {
     pub manifest: Manifest,
     /// Why it would be skipped, if it would.
     pub shortfall: Option<String>,
+    /// Prompts that would be made for workloads with too few, at most.
+    pub synthetic: Vec<synthetic::Need>,
     /// Answers that would be drawn for training, in all iterations.
     pub answers: u64,
     /// Tokens of the prompts, about.
@@ -53,11 +55,14 @@ pub fn forecast(config: &Config) -> Result<Forecast, RoundError> {
     let chars = |message: &Message| message.plain_text().chars().count();
     let chars: usize = train.iter().flat_map(|prompt| &prompt.messages).map(chars).sum();
     let passes = config.tuning.iterations as u64;
-    let per_pass = manifest.train.prompts * config.candidates.samples_per_prompt as u64;
+    let synthetic = synthetic::needs(&train, &config.dataset.synthetic, |_| true);
+    let made: u64 = synthetic.iter().map(|need| need.wanted as u64).sum();
+    let per_pass = (manifest.train.prompts + made) * config.candidates.samples_per_prompt as u64;
     let rates = Rates::newest(&paths)?;
     let most = per_pass * passes * config.candidates.max_tokens as u64;
     Ok(Forecast {
-        shortfall: manifest.shortfall(),
+        shortfall: manifest.shortfall(made),
+        synthetic,
         answers: per_pass * passes,
         prompt_tokens: (chars as f64 / CHARS_PER_TOKEN).ceil() as u64,
         answer_tokens: rates
@@ -73,6 +78,7 @@ impl Forecast {
     /// Returns it in plain words; with a price, what it costs.
     pub fn explain(&self, price_per_hour: Option<f64>) -> String {
         let mut lines = vec![Explained(&self.manifest).to_string()];
+        lines.extend(synthetic::told(&self.synthetic, &self.manifest.settings.synthetic));
         if let Some(reason) = &self.shortfall {
             lines.push(format!("it would be skipped: {reason}"));
         }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::state::ERASED;
 use super::{Paths, RoundError, book, rows};
+use crate::dataset::synthetic;
 use crate::durable::{self, FileError};
 use crate::table::{Name, Tables};
 
@@ -29,6 +30,9 @@ pub struct Rounds {
     pub lines: u64,
     /// The round that was running on them and was stopped.
     pub stopped: Option<String>,
+    /// Prompts that were made from them, and questions that showed them: as much the subject's.
+    #[serde(skip)]
+    pub made: HashSet<String>,
 }
 
 /// Returns the rounds whose files name one of the prompts; changes nothing.
@@ -76,6 +80,9 @@ pub async fn erase(
     if lock.is_some() {
         remove_left_over(paths)?;
     }
+    // Not before: until it was stopped, a round may have made more.
+    done.made = made(paths, tables, prompts).await?;
+    let prompts: &HashSet<String> = &prompts.union(&done.made).cloned().collect();
     let mut affected = find(paths, prompts)?;
     affected.extend(folders(paths)?.into_iter().filter(|id| receipts(paths, id).iter().any(|named| named == receipt)));
     for id in affected {
@@ -87,6 +94,25 @@ pub async fn erase(
     }
     drop(lock);
     Ok(done)
+}
+
+/// Returns the prompts that were made from some, and the questions by which they were asked for.
+pub async fn made(paths: &Paths, tables: &Tables, prompts: &HashSet<String>) -> Result<HashSet<String>, RoundError> {
+    let mut made = synthetic::children(tables, prompts).await?;
+    for id in folders(paths)? {
+        let folder = paths.round(&id).join(super::SYNTHETIC);
+        if !folder.exists() {
+            continue;
+        }
+        for file in files(&folder)?.iter().filter(|file| is_lines(file)) {
+            for line in read(file)?.lines() {
+                let about: Option<synthetic::AskLine> = serde_json::from_str(line).ok();
+                let about = about.filter(|about| about.sources.iter().any(|source| prompts.contains(source)));
+                made.extend(about.map(|about| about.prompt_hash));
+            }
+        }
+    }
+    Ok(made)
 }
 
 /// Ends the process that runs a round and returns the lock it held.

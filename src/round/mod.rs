@@ -24,10 +24,12 @@ mod formats;
 mod judging;
 pub mod live;
 pub mod population;
+mod probes;
 pub mod replay;
 mod rows;
 mod state;
 mod suites;
+mod synthetic;
 mod train;
 mod trial;
 pub mod view;
@@ -36,6 +38,7 @@ pub use brake::{Brake, Budget};
 pub use dry_run::{Forecast, forecast};
 pub use formats::formats;
 pub use state::{Control, Paths, Plan};
+pub use synthetic::FOLDER as SYNTHETIC;
 
 use crate::adapter::TuneError;
 use crate::candidates::CandidateError;
@@ -49,6 +52,7 @@ use crate::layout::{self, LayoutError};
 use crate::progress::Progress;
 use crate::record::{Message, derive_seed};
 use crate::registry::{Base, Lineage, OffsetRange, Promotion, Registry, RegistryError};
+use crate::reward_model::RewardModelError;
 use crate::rewards::anchors::AnchorError;
 use crate::rewards::{RewardError, Rewards, Workload};
 use crate::table::{Name, TableError, Tables};
@@ -77,6 +81,10 @@ pub enum RoundError {
     Unproven { round: String, reason: String },
     #[error("gate.suite {path}, line {line}: {why}")]
     Suite { path: String, line: usize, why: String },
+    #[error("gate.guardrails.canaries {path}, line {line}: {why}")]
+    Canary { path: String, line: usize, why: String },
+    #[error(transparent)]
+    RewardModel(#[from] RewardModelError),
     #[error(
         "trial {trial} was judged by other scorers ({then}) than the config names now ({now}): replay it under the config of \
          then"
@@ -426,7 +434,9 @@ impl Night<'_> {
 
     fn lineage(&self, dataset: &dataset::Dataset) -> Lineage {
         let base = Base { name: self.plan.base.name.clone(), sha256: self.plan.base.sha256.clone() };
+        let made = dataset::synthetic::peek(&self.folder.join(SYNTHETIC)).ok().flatten();
         let notes = [
+            ("synthetic_sha256", made.map_or("none".to_string(), |made| made.sha256)),
             ("settings_sha256", self.plan.settings_sha256.clone()),
             ("seed", self.plan.seed.to_string()),
             ("control", self.plan.control.map_or("none".to_string(), |c| format!("{c:?}"))),

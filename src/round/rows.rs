@@ -76,13 +76,16 @@ pub(super) struct CandidateRow {
     pub scorers: BTreeMap<String, String>,
     pub total: f64,
     pub passed: bool,
+    /// True where the prompt was made of logged ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub synthetic: bool,
     pub time: DateTime<Utc>,
 }
 
 /// Where a candidate belongs, besides to its prompt.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place<'a> {
-    Training { round: &'a str, pass: usize },
+    Training { round: &'a str, pass: usize, is_synthetic: bool },
     Trial { trial: &'a str, side: &'a str },
 }
 
@@ -96,7 +99,7 @@ pub(super) fn candidate_row(
     let scored =
         |(scorer, _): &(&String, &String)| parts.keys().any(|part| part.split('/').next() == Some(scorer.as_str()));
     let (purpose, round, trial, iteration, side) = match place {
-        Place::Training { round, pass } => (Purpose::Train, Some(round.to_string()), None, Some(pass as i32), None),
+        Place::Training { round, pass, .. } => (Purpose::Train, Some(round.to_string()), None, Some(pass as i32), None),
         Place::Trial { trial, side } => (Purpose::Gate, None, Some(trial.to_string()), None, Some(side.to_string())),
     };
     CandidateRow {
@@ -121,6 +124,7 @@ pub(super) fn candidate_row(
         scorers: stamps.iter().filter(scored).map(|(scorer, stamp)| (scorer.clone(), stamp.clone())).collect(),
         total,
         passed,
+        synthetic: matches!(place, Place::Training { is_synthetic: true, .. }),
         time: Utc::now(),
     }
 }

@@ -3,7 +3,7 @@
 //! The first pass samples from the base; each further one samples from the adapter of the one before and continues it
 //! with its optimizer. Only the last is registered. Every stage is skipped where its manifest already stands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use rand::SeedableRng;
@@ -13,17 +13,17 @@ use serde::{Deserialize, Serialize};
 
 use super::formats::formats;
 use super::rows::{Place, TuningRow, candidate_row};
-use super::{Control, Night, RoundError, StageReport};
+use super::{Control, Night, RoundError, StageReport, synthetic};
 use crate::adapter::{self, Sample, TuneError};
 use crate::candidates::{self, Candidate, Stream};
 use crate::crash;
-use crate::dataset::{Dataset, Prompt};
+use crate::dataset::{Dataset, Feedback, Prompt};
 use crate::durable;
 use crate::engine::Adapter;
 use crate::progress::Ask;
 use crate::record::derive_seed;
 use crate::registry::OffsetRange;
-use crate::rewards::{Item, Scored};
+use crate::rewards::{Item, Rated, Scored};
 use crate::table::Name;
 
 /// What training came to.
@@ -62,16 +62,22 @@ struct ScoreManifest {
 
 /// Runs all passes of training on the dataset's train split.
 pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained, RoundError> {
-    if let Some(reason) = dataset.manifest.shortfall() {
+    if let Some(reason) = synthetic::shortfall(night, dataset) {
         return Ok(Trained::Nothing { reason });
     }
     let barred = barred(night)?;
-    let usable = |p: &&Prompt| {
+    let rewards = night.rewards;
+    let usable = |p: &Prompt| {
         let first = &p.first_seen;
         let in_window = barred.iter().any(|range| range.holds(&first.topic, first.partition, first.offset));
-        !in_window && night.rewards.covers(p.workload.as_deref())
+        !in_window && rewards.covers(p.workload.as_deref())
     };
-    let prompts: Vec<&Prompt> = dataset.train.prompts().iter().filter(usable).collect();
+    let split = synthetic::extend(night, dataset, &usable)?;
+    let made = split.iter().filter(|prompt| prompt.is_synthetic()).count() as u64;
+    if let Some(reason) = dataset.manifest.shortfall(made) {
+        return Ok(Trained::Nothing { reason });
+    }
+    let prompts: Vec<&Prompt> = split.iter().filter(|prompt| usable(prompt)).collect();
     if prompts.is_empty() {
         return Ok(Trained::Nothing {
             reason: "no training prompt belongs to a workload with rules and to no barred record".to_string(),
@@ -91,7 +97,7 @@ pub(super) fn train(night: &mut Night<'_>, dataset: &Dataset) -> Result<Trained,
             return Ok(Trained::Nothing { reason });
         }
         let scores = score(night, &prompts, &drawn, pass, &folder)?;
-        record(night, pass, &drawn, &scores)?;
+        record(night, pass, &prompts, &drawn, &scores)?;
         let samples = training_samples(&drawn, &scores, previous.is_none());
         let tuned = folder.join("adapter");
         let started = std::time::Instant::now();
@@ -212,7 +218,13 @@ pub(super) fn item(prompt: &Prompt, candidate: &Candidate) -> Item {
         finish_reason: candidate.finish_reason,
         prompt_ids: Some(candidate.prompt_ids.clone()),
         token_ids: Some(candidate.token_ids.clone()),
+        // Gate prompts carry no rated answer: those come with prompts that train.
+        ratings: prompt.feedback.iter().filter_map(rated).collect(),
     }
+}
+
+fn rated(said: &Feedback) -> Option<Rated> {
+    Some(Rated { response: said.response.clone()?, score: said.rating()? })
 }
 
 fn to_score(candidate: &Candidate, scored: Scored) -> Score {
@@ -272,11 +284,22 @@ fn training_samples(drawn: &[Candidate], scores: &[Score], from_base: bool) -> V
     drawn.iter().zip(scores).filter(|(c, _)| !c.token_ids.is_empty()).map(sample).collect()
 }
 
-fn record(night: &Night<'_>, pass: usize, drawn: &[Candidate], scores: &[Score]) -> Result<(), RoundError> {
+fn record(
+    night: &Night<'_>,
+    pass: usize,
+    prompts: &[&Prompt],
+    drawn: &[Candidate],
+    scores: &[Score],
+) -> Result<(), RoundError> {
     let app_id = format!("taod/candidates/{}/{pass}", night.plan.round);
-    let place = Place::Training { round: &night.plan.round, pass };
+    let made: BTreeSet<&str> =
+        prompts.iter().filter(|prompt| prompt.is_synthetic()).map(|prompt| prompt.prompt_hash.as_str()).collect();
     let stamps = night.rewards.stamps();
-    let row = |(c, s): (&Candidate, &Score)| candidate_row(place, c, (s.total, s.passed, &s.parts), &stamps);
+    let row = |(c, s): (&Candidate, &Score)| {
+        let is_synthetic = made.contains(c.prompt_hash.as_str());
+        let place = Place::Training { round: &night.plan.round, pass, is_synthetic };
+        candidate_row(place, c, (s.total, s.passed, &s.parts), &stamps)
+    };
     let rows: Vec<_> = drawn.iter().zip(scores).map(row).collect();
     night.append_once(Name::Candidates, &app_id, &rows)
 }

@@ -11,7 +11,7 @@ use chrono::{Datelike, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Control, Night, Outcome, RoundError, StageReport, book, judging, suites};
+use super::{Control, Night, Outcome, RoundError, StageReport, book, judging, suites, synthetic};
 use crate::crash;
 use crate::dataset::{Dataset, Prompt};
 use crate::durable;
@@ -53,7 +53,7 @@ pub(super) fn budget_spent(night: &Night<'_>) -> Result<Option<String>, RoundErr
 
 /// Returns why there are too few gate prompts for a trial, or `None` where there are enough: then nothing is trained.
 pub(super) fn too_few_prompts(night: &mut Night<'_>, dataset: &Dataset) -> Result<Option<String>, RoundError> {
-    if dataset.manifest.shortfall().is_some() {
+    if synthetic::shortfall(night, dataset).is_some() {
         // There is nothing to train on either, which training says.
         return Ok(None);
     }
@@ -362,8 +362,8 @@ fn decoding(night: &Night<'_>) -> Result<String, RoundError> {
     let base = night.model.identity();
     let version = env!("CARGO_PKG_VERSION");
     let mut identity = json!({ "engine": version, "base": base, "decoding": night.config.decoding });
-    if let Some(suite) = suites::hash(night)? {
-        identity["suite"] = json!(suite);
+    for (name, hash) in suites::hashes(night)? {
+        identity[name] = json!(hash);
     }
     Ok(identity.to_string())
 }

@@ -8,7 +8,7 @@ use taod::engine::Model;
 use taod::round::Paths;
 use taod::table::Name;
 
-use crate::harness::night::{Call, KILLED, Night, bytes_below, calls, marker, model};
+use crate::harness::night::{Call, KILLED, MAKING, Night, bytes_below, calls, marker, model};
 use crate::harness::{Outcome, files, text};
 
 /// Calls of an ordinary night: enough for three chunks of candidates and three blocks of the gate.
@@ -140,14 +140,23 @@ fn crash_points() -> BTreeSet<String> {
 
 #[test]
 fn a_round_that_is_killed_at_any_stage_resumes_to_the_same_bytes() {
-    let whole = undisturbed();
-    let points = crash_points();
-    assert!(points.len() > 15 && points.contains("adapter-2") && points.contains("gate-block"), "{points:?}");
-    for point in &points {
+    let night = || {
         let night = Night::new(&calls(CALLS));
+        night.set(MAKING);
+        night
+    };
+    let whole = night();
+    decided(whole.worker(&[], &[]));
+    assert!(whole.json("synthetic/manifest.json")["prompts"].as_u64() > Some(0), "no prompt was made");
+    let made = |night: &Night| bytes_below(&night.round().join("synthetic"));
+    let points = crash_points();
+    assert!(points.len() > 18 && points.contains("adapter-2") && points.contains("gate-block"), "{points:?}");
+    for point in &points {
+        let night = night();
         night.kill_at(point, &[]);
         decided(night.worker(&["--resume"], &[]));
         assert_same(&night, &whole, point);
+        assert!(made(&night) == made(&whole), "{point}: other prompts were made");
     }
 }
 

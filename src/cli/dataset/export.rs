@@ -25,6 +25,8 @@ struct Row<'a> {
     workload: Option<&'a str>,
     tenant: Option<&'a str>,
     language: Option<&'a str>,
+    /// True where it was made of logged ones.
+    synthetic: bool,
     /// Rows of the log that it stands for.
     rows: u64,
     event_time_us: i64,
@@ -48,6 +50,7 @@ impl<'a> Row<'a> {
             workload: prompt.workload.as_deref(),
             tenant: prompt.tenant.as_deref(),
             language: prompt.language.as_deref(),
+            synthetic: prompt.is_synthetic(),
             rows: prompt.count,
             event_time_us: prompt.event_time_us,
             messages: serde_json::to_string(&prompt.messages)?,
@@ -85,6 +88,7 @@ fn schema() -> Arc<Schema> {
         text("workload", true),
         text("tenant", true),
         text("language", true),
+        Field::new("synthetic", DataType::Boolean, false),
         Field::new("rows", DataType::Int64, false),
         Field::new("event_time_us", DataType::Int64, false),
         text("messages", false),
@@ -129,6 +133,7 @@ mod tests {
             is_forward: false,
             count: 2,
             feedback: Vec::new(),
+            sources: if i == 2 { vec!["h0".into()] } else { Vec::new() },
         }
     }
 
@@ -138,6 +143,10 @@ mod tests {
         let jsonl = String::from_utf8(bytes(&prompts, Format::Jsonl).unwrap()).unwrap();
         let rows: Vec<serde_json::Value> = jsonl.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(rows[0]["prompt"][1], serde_json::json!({ "role": "user", "content": "Frage 0 \"ü\"" }));
+        assert_eq!(
+            rows.iter().map(|row| row["synthetic"].as_bool()).collect::<Vec<_>>(),
+            [Some(false), Some(false), Some(true)]
+        );
         assert_eq!(rows[1]["tools"], "[{\"type\":\"function\"}]");
         let parquet = bytes::Bytes::from(bytes(&prompts, Format::Parquet).unwrap());
         let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(parquet, 100).unwrap();

@@ -10,9 +10,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::lines::Output;
 use super::{Exit, Global, Usage};
 use crate::config::Config;
-use crate::dataset::{self, Dataset};
+use crate::dataset::{self, Dataset, synthetic};
 use crate::durable;
-use crate::round::Paths;
+use crate::round::{self, Paths};
 
 /// What is asked of a dataset.
 #[derive(Debug, Subcommand)]
@@ -73,16 +73,25 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let mut out = Output::stdout();
     match command {
         Command::Show { which, json } => {
-            let manifest = load(&config, which)?.manifest;
-            match json {
-                true => out.text(&format!("{}\n", serde_json::to_string_pretty(&manifest)?))?,
-                false => out.text(&dataset::Explained(&manifest).to_string())?,
+            let (dataset, made) = load(&config, which)?;
+            let made = synthetic::peek(&made)?;
+            match (*json, made) {
+                (true, made) => {
+                    let mut document = serde_json::to_value(&dataset.manifest)?;
+                    document["synthetic"] = serde_json::to_value(made)?;
+                    out.text(&format!("{}\n", serde_json::to_string_pretty(&document)?))?;
+                }
+                (false, made) => {
+                    out.text(&dataset::Explained(&dataset.manifest).to_string())?;
+                    out.text(&made.map_or(String::new(), |made| synthetic::Explained(&made).to_string()))?;
+                }
             }
         }
         Command::Export { which, split, format, out: file } => {
-            let dataset = load(&config, which)?;
+            let (dataset, made) = load(&config, which)?;
+            let train = synthetic::extended(&made, &dataset.train)?;
             let prompts = match split {
-                Split::Train => dataset.train.prompts(),
+                Split::Train => train.prompts(),
                 Split::Gate => dataset.gate.prompts(),
                 Split::Audit => dataset.audit.prompts(),
             };
@@ -99,7 +108,8 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn load(config: &Config, which: &Which) -> anyhow::Result<Dataset> {
+/// Returns a dataset and the folder of what was made for its round.
+fn load(config: &Config, which: &Which) -> anyhow::Result<(Dataset, PathBuf)> {
     let paths = Paths::new(&config.state.dir);
     let folder = |id: &str| paths.round(id).join("dataset");
     let round = match &which.round {
@@ -114,5 +124,5 @@ fn load(config: &Config, which: &Which) -> anyhow::Result<Dataset> {
             })?
         }
     };
-    Ok(dataset::load(&folder(&round))?)
+    Ok((dataset::load(&folder(&round))?, paths.round(&round).join(round::SYNTHETIC)))
 }

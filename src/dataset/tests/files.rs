@@ -11,7 +11,7 @@ fn an_empty_log_is_an_empty_dataset() {
     let mut world = World::new();
     let dataset = world.night();
     assert!(dataset.train.is_empty() && dataset.manifest.excluded.is_empty());
-    let why = dataset.manifest.shortfall().unwrap();
+    let why = dataset.manifest.shortfall(0).unwrap();
     assert!(why.contains("0 training prompts"), "{why}");
 }
 
@@ -32,7 +32,7 @@ fn a_stored_dataset_is_read_back_and_has_the_same_bytes_each_time() {
     assert_eq!(read.manifest, dataset.manifest);
     assert_eq!((read.train, read.gate, read.audit), (dataset.train, dataset.gate, dataset.audit));
     assert_eq!(read.manifest.inputs.offsets["t/1"], OffsetRange { first: 1, last: 118 });
-    assert_eq!(read.manifest.shortfall(), None);
+    assert_eq!(read.manifest.shortfall(0), None);
 }
 
 #[test]

@@ -70,6 +70,15 @@ rules = [{ kind = "length", unit = "characters", max = 14 }]
 name = "free"
 "#;
 
+/// A section by which prompts are made: a random model ends a text of its own now and then.
+pub(crate) const MAKING: &str = r#"
+[dataset.synthetic]
+below = 22
+examples = 1
+waves = 2
+max_tokens = 200
+"#;
+
 /// One call of the log.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
