@@ -26,6 +26,8 @@ pub enum Waiting {
     Evidence,
     /// The bar is reached, but these guardrails cannot tell yet.
     Guardrails(Vec<Guardrail>),
+    /// Bar and guardrails hold, but the challenger has not been judged on `gate.min_nights` nights.
+    Nights,
 }
 
 impl Decision {

@@ -24,6 +24,9 @@ pub struct Settings {
     pub block_size: u32,
     /// Nights that a challenger may stay in trial, 1 or more.
     pub max_nights: u32,
+    /// Nights that a challenger must be in trial before it is promoted, from 1 to max_nights. With 7 it has met every day of the
+    /// week: a gain of working days alone is not mistaken for one of all days.
+    pub min_nights: u32,
     /// The logarithm of the wealth below which, at the end of a night, a challenger is dropped as hopeless, below 0.
     pub futility: f64,
     /// The level at which, at the end of a night, a challenger is dropped because it is shown not to gain the margin, above 0
@@ -54,6 +57,7 @@ impl Default for Settings {
             margin: 0.005,
             block_size: 32,
             max_nights: 7,
+            min_nights: 1,
             futility: -2.0,
             futility_alpha: 0.02,
             samples: 1,
@@ -86,10 +90,15 @@ impl Settings {
             let least = self.guardrails.min_prompts;
             return Err(format!("kl_prompts {} is below guardrails.min_prompts {least}: raise it", self.kl_prompts));
         }
+        if self.min_nights > self.max_nights {
+            let (min, max) = (self.min_nights, self.max_nights);
+            return Err(format!("min_nights {min} is above max_nights {max}: nothing could be promoted; lower it"));
+        }
         let counts = [
             ("challengers", self.challengers),
             ("block_size", self.block_size),
             ("max_nights", self.max_nights),
+            ("min_nights", self.min_nights),
             ("samples", self.samples),
         ];
         match counts.iter().find(|(_, value)| *value == 0) {
@@ -117,6 +126,8 @@ mod tests {
             ("alpha", Settings { mode: Mode::Strict, ..default() }),
             ("margin", Settings { margin: f64::NAN, ..default() }),
             ("futility", Settings { futility: 0.0, ..default() }),
+            ("min_nights", Settings { min_nights: 0, ..default() }),
+            ("min_nights", Settings { min_nights: 8, ..default() }),
             ("futility_alpha", Settings { futility_alpha: 0.0, ..default() }),
             ("futility_alpha", Settings { futility_alpha: 0.6, ..default() }),
             ("block_size", Settings { block_size: 0, ..default() }),

@@ -281,8 +281,9 @@ impl Trial {
         }
         let unsure = findings.iter().filter(|f| f.outcome == Outcome::NotYet).map(|f| f.guardrail);
         match unsure.collect::<Vec<_>>() {
-            unsure if unsure.is_empty() => Decision::Promote,
-            unsure => Decision::Continue(Waiting::Guardrails(unsure)),
+            unsure if !unsure.is_empty() => Decision::Continue(Waiting::Guardrails(unsure)),
+            _ if self.nights < self.settings.min_nights => Decision::Continue(Waiting::Nights),
+            _ => Decision::Promote,
         }
     }
 

@@ -156,11 +156,27 @@ fn every_way_a_trial_can_end() {
             assert_eq!(driven.night(n, measure), decision, "{name}");
         }
     }
+    let mut driven = Driven::open(opening(), &[], &Settings { max_nights: 1, ..quick() });
+    assert_eq!(driven.night(100, unmeasured), Decision::Expired);
+    assert!(driven.rows.last().unwrap().reason.ends_with("nights ended; not told by kl"), "{:?}", driven.rows.last());
     let mut driven = Driven::open(opening(), &[], &quick());
     assert!(matches!(driven.night(100, longer), Decision::Refuse { guardrail: Guardrail::Length, .. }));
     assert_eq!(driven.rows.last().unwrap().guardrail.as_deref(), Some("length"));
     assert_eq!(driven.trial.state(), State::Refused);
     assert!(driven.trial.begin_night(clusters(9, 5), 0, 4).is_err() && driven.trial.next_block().is_none());
+}
+
+#[test]
+fn a_challenger_that_passes_waits_for_its_nights() {
+    let settings = Settings { min_nights: 3, ..quick() };
+    let mut driven = Driven::open(opening(), &[], &settings);
+    for _ in 0..2 {
+        assert_eq!(driven.night(200, better), Decision::Continue(Waiting::Nights));
+    }
+    let waits = super::super::verdict::reason(&driven.trial, &Decision::Continue(Waiting::Nights));
+    assert!(waits.ends_with("it is to be judged on 3 nights (gate.min_nights)"), "{waits}");
+    assert_eq!(driven.night(200, better), Decision::Promote);
+    assert!(driven.trial.steps() < 600, "the last night ends with the block that decides");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::GateError;
 use super::decision::{Decision, Waiting};
 use super::forecast::outlook;
-use super::guardrail::{Finding, Outcome};
+use super::guardrail::{Finding, Guardrail, Outcome};
 use super::history::last_rows;
 use super::rows::{State, StepRow, TrialRow, UsageRow, spent};
 use super::settings::Settings;
@@ -156,19 +156,30 @@ pub fn reason(trial: &Trial, decision: &Decision) -> String {
         Decision::Futile => {
             format!("{wealth}; it is shown not to gain the margin of {}: {}", trial.facts().margin, against(trial))
         }
-        Decision::Expired => format!("{wealth} when the last of {} nights ended", trial.settings().max_nights),
+        Decision::Expired => {
+            let untold = match trial.decide() {
+                Decision::Continue(Waiting::Guardrails(unsure)) => format!("; not told by {}", names(&unsure)),
+                _ => String::new(),
+            };
+            format!("{wealth} when the last of {} nights ended{untold}", trial.settings().max_nights)
+        }
         Decision::Void(why) | Decision::Reject(why) => why.clone(),
         Decision::Continue(Waiting::Evidence) => format!("{wealth}; more prompts are needed: {}", outlook(trial)),
-        Decision::Continue(Waiting::Guardrails(unsure)) => {
-            let names: Vec<&str> = unsure.iter().map(|g| g.as_str()).collect();
-            format!("{wealth}; not yet told by {}", names.join(", "))
+        Decision::Continue(Waiting::Guardrails(unsure)) => format!("{wealth}; not yet told by {}", names(unsure)),
+        Decision::Continue(Waiting::Nights) => {
+            let nights = trial.settings().min_nights;
+            format!("{wealth}; every guardrail passes; it is to be judged on {nights} nights (gate.min_nights)")
         }
     }
 }
 
+fn names(guardrails: &[Guardrail]) -> String {
+    guardrails.iter().map(|guardrail| guardrail.as_str()).collect::<Vec<_>>().join(", ")
+}
+
 /// Says how much the bet against the challenger has made.
 fn against(trial: &Trial) -> String {
-    format!("the bet against it made {:.3} of {:.0}", trial.ln_against().exp(), trial.bar_against().exp())
+    format!("the bet against it made {:.3e} of {:.0}", trial.ln_against().exp(), trial.bar_against().exp())
 }
 
 /// A trial's outcome as the round's child hands it to the daemon, in a JSON file. It is a claim, not a key.

@@ -182,7 +182,7 @@ fn close(night: &mut Night<'_>, trial: &mut Trial, decision: Decision) -> Result
     let (id, challenger, reason) = (verdict.trial.clone(), verdict.challenger.clone(), verdict.reason.clone());
     match decision {
         Decision::Promote => Ok(Outcome::Promote { trial: id, challenger, reason }),
-        Decision::Continue(Waiting::Evidence | Waiting::Guardrails(_)) => {
+        Decision::Continue(Waiting::Evidence | Waiting::Guardrails(_) | Waiting::Nights) => {
             Ok(Outcome::Open { trial: id, challenger, reason })
         }
         Decision::Refuse { .. } | Decision::Reject(_) | Decision::Futile | Decision::Expired | Decision::Void(_) => {

@@ -10,6 +10,7 @@ use super::traffic::{Topic, WORKLOAD};
 use super::words::THANKS;
 use crate::config::Config;
 use crate::dataset::Match;
+use crate::engine::Precision;
 use crate::rewards::rules::{Kind, Rule};
 use crate::rewards::{Scorer, Workload};
 
@@ -80,6 +81,9 @@ pub(super) fn base(root: &Path, model: &Path, seed: u64) -> Config {
         rules: vec![Rule::hard(Kind::RequiredWords { words: vec![THANKS.to_owned()] })],
     }];
     config.candidates.max_tokens = 16;
+    // The same on every processor, but for the order of sums.
+    config.candidates.precision = Precision::F32;
+    config.tuning.precision = Precision::F32;
     config.decoding.max_tokens = 16;
     config.tuning.rank = 8;
     config.tuning.alpha = 16.0;
@@ -91,7 +95,7 @@ pub(super) fn base(root: &Path, model: &Path, seed: u64) -> Config {
     config.gate.max_nights = 1;
     // A model of 50,000 parameters moves far, and a night's prompts tell one segment at most.
     let guardrails = &mut config.gate.guardrails;
-    guardrails.length_ratio_min = 0.6;
+    guardrails.length_ratio_min = 0.5;
     guardrails.length_ratio_max = 2.0;
     guardrails.cost_ratio_max = 2.0;
     guardrails.kl_mean_max = 4.0;
