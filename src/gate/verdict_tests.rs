@@ -123,7 +123,7 @@ fn a_verdict_is_told_in_words_and_codes() {
     assert_eq!((verdict.state, verdict.exit_code()), (State::Promoted, 0));
     let text = explain(&verdict);
     assert!(text.starts_with("taod-new against base is promoted.") && text.contains("needed 1200"), "{text}");
-    assert_eq!(text.matches("\n  guardrail ").count(), 9, "{text}");
+    assert_eq!(text.matches("\n  guardrail ").count(), 11, "{text}");
     let json = serde_json::to_string(&verdict).unwrap();
     assert_eq!(serde_json::from_str::<Verdict>(&json).unwrap().trial, verdict.trial);
     let open = Verdict::new(&driven.trial, &Decision::Continue(Waiting::Evidence));
