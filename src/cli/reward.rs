@@ -339,8 +339,8 @@ fn attack(config: &Config, args: &Injections) -> anyhow::Result<Exit> {
 
 /// Loads the rewards of a config with one scorer alone.
 fn single(config: &Config, name: &str) -> anyhow::Result<Rewards> {
-    let scorer = Scorer::from(name.to_owned());
-    let settings =
-        crate::rewards::Settings { train: vec![scorer.clone()], gate: vec![scorer], ..config.rewards.clone() };
+    // Not in the gate too, which refuses what depends on its company: a pairwise judge can be measured all the same.
+    let (train, gate) = (vec![Scorer::from(name.to_owned())], vec![Scorer::Rules]);
+    let settings = crate::rewards::Settings { train, gate, ..config.rewards.clone() };
     Ok(Rewards::without_base(&settings, &config.workload)?)
 }
