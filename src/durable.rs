@@ -60,10 +60,15 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 
 /// Writes `value` as indented JSON, whole or absent.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError> {
+    write(path, &json_bytes(path, value)?)
+}
+
+/// Returns the bytes that [`write_json`] writes to `path`.
+pub fn json_bytes<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, FileError> {
     let mut bytes = serde_json::to_vec_pretty(value)
         .map_err(|source| FileError::Json { path: path.display().to_string(), source })?;
     bytes.push(b'\n');
-    write(path, &bytes)
+    Ok(bytes)
 }
 
 /// Reads a whole JSON file.

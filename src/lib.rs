@@ -30,6 +30,8 @@ pub mod progress;
 pub mod record;
 #[cfg(feature = "daemon")]
 pub mod secret;
+#[cfg(feature = "daemon")]
+pub mod signature;
 
 // Stages, in the order of the flow.
 #[cfg(feature = "daemon")]

@@ -34,11 +34,14 @@ pub fn sample(config: &Config, count: usize, progress: &Progress) -> Result<Samp
     let model = Model::load_held(&config.model.path, config.model.hold)?;
     let rewards = Rewards::keeping(&config.rewards, &config.workload, &model, &config.state.dir.join("scores"))?;
     let (round, prompts) = fresh(config, &paths, &model, &rewards, count)?;
-    let registry = Registry::open(&paths.registry())?;
+    let registry = Registry::open(&paths.registry(), &config.registry)?;
     let served = registry.current()?.version;
     let adapter = match served.as_str() {
         BASE => None,
-        version => Some(Adapter::load(&registry.path(version), &model)?),
+        version => {
+            registry.verify(version)?;
+            Some(Adapter::load(&registry.path(version), &model)?)
+        }
     };
     let sides = [(served, "served", adapter.as_ref()), (BASE.to_owned(), "base", None)];
     let mut drawn = Vec::new();

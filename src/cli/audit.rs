@@ -143,7 +143,7 @@ fn report(global: &Global, args: &ReportArgs) -> anyhow::Result<Exit> {
     let alarm = report.alarm.as_ref().filter(|_| !args.no_freeze);
     if let Some(alarm) = alarm {
         let reason = format!("audit of {}: {alarm}", report.round);
-        Registry::open(&paths.registry())?.freeze(
+        Registry::open(&paths.registry(), &config.registry)?.freeze(
             &reason,
             "taod audit report",
             chrono::Utc::now().timestamp_micros(),

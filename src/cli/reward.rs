@@ -1,7 +1,7 @@
 //! `taod reward`: reward models of one's own, and how good a scorer is.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand, ValueEnum};
@@ -17,6 +17,7 @@ use crate::rewards::calibration::Calibration;
 use crate::rewards::length::{LengthBias, Point};
 use crate::rewards::rules::text;
 use crate::rewards::{Item, Rewards, Scorer, Selection, lines};
+use crate::signature::{self, PublicKey, SigningKey};
 
 /// Answers below which a quantile map says more about chance than about a scorer.
 const MIN_ANSWERS: usize = 50;
@@ -28,6 +29,16 @@ pub enum Command {
     Eval(Eval),
     Calibrate(Calibrate),
     Injections(Injections),
+    Sign(Sign),
+}
+
+/// Sign a reward model's folder by registry.signing_key_file, for `public_key` of one of [[rewards.scorers]].
+///
+/// That its files are what they should be is your word. `taod reward train` signs what it makes where there is a key.
+#[derive(Debug, Args)]
+pub struct Sign {
+    /// The folder; nothing in it may change afterwards.
+    folder: PathBuf,
 }
 
 /// Train a reward model on preference pairs.
@@ -136,7 +147,22 @@ pub(super) fn run(global: &Global, command: &Command, screen: &Screen) -> anyhow
         Command::Eval(args) => eval(&config, args),
         Command::Calibrate(args) => calibrate(&config, args),
         Command::Injections(args) => attack(&config, args),
+        Command::Sign(args) => {
+            let key = sign(&config, &args.folder)?;
+            let mut out = Output::stdout();
+            out.text(&format!("{} is signed by {key}\n", args.folder.display()))?;
+            out.flush()?;
+            Ok(Exit::Done)
+        }
     }
+}
+
+fn sign(config: &Config, folder: &Path) -> anyhow::Result<PublicKey> {
+    let file = &config.registry.signing_key_file;
+    ensure!(!file.as_os_str().is_empty(), Usage("registry.signing_key_file is empty: name the key to sign by".into()));
+    let key = SigningKey::read(file)?;
+    signature::sign_folder(folder, &key)?;
+    Ok(key.public())
 }
 
 fn train(config: &Config, args: &Train, screen: &Screen) -> anyhow::Result<Exit> {
@@ -148,6 +174,9 @@ fn train(config: &Config, args: &Train, screen: &Screen) -> anyhow::Result<Exit>
     let model = Model::load(&args.model)?;
     let how = (args.held_out, args.seed);
     let card = reward_model::train((&args.model, &model), &pairs, &config.tuning, how, &args.out, &screen.progress())?;
+    if !config.registry.signing_key_file.as_os_str().is_empty() {
+        sign(config, &args.out)?;
+    }
     let mut out = Output::stdout();
     if args.json {
         out.line(&serde_json::json!({ "counts": counts, "card": card }))?;

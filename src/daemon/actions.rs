@@ -39,7 +39,7 @@ pub(super) async fn keep(
 
 async fn carry_out(daemon: &Daemon, owner: &lease::Owner, record: &Record) -> Result<String> {
     ensure!(owner.holds(), "another daemon owns rounds and promotion now; ask that one");
-    let registry = Registry::open(&Paths::new(&daemon.config().state.dir).registry())?;
+    let registry = Registry::open(&Paths::new(&daemon.config().state.dir).registry(), &daemon.config().registry)?;
     match &record.action {
         Action::Promote { version } => promote(daemon, &registry, version, record).await,
         Action::Rollback { from } => {

@@ -204,7 +204,7 @@ fn before(intent: &Intent) -> &str {
 
 pub(super) fn open(config: &Config) -> Result<(Registry, Tables)> {
     let paths = Paths::new(&config.state.dir);
-    Ok((Registry::open(&paths.registry())?, config.state.open_tables()?))
+    Ok((Registry::open(&paths.registry(), &config.registry)?, config.state.open_tables()?))
 }
 
 fn grace_us(config: &Config) -> i64 {

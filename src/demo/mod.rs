@@ -122,7 +122,7 @@ pub async fn run(mut config: Config, options: &Options, progress: &Progress) -> 
         evidence: evidence(&tables, &paths, &verdict).await?,
         reason: verdict.outcome.reason().to_string(),
         outcome: verdict.outcome.clone(),
-        served: crate::registry::Registry::open(&paths.registry())?.current()?.version,
+        served: crate::registry::Registry::open(&paths.registry(), &config.registry)?.current()?.version,
         proof,
         training: training(&paths, &verdict, config.tuning.iterations)?,
         paths: report_paths(&paths, &tables, &verdict, &config_file),

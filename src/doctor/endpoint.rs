@@ -69,9 +69,9 @@ fn unreachable(error: &EndpointError) -> Finding {
 fn served(config: &Config, fleet: &Fleet) -> Result<Target, Finding> {
     let root = Paths::new(&config.state.dir).registry();
     if !root.is_dir() {
-        return Ok(Target { name: fleet.base_model.clone(), folder: None });
+        return Ok(Target::base(&fleet.base_model));
     }
-    let registry = Registry::open(&root).and_then(|registry| {
+    let registry = Registry::open(&root, &config.registry).and_then(|registry| {
         let version = registry.current()?.version;
         if version != BASE {
             registry.verify(&version)?;
@@ -104,7 +104,7 @@ impl Replica<'_> {
         if let Some(Err(error)) = inspect::routes(self.fleet, settings, self.place).await {
             findings.push(Finding::failure(Check::Endpoint, error.to_string(), routes_remedy(settings.kind)));
         }
-        if let Some(Target { name, folder: Some(folder) }) = served {
+        if let Some((name, folder)) = served.and_then(|target| Some((&target.name, target.folder()?))) {
             findings.extend(self.holds(name, folder).await);
         }
         findings.extend(limits(settings, words));
@@ -220,7 +220,7 @@ async fn load(config: &Config, fleet: &Fleet, model: &Model) -> Vec<Finding> {
 }
 
 fn zero(config: &Config, model: &Model) -> anyhow::Result<Target> {
-    let registry = Registry::open(&Paths::new(&config.state.dir).registry())?;
+    let registry = Registry::open(&Paths::new(&config.state.dir).registry(), &config.registry)?;
     let spec = config.tuning.lora();
     let name = format!("taod-doctor-r{}-{}", spec.rank, &model.identity().sha256[..12]);
     let folder = std::path::absolute(registry.path(&name))?;
@@ -228,11 +228,11 @@ fn zero(config: &Config, model: &Model) -> anyhow::Result<Target> {
         let tensors = Adapter::zero(model, &spec)?.tensors(model.config())?;
         save_peft(&folder, model.identity(), &spec, &tensors)?;
     }
-    Ok(Target { name, folder: Some(folder) })
+    Ok(Target::unregistered(name, folder))
 }
 
 async fn try_one(replica: &dyn Server, target: &Target) -> Result<(), EndpointError> {
-    let Some(folder) = &target.folder else { return Ok(()) };
+    let Some(folder) = target.folder() else { return Ok(()) };
     replica.load(&target.name, folder, Load::Fresh).await?;
     let answered = inspect::answers(replica, &target.name).await;
     replica.unload(&target.name).await?;

@@ -159,8 +159,10 @@ pub async fn examine(config: &Config, options: &Options) -> Report {
     }
     if options.wants(Check::Secrets) {
         findings.extend(place::secrets(config));
+        findings.extend(place::signing(config));
     }
-    if options.wants(Check::Broker) || options.wants(Check::Topic) {
+    let of_log = [Check::Broker, Check::Topic, Check::Clock].into_iter().any(|check| options.wants(check));
+    if of_log && config.state.stores_log() {
         findings.extend(source::check(config).await);
     }
     if options.wants(Check::Tables) {

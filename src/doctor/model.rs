@@ -54,7 +54,7 @@ fn short(hash: &str) -> &str {
 /// Returns the base that the registry knows, where there is a registry.
 fn recorded(config: &Config) -> Result<Option<crate::registry::Base>, RegistryError> {
     let root = Paths::new(&config.state.dir).registry();
-    if root.is_dir() { Registry::open(&root)?.base() } else { Ok(None) }
+    if root.is_dir() { Registry::open(&root, &config.registry)?.base() } else { Ok(None) }
 }
 
 /// Lets each named scorer score one answer.

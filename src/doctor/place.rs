@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::{Check, Finding};
 use crate::config::Config;
 use crate::layout;
+use crate::signature::SigningKey;
 
 /// Free bytes and names below which nothing can be relied on, and below which there is reason to look.
 const LEAST: Room = Room { bytes: 1 << 30, names: 1_000 };
@@ -185,6 +186,32 @@ pub(super) fn secrets(config: &Config) -> Vec<Finding> {
         (true, 0) => vec![Finding::ok(Check::Secrets, "no file with a secret is named")],
         (true, count) => vec![Finding::ok(Check::Secrets, format!("{count} files can be read, secrets by taod alone"))],
     }
+}
+
+/// Looks whether versions can be signed, and would count here once they are.
+pub(super) fn signing(config: &Config) -> Option<Finding> {
+    let settings = &config.registry;
+    if settings.signing_key_file.as_os_str().is_empty() {
+        let nobody = !settings.trusted_keys.is_empty();
+        return nobody.then(|| {
+            let says =
+                "registry.trusted_keys asks for signatures, and registry.signing_key_file names no key to make them";
+            let remedy = "name the key, or nothing that is trained or imported here can be served";
+            Finding::warning(Check::Secrets, says, remedy)
+        });
+    }
+    let key = match SigningKey::read(&settings.signing_key_file) {
+        Ok(key) => key.public().to_string(),
+        Err(error) => {
+            let remedy = "without it no version can be registered: put the key there, for this user alone";
+            return Some(Finding::failure(Check::Secrets, error.to_string(), remedy));
+        }
+    };
+    if settings.trusted_keys.is_empty() || settings.trusted_keys.contains(&key) {
+        return None;
+    }
+    let says = format!("registry.trusted_keys does not hold {key}, by which registry.signing_key_file signs");
+    Some(Finding::failure(Check::Secrets, says, "add it, or no version can be registered"))
 }
 
 /// Collects the keys that name such files: those that end in `_file`, and the table `secret_files`.

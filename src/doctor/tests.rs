@@ -324,7 +324,7 @@ fn register(setup: &Setup, base_sha256: String) -> String {
     let folder = setup.folder.path().join("adapter");
     let tensors = Adapter::zero(&model, &spec).unwrap().tensors(model.config()).unwrap();
     save_peft(&folder, model.identity(), &spec, &tensors).unwrap();
-    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry()).unwrap();
+    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry(), &setup.config.registry).unwrap();
     let base = Base { name: "tiny".into(), sha256: base_sha256 };
     let notes = BTreeMap::new();
     let lineage = Lineage {
@@ -344,7 +344,7 @@ async fn a_served_version_that_a_replica_lost_or_the_disk_damaged_is_told() {
     let setup = Setup::new(Wrong::default()).await;
     let identity = Model::load(&setup.config.model.path).unwrap().identity().clone();
     let version = register(&setup, identity.sha256);
-    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry()).unwrap();
+    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry(), &setup.config.registry).unwrap();
     let intent = registry.override_promote(&version, "ada", "test", 1).unwrap();
     registry.complete(&intent, 2).unwrap();
     let lost = format!("does not have {version}, which clients should get");
@@ -369,7 +369,7 @@ async fn a_load_is_proved_on_request_and_leaves_the_folder_that_a_server_may_rea
     let Loaded { now, ever } = std::mem::take(&mut *setup.loaded.lock().unwrap());
     let [name] = ever.as_slice() else { panic!("{ever:?}") };
     assert!(now.is_empty() && name.starts_with("taod-doctor-r4-"), "{name}");
-    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry()).unwrap();
+    let registry = Registry::open(&Paths::new(&setup.config.state.dir).registry(), &setup.config.registry).unwrap();
     assert!(registry.path(name).join("adapter_model.safetensors").is_file());
     assert_eq!(registry.list().unwrap().len(), 0, "it is no version");
 
@@ -377,4 +377,22 @@ async fn a_load_is_proved_on_request_and_leaves_the_folder_that_a_server_may_rea
     let report = examine(&setup.config, &options).await;
     let said = report.explain();
     assert!(report.state == State::Failure && said.contains("No such file or directory"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_cannot_sign_what_would_count_here_is_told() {
+    let mut setup = Setup::new(Wrong::default()).await;
+    let [own, other] = ["own", "other"].map(|name| {
+        let path = setup.folder.path().join(name);
+        (crate::signature::SigningKey::generate(&path).unwrap().to_string(), path)
+    });
+    setup.config.registry.trusted_keys = vec![own.0];
+    setup.finds(Check::Secrets, State::Warning, "names no key to make them").await;
+    setup.config.registry.signing_key_file = other.1;
+    setup.finds(Check::Secrets, State::Failure, &format!("does not hold {}", other.0)).await;
+    set_mode(&own.1, 0o640);
+    setup.config.registry.signing_key_file = own.1.clone();
+    setup.finds(Check::Secrets, State::Failure, "mode 640").await;
+    set_mode(&own.1, 0o600);
+    assert_eq!(setup.wrong(&[Check::Secrets]).await, []);
 }

@@ -189,7 +189,7 @@ async fn a_gateways_file_is_the_alias_and_the_proof_goes_through_the_gateway() {
 #[tokio::test]
 async fn what_production_served_before_is_left_alone_until_taod_takes_charge() {
     let stage = Stage::new(Alias::Inplace).await;
-    let folder = stage.to.folder.clone().unwrap();
+    let folder = stage.to.folder().unwrap().to_owned();
     for replica in &stage.fleet.replicas {
         replica.load("production", &folder, Load::Fresh).await.unwrap();
     }

@@ -3,7 +3,7 @@
 //! Where the name is moved depends on `endpoint.alias`: on each replica, once at a gateway, or nowhere. [`Fleet::places`]
 //! says where, so that a promotion does not have to know.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::registry::{BASE, Registry};
 
@@ -19,12 +19,39 @@ use super::vllm::Vllm;
 use super::{Alias, EndpointError, Kind, Settings};
 
 /// A version as the endpoint knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Target {
     /// Its unique served name; the base model's name for the base.
     pub name: String,
-    /// Its immutable folder, absolute; `None` for the base.
-    pub folder: Option<PathBuf>,
+    /// Its immutable folder, absolute, and the registry that answers for what is in it, where it is a registered one; `None`
+    /// for the base.
+    source: Option<(PathBuf, Option<Registry>)>,
+}
+
+impl Target {
+    /// Returns the base model, served as `name`.
+    pub fn base(name: &str) -> Target {
+        Target { name: name.to_owned(), source: None }
+    }
+
+    /// Returns an adapter that this process made and no registry knows, such as the doctor's.
+    pub fn unregistered(name: String, folder: PathBuf) -> Target {
+        Target { name, source: Some((folder, None)) }
+    }
+
+    /// Returns its folder, to compare with what a server has; `None` for the base.
+    pub fn folder(&self) -> Option<&Path> {
+        self.source.as_ref().map(|(folder, _)| folder.as_path())
+    }
+
+    /// Returns its folder for a server to load: hashed again and, where that is asked for, found signed.
+    pub fn verified(&self) -> Result<Option<&Path>, EndpointError> {
+        let Some((folder, registry)) = &self.source else { return Ok(None) };
+        if let Some(registry) = registry {
+            registry.verify(&self.name).map_err(Box::new)?;
+        }
+        Ok(Some(folder))
+    }
 }
 
 /// The replicas of one logical endpoint and how clients find the promoted version.
@@ -75,11 +102,11 @@ impl Fleet {
     /// Returns what a version of the registry is at the endpoint.
     pub fn target(&self, registry: &Registry, version: &str) -> Target {
         match version {
-            BASE => Target { name: self.base_model.clone(), folder: None },
+            BASE => Target::base(&self.base_model),
             _ => {
                 let folder = registry.path(version);
                 let folder = std::path::absolute(&folder).unwrap_or(folder);
-                Target { name: version.to_owned(), folder: Some(folder) }
+                Target { name: version.to_owned(), source: Some((folder, Some(registry.clone()))) }
             }
         }
     }
@@ -118,7 +145,7 @@ impl Fleet {
     /// Creates the stable name where it leads nowhere, and else leaves it alone: for as long as taod has never changed
     /// what is served, whatever the name leads to is somebody's production.
     pub async fn introduce(&self) -> Reconciled {
-        let (base, mut done) = (Target { name: self.base_model.clone(), folder: None }, Reconciled::default());
+        let (base, mut done) = (Target::base(&self.base_model), Reconciled::default());
         for place in self.places() {
             let target = match place {
                 Place::Gateway(gateway) => gateway.target().await,
@@ -171,8 +198,14 @@ impl Fleet {
                 Err(_) => {}
             }
         }
+        // Who has what is asked of all before anything is unloaded: what is published for all of them is listed by none once
+        // the first has let go of it.
+        let mut held = Vec::new();
         for replica in &self.replicas {
-            if let Err(error) = self.unload_all(replica.as_ref(), current, retired, &mut done.retired).await {
+            held.push((replica.as_ref(), replica.names().await));
+        }
+        for (replica, names) in held {
+            if let Err(error) = self.unload_all((replica, names), current, retired, &mut done.retired).await {
                 // Clients have the right version; an old one left in the server's memory is untidy, not wrong.
                 tracing::debug!(%error, "an old version could not be unloaded");
             }
@@ -194,13 +227,12 @@ impl Fleet {
     /// Unloads those of `retired` that a replica has; not where its stable name could still lead there.
     async fn unload_all(
         &self,
-        replica: &dyn Server,
+        (replica, names): (&dyn Server, Result<Vec<String>, EndpointError>),
         current: &Target,
         retired: &[String],
         done: &mut Vec<(String, String)>,
     ) -> Result<(), EndpointError> {
-        let names = replica.names().await?;
-        for name in names.into_iter().filter(|name| retired.contains(name) && *name != current.name) {
+        for name in names?.into_iter().filter(|name| retired.contains(name) && *name != current.name) {
             replica.unload(&name).await?;
             done.push((replica.url().to_owned(), name));
         }
@@ -228,7 +260,7 @@ impl Fleet {
 
     /// Returns true where the stable name is nobody's, on servers where it is an adapter's own.
     pub(super) async fn is_nobodys(&self, place: Place<'_>) -> Result<bool, EndpointError> {
-        self.leads_to(place, &Target { name: self.base_model.clone(), folder: None }).await
+        self.leads_to(place, &Target::base(&self.base_model)).await
     }
 
     /// Moves the stable name from `from` to `to`. Safe to repeat. A name that does not exist yet is created, but only
@@ -264,7 +296,7 @@ impl Fleet {
     /// Points the stable name at `target`, whatever it points at now.
     pub(super) async fn point(&self, place: Place<'_>, target: &Target) -> Result<(), EndpointError> {
         let name = self.stable_name.as_str();
-        match (place, self.alias, &target.folder) {
+        match (place, self.alias, target.folder()) {
             (Place::Gateway(gateway), ..) => {
                 let current = gateway.target().await?;
                 gateway.point(current.as_deref(), &target.name).await
@@ -274,11 +306,15 @@ impl Fleet {
                 replica.move_alias(name, current.as_deref(), &target.name).await
             }
             (Place::Replica(replica), Alias::Reload, Some(folder)) => {
+                target.verified()?;
                 // Between the two the name is not there: the gap that `reload` costs.
                 replica.unload(name).await?;
                 replica.load(name, folder, Load::Fresh).await
             }
-            (Place::Replica(replica), _, Some(folder)) => replica.load(name, folder, Load::InPlace).await,
+            (Place::Replica(replica), _, Some(folder)) => {
+                target.verified()?;
+                replica.load(name, folder, Load::InPlace).await
+            }
             (Place::Replica(replica), _, None) => replica.unload(name).await,
         }
     }
@@ -286,7 +322,7 @@ impl Fleet {
     /// Returns the name that clients use and that can be asked, where there is one: in place, the base has no second
     /// name.
     pub(super) fn asked_name(&self, target: &Target) -> Option<&str> {
-        match (self.alias, &target.folder) {
+        match (self.alias, target.folder()) {
             (Alias::Clients, _) | (Alias::Inplace | Alias::Reload, None) => None,
             _ => Some(&self.stable_name),
         }
@@ -314,7 +350,7 @@ fn boxed<S: Server + 'static>(servers: Vec<S>) -> Vec<Box<dyn Server>> {
 
 /// Loads a version where a replica lacks it; returns true where it did.
 async fn put_back(replica: &dyn Server, target: &Target) -> Result<bool, EndpointError> {
-    let Some(folder) = &target.folder else {
+    let Some(folder) = target.folder() else {
         // That it answers at all is worth knowing.
         replica.names().await?;
         return Ok(false);
@@ -322,12 +358,12 @@ async fn put_back(replica: &dyn Server, target: &Target) -> Result<bool, Endpoin
     if replica.holds(&target.name, folder).await? {
         return Ok(false);
     }
-    replica.load(&target.name, folder, Load::Fresh).await.map(|()| true)
+    load(replica, target).await.map(|()| true)
 }
 
 /// Returns true where a replica lists `name` from the target's folder; for the base (no folder): where it does not list it.
 async fn lists(replica: &dyn Server, name: &str, target: &Target) -> Result<bool, EndpointError> {
-    match &target.folder {
+    match target.folder() {
         Some(folder) => replica.holds(name, folder).await,
         None => Ok(!replica.names().await?.iter().any(|listed| listed == name)),
     }
@@ -335,7 +371,7 @@ async fn lists(replica: &dyn Server, name: &str, target: &Target) -> Result<bool
 
 /// Loads a version under its unique name.
 pub(super) async fn load(replica: &dyn Server, target: &Target) -> Result<(), EndpointError> {
-    match &target.folder {
+    match target.verified()? {
         Some(folder) => replica.load(&target.name, folder, Load::Fresh).await,
         None => Ok(()),
     }
@@ -343,7 +379,7 @@ pub(super) async fn load(replica: &dyn Server, target: &Target) -> Result<(), En
 
 /// Unloads a version's unique name.
 pub(super) async fn unload(replica: &dyn Server, target: &Target) -> Result<(), EndpointError> {
-    match target.folder {
+    match target.folder() {
         Some(_) => replica.unload(&target.name).await,
         None => Ok(()),
     }

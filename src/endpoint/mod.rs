@@ -30,6 +30,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::durable::FileError;
+use crate::registry::RegistryError;
 use crate::secret::SecretError;
 use paths::PathMap;
 
@@ -286,6 +287,8 @@ pub enum EndpointError {
     Publish(FileError),
     #[error("the gateway's file {file} cannot be used: {reason}")]
     Gateway { file: String, reason: String },
+    #[error(transparent)]
+    Version(#[from] Box<RegistryError>),
     #[error(transparent)]
     Key(#[from] SecretError),
     #[error("no HTTP client can be made: {0}")]

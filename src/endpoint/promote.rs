@@ -314,7 +314,7 @@ impl<'a> Promotion<'a> {
         let fleet = self.fleet;
         let moved = fleet.leads_to(place, &self.to).await?;
         // A name that is loaded anew is gone in between; whoever else moved an alias is not overruled.
-        let gone = !moved && fleet.alias.is_loaded() && self.from.folder.is_some() && fleet.is_nobodys(place).await?;
+        let gone = !moved && fleet.alias.is_loaded() && self.from.folder().is_some() && fleet.is_nobodys(place).await?;
         if !moved && !gone {
             return Ok(());
         }
@@ -353,7 +353,7 @@ pub(super) async fn prove_as(
     target: &Target,
     panel: &Panel,
 ) -> Result<Proof, Trouble> {
-    let expected = if target.folder.is_some() { Who::New } else { Who::Base };
+    let expected = if target.folder().is_some() { Who::New } else { Who::Base };
     let proof = prove(server, name, panel).await?;
     match proof.attribution == Attribution::Proven(expected) {
         true => Ok(proof),

@@ -53,7 +53,9 @@ impl Stage {
         let settings = Settings { urls, alias, retries: 0, ..Settings::default() };
         let folder = PathBuf::from(servers[1].adapter(voice, 8));
         std::fs::write(folder.join("adapter_model.safetensors"), "weights").unwrap();
-        let registry = Registry::open(&servers[1].adapters.path().join("registry")).unwrap();
+        let registry =
+            Registry::open(&servers[1].adapters.path().join("registry"), &crate::registry::Settings::default())
+                .unwrap();
         let base = Base { name: "tiny".into(), sha256: "b".into() };
         let (tables, offsets, notes) = Default::default();
         let lineage = Lineage { base, round: None, dataset_sha256: None, tables, offsets, notes, created_us: 1 };
@@ -209,7 +211,7 @@ async fn a_server_that_answers_with_something_else_is_caught() {
 async fn an_alias_that_someone_else_moved_aborts_the_change() {
     let stage = Stage::new(Alias::Native).await;
     let other = &stage.fleet.replicas[1];
-    let folder = stage.to.folder.clone().unwrap();
+    let folder = stage.to.folder().unwrap().to_owned();
     other.load("theirs", &folder, Load::Fresh).await.unwrap();
     other.move_alias("production", None, "theirs").await.unwrap();
     let error = stage.carry_out().await.unwrap_err();
@@ -294,7 +296,7 @@ async fn a_rollback_is_the_same_change_backwards() {
 async fn in_place_the_stable_name_is_loaded_from_the_new_folder() {
     let stage = Stage::new(Alias::Inplace).await;
     stage.carry_out().await.unwrap();
-    let folder = stage.to.folder.as_ref().unwrap();
+    let folder = stage.to.folder().unwrap();
     assert!(stage.fleet.replicas[1].holds("production", folder).await.unwrap());
 
     for (killed_after, adapters) in [(3, 0), (4, 4)] {
@@ -332,7 +334,7 @@ async fn a_name_that_is_loaded_anew_is_back_after_a_kill_in_its_gap() {
     stage.fleet.replicas[0].unload("production").await.unwrap();
     assert_eq!(stage.recover().await.unwrap(), Outcome::Undone);
     for replica in &stage.fleet.replicas {
-        assert!(replica.holds("production", stage.to.folder.as_ref().unwrap()).await.unwrap());
+        assert!(replica.holds("production", stage.to.folder().unwrap()).await.unwrap());
         assert!(!replica.names().await.unwrap().contains(&next));
     }
     assert_eq!(stage.book(), stage.promoted());

@@ -13,7 +13,6 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// Hex digits of the content hash in a version's name: enough that no two adapters of an endpoint ever share one.
 const DIGITS: usize = 12;
-const PREFIX: &str = "taod-";
 
 /// The model that an adapter was trained on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +69,7 @@ pub struct Manifest {
 
 impl Manifest {
     /// Returns the manifest of the PEFT folder `folder`. Only PEFT's two files belong to an adapter.
-    pub(super) fn of(folder: &Path, lineage: Lineage) -> Result<Manifest, RegistryError> {
+    pub(super) fn of(folder: &Path, prefix: &str, lineage: Lineage) -> Result<Manifest, RegistryError> {
         let mut files = BTreeMap::new();
         for name in [CONFIG, WEIGHTS] {
             match durable::sha256_file(&folder.join(name)) {
@@ -83,12 +82,21 @@ impl Manifest {
                 hash => files.insert(name.to_string(), hash?),
             };
         }
-        let mut hasher = Sha256::new();
-        for (name, hash) in &files {
-            hasher.update(format!("{name} {hash}\n"));
+        let sha256 = content_hash(&files);
+        Ok(Manifest { version: format!("{prefix}-{}", &sha256[..DIGITS]), sha256, files, lineage })
+    }
+
+    /// Refuses a manifest that is not the one of the version in whose folder it lies: the name follows from the files.
+    pub(super) fn check_name(&self, version: &str) -> Result<(), RegistryError> {
+        let refuse = |why: String| Err(RegistryError::Manifest { version: version.to_owned(), why });
+        if self.version != version {
+            return refuse(format!("it says {}", self.version));
         }
-        let sha256 = hex::encode(hasher.finalize());
-        Ok(Manifest { version: format!("{PREFIX}{}", &sha256[..DIGITS]), sha256, files, lineage })
+        if content_hash(&self.files) != self.sha256 || !version.ends_with(&self.sha256[..DIGITS.min(self.sha256.len())])
+        {
+            return refuse("its hashes do not make its name".to_owned());
+        }
+        Ok(())
     }
 
     /// Returns the hash of the weights alone.
@@ -97,7 +105,27 @@ impl Manifest {
     }
 }
 
-/// Returns true for a name that the registry itself could have given: never a path out of its folder.
+/// Returns the hash over the names and hashes of files.
+fn content_hash(files: &BTreeMap<String, String>) -> String {
+    let mut hasher = Sha256::new();
+    for (name, hash) in files {
+        hasher.update(format!("{name} {hash}\n"));
+    }
+    hex::encode(hasher.finalize())
+}
+
+/// Returns true for a name that a registry could have given, whatever its prefix: never a path out of its folder.
 pub(super) fn is_version(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|hex| hex.len() == DIGITS && hex.bytes().all(|b| b.is_ascii_hexdigit()))
+    let parts = name.rsplit_once('-');
+    parts.is_some_and(|(prefix, hex)| {
+        is_prefix(prefix) && hex.len() == DIGITS && hex.bytes().all(|b| b.is_ascii_hexdigit())
+    })
+}
+
+/// Returns true for what versions' names may begin with: model servers and file systems take it as it is.
+pub(super) fn is_prefix(prefix: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=32).contains(&prefix.len())
+        && prefix.starts_with(|c: char| c.is_ascii_lowercase())
+        && prefix.bytes().all(plain)
 }

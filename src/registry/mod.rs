@@ -3,7 +3,8 @@
 //! Plain files under one folder, so that an operator can read them with `cat` and a backup is a copy:
 //!
 //! ```text
-//! adapters/<version>/   the PEFT files, and manifest.json written last: without it the version does not exist
+//! adapters/<version>/   the PEFT files, manifest.sig where versions are signed, and manifest.json written last:
+//!                       without it the version does not exist
 //! current.json          what is served, changed by one rename; absent means the base
 //! intent.json           a promotion under way, removed when it is complete or aborted
 //! frozen.json           why nothing is promoted, while somebody's freeze holds
@@ -23,6 +24,7 @@ mod history;
 mod intent;
 mod manifest;
 mod settings;
+mod signing;
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -35,10 +37,15 @@ pub use freeze::Freeze;
 pub use history::{Event, Happened};
 pub use intent::{Approval, Intent, Kind};
 pub use manifest::{Base, Lineage, Manifest, OffsetRange};
-pub use settings::{Promotion, Settings};
+pub use settings::{Alarm, Promotion, Settings};
+
+use crate::signature::SignatureError;
 
 /// The version name of the model without any adapter.
 pub const BASE: &str = "base";
+
+/// What a version is made of and where it came from, in its folder.
+const MANIFEST: &str = "manifest.json";
 
 /// Why the registry refuses something.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +62,10 @@ pub enum RegistryError {
         "file {file} of version {version} has SHA-256 {found}, not {expected}: restore it or import the adapter again"
     )]
     Corrupt { version: String, file: String, expected: String, found: String },
+    #[error("the manifest of version {version} is that of another one ({why}): restore it or import the adapter again")]
+    Manifest { version: String, why: String },
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
     #[error("version {version} is quarantined ({reason}): train a new adapter")]
     Quarantined { version: String, reason: String },
     #[error("version {version} is what is served: roll back instead, which quarantines it")]
@@ -138,21 +149,27 @@ pub enum Recovery {
 }
 
 /// A registry in a folder. Cheap to open; every call reads the disk, so that several processes agree.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Registry {
     root: PathBuf,
+    settings: Settings,
 }
 
 impl Registry {
     /// Opens the registry in `root` and makes its folders where they are missing.
-    pub fn open(root: &Path) -> Result<Registry, RegistryError> {
+    pub fn open(root: &Path, settings: &Settings) -> Result<Registry, RegistryError> {
         durable::create_folder(&root.join("adapters"))?;
         durable::create_folder(&root.join("quarantine"))?;
         // The group may pass through to the adapters, and list those.
         durable::admit_group(root, 0o010)?;
         durable::admit_group(&root.join("adapters"), 0o050)?;
         durable::sync_folder(root)?;
-        Ok(Registry { root: root.to_path_buf() })
+        Ok(Registry { root: root.to_path_buf(), settings: settings.clone() })
+    }
+
+    /// Opens the registry in `root` for who reads what is recorded there and loads nothing: no key is asked for.
+    pub fn records(root: &Path) -> Result<Registry, RegistryError> {
+        Registry::open(root, &Settings::default())
     }
 
     /// Returns the PEFT folder of a version.
@@ -190,7 +207,7 @@ impl Registry {
     /// returns what is there, with its first lineage.
     pub fn register(&self, folder: &Path, lineage: Lineage) -> Result<Manifest, RegistryError> {
         let _lock = self.lock()?;
-        let new = Manifest::of(folder, lineage)?;
+        let new = Manifest::of(folder, &self.settings.name_prefix, lineage)?;
         match self.manifest(&new.version) {
             Ok(there) if there.sha256 == new.sha256 => {
                 self.check_files(&there)?;
@@ -213,7 +230,8 @@ impl Registry {
         durable::sync_folder(&self.root.join("adapters"))?;
         // Read back what was written: the manifest states what is in the registry, not what was in the folder.
         self.check_files(&new)?;
-        disk::write_json(&target.join("manifest.json"), &new)?;
+        self.write_signature(&new)?;
+        disk::write_json(&target.join(MANIFEST), &new)?;
         self.record_registered(&new)?;
         Ok(new)
     }
@@ -229,15 +247,18 @@ impl Registry {
         if !manifest::is_version(version) {
             return Err(unknown());
         }
-        match durable::read_json(&self.path(version).join("manifest.json")) {
+        match durable::read_json(&self.path(version).join(MANIFEST)) {
             Err(error) if error.is_not_found() => Err(unknown()),
             result => Ok(result?),
         }
     }
 
-    /// Hashes a version's files again and returns its manifest if they are what was registered.
+    /// Hashes a version's files again and returns its manifest if they are what was registered and, where keys are
+    /// trusted, one of these signed it. Whatever loads a version asks this first.
     pub fn verify(&self, version: &str) -> Result<Manifest, RegistryError> {
         let manifest = self.manifest(version)?;
+        manifest.check_name(version)?;
+        self.check_signature(&manifest)?;
         self.check_files(&manifest)?;
         Ok(manifest)
     }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::gate::verdict::tests::passed_for;
+use crate::signature::SigningKey;
 
 /// A registry in a folder of its own, with a way to make adapters.
 struct Desk {
@@ -10,7 +11,7 @@ struct Desk {
 impl Desk {
     fn new() -> Desk {
         let folder = tempfile::tempdir().unwrap();
-        let registry = Registry::open(&folder.path().join("registry")).unwrap();
+        let registry = Registry::open(&folder.path().join("registry"), &Settings::default()).unwrap();
         Desk { folder, registry }
     }
 
@@ -125,7 +126,7 @@ fn an_approval_outlives_the_process_that_it_was_given_to() {
     let approval = Approval { by: "olga".into(), reason: "read the answers".into() };
     let passed = passed_for(&a.version, &a.sha256, BASE);
     desk.registry.promote(&passed, Some(approval.clone()), 2).unwrap();
-    let reopened = Registry::open(&desk.folder.path().join("registry")).unwrap();
+    let reopened = Registry::open(&desk.folder.path().join("registry"), &Settings::default()).unwrap();
     let Recovery::Underway(found) = reopened.recover().unwrap() else { panic!("nothing is under way") };
     assert_eq!(*found.why(), Kind::Gated { trial: passed.trial().to_string(), approval: Some(approval) });
 }
@@ -394,4 +395,105 @@ fn a_freeze_stops_the_gate_and_not_the_operator() {
     assert_eq!(desk.served(), next.version);
     let events = desk.events();
     assert_eq!(events.iter().filter(|e| ["frozen", "thawed"].contains(*e)).count(), 2, "{events:?}");
+}
+
+/// A registry that signs by a key of its own and trusts it, beside one of the same folder that trusts somebody else's.
+struct Signing {
+    desk: Desk,
+    /// What an attacker or a colleague has: another key, in its file.
+    other: Settings,
+}
+
+impl Signing {
+    fn new() -> Signing {
+        let mut desk = Desk::new();
+        let [own, other] = ["own", "other"].map(|name| {
+            let signing_key_file = desk.folder.path().join(format!("{name}.pem"));
+            let trusted_keys = vec![SigningKey::generate(&signing_key_file).unwrap().to_string()];
+            Settings { signing_key_file, trusted_keys, ..Settings::default() }
+        });
+        desk.registry.settings = own;
+        Signing { desk, other }
+    }
+
+    fn refusal(&self, version: &str) -> RegistryError {
+        let refused = self.desk.registry.verify(version).unwrap_err();
+        let promoted = self.desk.registry.override_promote(version, "operator", "a test", 5).unwrap_err();
+        assert_eq!(refused.to_string(), promoted.to_string(), "what cannot be loaded cannot be promoted");
+        refused
+    }
+}
+
+#[test]
+fn a_version_is_signed_as_it_is_registered_and_refused_once_anything_of_it_differs() {
+    let signing = Signing::new();
+    let (a, b) = (signing.desk.register("a").version, signing.desk.register("b").version);
+    signing.desk.registry.verify(&a).unwrap();
+    let file = |version: &str, name: &str| signing.desk.registry.path(version).join(name);
+    // The other version's signature is none of this one's.
+    let own = fs::read(file(&a, "manifest.sig")).unwrap();
+    fs::copy(file(&b, "manifest.sig"), file(&a, "manifest.sig")).unwrap();
+    assert!(matches!(signing.refusal(&a), RegistryError::Signature(SignatureError::Forged { .. })));
+    fs::write(file(&a, "manifest.sig"), own).unwrap();
+    // A whole version under another one's name.
+    for name in ["manifest.json", "manifest.sig", "adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(file(&b, name), file(&a, name)).unwrap();
+    }
+    assert!(matches!(signing.refusal(&a), RegistryError::Manifest { .. }));
+    // Other weights whose hash is put into the manifest: the hashes fit, the signature does not.
+    let text = fs::read_to_string(file(&b, "manifest.json")).unwrap().replace("\"created_us\": 1", "\"created_us\": 2");
+    fs::write(file(&b, "manifest.json"), text).unwrap();
+    assert!(matches!(signing.refusal(&b), RegistryError::Signature(SignatureError::Forged { .. })));
+}
+
+#[test]
+fn weights_that_were_changed_after_the_signature_are_refused() {
+    let signing = Signing::new();
+    let a = signing.desk.register("a").version;
+    fs::write(signing.desk.registry.path(&a).join("adapter_model.safetensors"), "worse").unwrap();
+    assert!(matches!(signing.refusal(&a), RegistryError::Corrupt { .. }));
+}
+
+#[test]
+fn a_signature_by_a_key_that_is_not_trusted_or_none_at_all_is_refused_until_somebody_signs() {
+    let mut signing = Signing::new();
+    let a = signing.desk.register("a").version;
+    let own = std::mem::replace(&mut signing.desk.registry.settings, signing.other.clone());
+    assert!(matches!(signing.refusal(&a), RegistryError::Signature(SignatureError::Untrusted { .. })));
+    fs::remove_file(signing.desk.registry.path(&a).join("manifest.sig")).unwrap();
+    let refused = signing.refusal(&a).to_string();
+    assert!(refused.contains("is not signed") && refused.contains("taod adapters sign"), "{refused}");
+    assert_eq!(signing.desk.registry.signer(&a).unwrap(), None);
+    signing.desk.registry.sign(&a).unwrap();
+    signing.desk.registry.verify(&a).unwrap();
+    assert_eq!(signing.desk.registry.signer(&a).unwrap().as_ref(), signing.other.trusted_keys.first());
+    // A key that nobody here trusts makes no version that could never be loaded.
+    let mixed = Settings { trusted_keys: own.trusted_keys, ..signing.other.clone() };
+    signing.desk.registry.settings = mixed;
+    let folder = signing.desk.peft("n", "{}");
+    let refused = signing.desk.registry.register(&folder, lineage()).unwrap_err();
+    assert!(matches!(refused, RegistryError::Signature(SignatureError::Untrusted { .. })), "{refused}");
+    assert_eq!(signing.desk.registry.list().unwrap().len(), 1);
+}
+
+#[test]
+fn a_key_that_others_may_read_registers_nothing() {
+    use std::os::unix::fs::PermissionsExt;
+    let signing = Signing::new();
+    let file = &signing.desk.registry.settings.signing_key_file;
+    fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
+    let refused = signing.desk.registry.register(&signing.desk.peft("a", "{}"), lineage()).unwrap_err();
+    assert!(matches!(refused, RegistryError::Signature(SignatureError::KeyOpen { .. })), "{refused}");
+    assert_eq!(signing.desk.registry.list().unwrap(), []);
+}
+
+#[test]
+fn registries_of_different_prefixes_never_give_the_same_name() {
+    let mut desk = Desk::new();
+    let a = desk.register("a").version;
+    desk.registry.settings.name_prefix = "support-desk".into();
+    let b = desk.register("a").version;
+    assert_eq!((b.rsplit_once('-').unwrap().0, b.rsplit_once('-').unwrap().1), ("support-desk", &a["taod-".len()..]));
+    desk.registry.verify(&a).unwrap();
+    desk.registry.verify(&b).unwrap();
 }

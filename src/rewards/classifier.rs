@@ -21,6 +21,7 @@ use super::Item;
 use crate::durable;
 use crate::engine::{EngineError, SequenceClassifier};
 use crate::record::{Message, last_user_text};
+use crate::signature::{self, PublicKey, SignatureError};
 
 /// A reward model and how much of a text it reads.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +32,10 @@ pub struct Settings {
     /// SHA-256 that the weights must have, in hexadecimal; empty: any. With shards, that of their hashes, one a line.
     #[serde(default)]
     pub sha256: String,
+    /// Public key (base64 of an Ed25519 key's 32 bytes) that must have signed the model's folder (`taod reward sign`) before it
+    /// is loaded; empty: no signature is asked for.
+    #[serde(default)]
+    pub public_key: String,
     /// Tokens after which a text is cut; 0: what the model reads at most. A decoder loses the conversation's beginning, an
     /// encoder the end of the longer of question and answer.
     #[serde(default)]
@@ -47,6 +52,9 @@ impl Settings {
         if !self.sha256.is_empty() && !hex {
             return Err(format!("sha256 = {:?}: give 64 hexadecimal digits, or leave it empty", self.sha256));
         }
+        if !self.public_key.is_empty() {
+            PublicKey::parse(&self.public_key).map_err(|error| format!("public_key: {error}"))?;
+        }
         match self.max_tokens {
             1..8 => Err(format!("max_tokens = {}: give at least 8, or 0 for the model's own limit", self.max_tokens)),
             _ => Ok(()),
@@ -61,6 +69,10 @@ pub enum ClassifierError {
     Load { path: String, reason: String },
     #[error("{model}: its weights have SHA-256 {found}, not {expected}; fetch it again or correct sha256")]
     Hash { model: String, found: String, expected: String },
+    #[error("{model} is no folder, so nobody can have signed it: fetch it into one, or empty public_key")]
+    NoFolder { model: String },
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
     #[error("the reward model failed on a batch of {texts} texts: {source}")]
     Forward { texts: usize, source: candle_core::Error },
     #[error("the reward model's tokenizer failed: {0}")]
@@ -101,9 +113,15 @@ impl Classifier {
         Self::open(&Settings { model: model.to_owned(), ..Settings::default() })
     }
 
-    /// Loads what the settings name and checks its hash.
+    /// Loads what the settings name and checks its hash and, where they name a key, its signature first.
     pub fn open(settings: &Settings) -> Result<Self, ClassifierError> {
         let folder = Path::new(&settings.model);
+        if !settings.public_key.is_empty() {
+            if !folder.is_dir() {
+                return Err(ClassifierError::NoFolder { model: settings.model.clone() });
+            }
+            signature::check_folder(folder, &[PublicKey::parse(&settings.public_key)?])?;
+        }
         let config: Value = match folder.is_dir() {
             true => durable::read_json(&folder.join("config.json")).map_err(|e| ClassifierError::load(folder, e))?,
             false => Value::Null,

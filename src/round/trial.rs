@@ -378,11 +378,14 @@ fn weights_hash(night: &Night<'_>, version: &str) -> Result<String, RoundError> 
 fn load_side(night: &Night<'_>, version: &str) -> Result<(String, Option<Adapter>), RoundError> {
     let adapter = match version {
         "base" => None,
-        version => Some(Adapter::load(&night.registry.path(version), night.model)?),
+        version => {
+            night.registry.verify(version)?;
+            Some(Adapter::load(&night.registry.path(version), night.model)?)
+        }
     };
     Ok((version.to_string(), adapter))
 }
 
-fn now_us() -> i64 {
+pub(super) fn now_us() -> i64 {
     Utc::now().timestamp_micros()
 }

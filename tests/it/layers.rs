@@ -7,7 +7,7 @@ use crate::harness::{files, text};
 /// The layers, lowest first. Modules of one layer do not use each other.
 const LAYERS: &[&[&str]] = &[
     &["crash", "durable", "health", "json", "metrics", "progress", "secret"],
-    &["layout"],
+    &["layout", "signature"],
     &["notify", "record", "telemetry"],
     &["query_log", "engine"],
     &["table"],

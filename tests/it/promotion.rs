@@ -110,7 +110,7 @@ impl Stage {
     }
 
     fn current(&self) -> String {
-        let registry = Registry::open(&self.folder.path().join("state/registry")).unwrap();
+        let registry = Registry::open(&self.folder.path().join("state/registry"), &Default::default()).unwrap();
         assert_eq!(registry.intent().unwrap(), None);
         registry.current().unwrap().version
     }

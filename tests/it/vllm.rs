@@ -66,7 +66,7 @@ impl Stage {
     }
 
     fn registry(&self) -> Registry {
-        Registry::open(&self.folder.path().join("state/registry")).unwrap()
+        Registry::open(&self.folder.path().join("state/registry"), &Default::default()).unwrap()
     }
 
     fn adapters(&self, words: &[&str]) -> harness::Outcome {
@@ -182,7 +182,11 @@ fn register(model: &Model, folder: &Path, seed: usize) -> String {
     let base = registry::Base { name: model.identity().name.clone(), sha256: model.identity().sha256.clone() };
     let (tables, offsets, notes) = Default::default();
     let lineage = Lineage { base, round: None, dataset_sha256: None, tables, offsets, notes, created_us: 1 };
-    Registry::open(&folder.join("state/registry")).unwrap().register(&peft, lineage).unwrap().version
+    Registry::open(&folder.join("state/registry"), &Default::default())
+        .unwrap()
+        .register(&peft, lineage)
+        .unwrap()
+        .version
 }
 
 /// A promotion, a second one, a rollback and a refusal, with the name that clients use.

@@ -21,10 +21,12 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use crate::config::Config;
+use crate::gate::StepRow;
 use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
@@ -44,6 +46,8 @@ pub struct Facts {
     reads: Semaphore,
     /// Rows of `queries` and when they were counted: a page that refreshes need not count them each time.
     rows: Mutex<Option<(Instant, u64)>>,
+    /// The newest version of `gate_steps` that was read, with its rows.
+    gate_steps: Mutex<Option<(u64, Arc<Vec<StepRow>>)>>,
 }
 
 /// For how long a count of rows is good enough.
@@ -59,7 +63,16 @@ impl Facts {
         let paths = Paths::new(&config.state.dir);
         let tables = config.state.open_tables()?;
         let reads = Semaphore::new(READS);
-        Ok(Facts { config: RwLock::new(config), metrics, health, paths, tables, reads, rows: Mutex::default() })
+        Ok(Facts {
+            config: RwLock::new(config),
+            metrics,
+            health,
+            paths,
+            tables,
+            reads,
+            rows: Mutex::default(),
+            gate_steps: Mutex::default(),
+        })
     }
 
     /// Tells of another config from now on. What is built on it, the tables' place and the folders, does not change.
@@ -72,7 +85,7 @@ impl Facts {
     }
 
     fn registry(&self) -> Result<Registry, FactError> {
-        Registry::open(&self.paths.registry()).map_err(FactError::failed)
+        Registry::open(&self.paths.registry(), &self.config_now().registry).map_err(FactError::failed)
     }
 
     /// Waits for the right to read tables.
@@ -124,7 +137,7 @@ impl IntoResponse for FactError {
 #[serde(deny_unknown_fields)]
 pub(super) struct Many {
     /// The most items, 1 to 500.
-    #[serde(default = "fifty")]
+    #[serde(default = "fifty", deserialize_with = "items")]
     #[schemars(range(min = 1, max = 500))]
     pub(super) limit: u16,
 }
@@ -133,9 +146,18 @@ fn fifty() -> u16 {
     50
 }
 
+/// Reads a number of items; one that is out of range is refused, as the document says.
+fn items<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    let limit = u16::deserialize(deserializer)?;
+    match (1..=500).contains(&limit) {
+        true => Ok(limit),
+        false => Err(D::Error::custom(format!("limit is {limit}: give 1 to 500"))),
+    }
+}
+
 impl Many {
     pub(super) fn limit(self) -> usize {
-        usize::from(self.limit.clamp(1, 500))
+        usize::from(self.limit)
     }
 }
 

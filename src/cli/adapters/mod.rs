@@ -15,6 +15,7 @@ use crate::endpoint::promote::Outcome;
 use crate::engine::{Adapter, Model};
 use crate::registry::{Listed, Registry};
 use crate::round::Paths;
+use crate::signature::SigningKey;
 
 /// What is asked of the registry.
 #[derive(Debug, Subcommand)]
@@ -47,7 +48,18 @@ pub enum Command {
         #[command(flatten)]
         why: Why,
     },
-    /// Compare a version's files with the hashes recorded of them.
+    /// Make the key by which versions are signed (registry.signing_key_file), and print its public half for
+    /// registry.trusted_keys.
+    Keygen {
+        /// The file to write; one that is there is left alone.
+        file: PathBuf,
+    },
+    /// Sign versions that are registered already by registry.signing_key_file. That they are what they should be is your word.
+    Sign {
+        /// The version; without it all that are not signed.
+        version: Option<String>,
+    },
+    /// Compare a version's files with the hashes recorded of them, and its signature with registry.trusted_keys.
     Verify {
         /// The version; without it all of them.
         version: Option<String>,
@@ -125,7 +137,7 @@ impl Why {
 
 pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
-    let registry = Registry::open(&Paths::new(&config.state.dir).registry())?;
+    let registry = Registry::open(&Paths::new(&config.state.dir).registry(), &config.registry)?;
     let mut out = Output::stdout();
     match command {
         Command::List { json: true } => out.line(&registry.list()?)?,
@@ -164,9 +176,15 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
             };
             for version in versions {
                 registry.verify(&version)?;
-                out.text(&format!("{version}: every file is as it was registered\n"))?;
+                let by = registry.signer(&version)?.map_or("nobody signed it".into(), |key| format!("signed by {key}"));
+                out.text(&format!("{version}: every file is as it was registered; {by}\n"))?;
             }
         }
+        Command::Keygen { file } => {
+            let key = SigningKey::generate(file)?;
+            out.text(&format!("{key}\n"))?;
+        }
+        Command::Sign { version } => out.text(&sign(&registry, version.as_deref())?)?,
         Command::Export { version, out: file, model } => {
             ensure!(
                 file.extension().is_some_and(|extension| extension == "gguf"),
@@ -242,6 +260,21 @@ fn settle(config: &Config) -> anyhow::Result<String> {
         lines.push("nothing was to be done".into());
     }
     Ok(lines.join("\n") + "\n")
+}
+
+/// Signs one version, or all that nobody signed.
+fn sign(registry: &Registry, version: Option<&str>) -> anyhow::Result<String> {
+    let mut versions = Vec::from_iter(version.map(str::to_owned));
+    if version.is_none() {
+        for listed in registry.list()? {
+            if registry.signer(&listed.version)?.is_none() {
+                versions.push(listed.version);
+            }
+        }
+    }
+    let signed = |version: String| Ok(format!("{version} is signed by {}\n", registry.sign(&version)?));
+    let lines: anyhow::Result<Vec<String>> = versions.into_iter().map(signed).collect();
+    Ok(lines?.concat())
 }
 
 fn list(versions: &[Listed]) -> String {

@@ -99,7 +99,7 @@ fn trial_of(verdict: &Verdict) -> Option<&str> {
 
 fn registry(global: &Global) -> anyhow::Result<Registry> {
     let config = global.load()?.config;
-    Ok(Registry::open(&Paths::new(&config.state.dir).registry())?)
+    Ok(Registry::open(&Paths::new(&config.state.dir).registry(), &config.registry)?)
 }
 
 fn say(text: &str) -> anyhow::Result<Exit> {

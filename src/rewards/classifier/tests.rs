@@ -193,3 +193,35 @@ fn a_defined_classifier_is_a_reward_and_its_calibration_counts() {
     assert_ne!(one.identity(), other.identity());
     assert_eq!(one.gate_identity(), other.gate_identity());
 }
+
+#[test]
+fn a_model_that_its_key_did_not_sign_is_not_loaded() {
+    use crate::signature::{SigningKey, sign_folder};
+    let (copy, keys) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for file in std::fs::read_dir(folder("bert")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    let [key, other] = ["key", "other"].map(|name| {
+        let path = keys.path().join(name);
+        SigningKey::generate(&path).unwrap();
+        SigningKey::read(&path).unwrap()
+    });
+    let (model, public_key) = (copy.path().display().to_string(), key.public().to_string());
+    let here = Settings { model, public_key, ..Settings::default() };
+    assert!(
+        refusal(&here).contains("is not signed") && refusal(&here).contains("taod reward sign"),
+        "{}",
+        refusal(&here)
+    );
+    sign_folder(copy.path(), &other).unwrap();
+    assert!(refusal(&here).contains("not among the trusted keys"), "{}", refusal(&here));
+    sign_folder(copy.path(), &key).unwrap();
+    Classifier::open(&here).unwrap();
+    let config = std::fs::read_to_string(copy.path().join("config.json")).unwrap();
+    std::fs::write(copy.path().join("config.json"), config + " ").unwrap();
+    assert!(refusal(&here).contains("config.json") && refusal(&here).contains("was changed"), "{}", refusal(&here));
+    let hub = Settings { model: "org/name".into(), ..here };
+    assert!(refusal(&hub).contains("is no folder"), "{}", refusal(&hub));
+    assert!(Settings { public_key: "AAAA".into(), ..hub }.validate().unwrap_err().starts_with("public_key: "));
+}
