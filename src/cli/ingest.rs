@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, block_on, signals};
+use super::{Exit, Global, block_on, signals, stores_log};
 use crate::daemon;
 use crate::ingest::{self, Counters, Mode};
 
@@ -25,6 +25,7 @@ pub struct Ingest {
 
 pub(super) fn run(global: &Global, args: &Ingest) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
+    stores_log(&config)?;
     let mode = if args.until_idle { Mode::UntilIdle } else { Mode::Forever };
     let tables = config.state.open_tables()?;
     let summary = block_on(async {

@@ -192,6 +192,17 @@ pub fn run(cli: Cli, screen: &Screen) -> anyhow::Result<Exit> {
     }
 }
 
+/// Refuses a command that changes the log where another daemon keeps it.
+fn stores_log(config: &Config) -> Result<(), Usage> {
+    match config.state.stores_log() {
+        true => Ok(()),
+        false => Err(Usage(format!(
+            "state.log = {:?}: another daemon keeps the log; run this with that one's config",
+            config.state.log
+        ))),
+    }
+}
+
 /// Runs the async part of a command to its end.
 fn block_on<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

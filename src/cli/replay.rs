@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use clap::Args;
 
 use super::lines::Output;
-use super::{Exit, Global, block_on};
+use super::{Exit, Global, block_on, stores_log};
 use crate::ingest::replay::{self, Choice};
 
 /// Read dead letters again, under the formats and mappings of now, and store what they hold, exactly once.
@@ -29,6 +29,7 @@ pub struct Replay {
 
 pub(super) fn run(global: &Global, args: &Replay) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
+    stores_log(&config)?;
     let tables = config.state.open_tables()?;
     let choice = Choice { reason: args.reason.clone(), since: args.since, dry_run: args.dry_run };
     let done = block_on(replay::run(&config.ingest, &tables, &choice))??;

@@ -61,7 +61,18 @@ macro_rules! sections {
 impl Config {
     /// Returns what no section can see by itself.
     fn across(&self) -> Vec<String> {
-        self.samples_for_method().into_iter().chain(self.independence()).collect()
+        self.samples_for_method().into_iter().chain(self.independence()).chain(self.name_beside_another()).collect()
+    }
+
+    /// Versions of two daemons must not share a name at the servers: one would unload what the other serves.
+    fn name_beside_another(&self) -> Option<String> {
+        let same =
+            !self.state.stores_log() && self.registry.name_prefix == crate::registry::Settings::default().name_prefix;
+        same.then(|| {
+            "registry.name_prefix is the default, but state.log says that another daemon is beside this one: give versions a \
+             beginning of their own, such as the workload's name"
+                .into()
+        })
     }
 
     /// The gate's score must hold something that training did not optimise.
@@ -135,13 +146,22 @@ pub struct StateSettings {
     /// `abfss://container@account.dfs.core.windows.net/folder` or `gs://bucket/folder`. Empty: the folder `tables` in
     /// `dir`. Credentials come from the environment variables of the cloud.
     pub tables: String,
+    /// Where another daemon keeps the log (its `state.tables`, or the folder `tables` in its `state.dir`), for a daemon of one
+    /// workload or tenant beside it: that log is read, and ingestion, maintenance and erasure of it are left to the other.
+    /// Empty: this daemon stores the log itself, in `tables`.
+    pub log: String,
     /// Options of the object store by their names in object_store, such as `region`, `endpoint` or `allow_http`; no secrets.
     pub store_options: BTreeMap<String, String>,
 }
 
 impl Default for StateSettings {
     fn default() -> Self {
-        StateSettings { dir: PathBuf::from("var"), tables: String::new(), store_options: BTreeMap::new() }
+        StateSettings {
+            dir: PathBuf::from("var"),
+            tables: String::new(),
+            log: String::new(),
+            store_options: BTreeMap::new(),
+        }
     }
 }
 
@@ -151,14 +171,33 @@ impl StateSettings {
         if self.dir.as_os_str().is_empty() {
             return Err("dir is empty; name the folder for taod's files, such as \"/var/lib/taod\"".into());
         }
-        TableLocation::check(&self.place(), &self.store_options).map_err(|e| format!("tables: {e}"))
+        TableLocation::check(&self.place(), &self.store_options).map_err(|e| format!("tables: {e}"))?;
+        if self.stores_log() {
+            return Ok(());
+        }
+        if self.log.trim_end_matches('/') == self.place().trim_end_matches('/') {
+            return Err(format!(
+                "log = {:?} is this daemon's own tables: leave it empty, or name the other's",
+                self.log
+            ));
+        }
+        TableLocation::check(&self.log, &self.store_options).map_err(|e| format!("log: {e}"))
+    }
+
+    /// Returns true where this daemon stores the log itself.
+    pub fn stores_log(&self) -> bool {
+        self.log.is_empty()
     }
 
     /// Returns the tables. This is the one place where a config becomes their location; a state folder of a newer taod is
     /// refused here.
     pub fn open_tables(&self) -> Result<Tables, TableError> {
         crate::layout::check(&self.dir)?;
-        Ok(Tables::at(TableLocation::parse(&self.place(), &self.store_options)?))
+        let tables = Tables::at(TableLocation::parse(&self.place(), &self.store_options)?);
+        match self.stores_log() {
+            true => Ok(tables),
+            false => Ok(tables.with_log_of_another(TableLocation::parse(&self.log, &self.store_options)?)),
+        }
     }
 
     fn place(&self) -> String {

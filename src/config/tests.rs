@@ -94,6 +94,31 @@ fn problem(file: &str, environment: &[(&str, &str)]) -> String {
 }
 
 #[test]
+fn the_shipped_pair_of_daemons_over_one_log_fits_together() {
+    let read = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/shared").join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        Loaded::from_layers(Some((name.into(), text)), Vec::new()).unwrap().config
+    };
+    let (general, support) = (read("general.toml"), read("support.toml"));
+    assert!(general.state.stores_log() && !support.state.stores_log());
+    assert_eq!(Path::new(&support.state.log), general.state.dir.join("tables"));
+    assert_eq!(general.endpoint.urls, support.endpoint.urls);
+    assert_ne!(general.registry.name_prefix, support.registry.name_prefix);
+    assert_ne!(general.endpoint.stable_name, support.endpoint.stable_name);
+    assert_ne!((&general.state.dir, &general.admin.listen), (&support.state.dir, &support.admin.listen));
+}
+
+#[test]
+fn a_log_of_another_daemon_asks_for_names_of_ones_own() {
+    let refused =
+        |text: &str| Loaded::from_layers(Some(("taod.toml".into(), text.into())), Vec::new()).unwrap_err().to_string();
+    assert!(refused("[state]\nlog = '/srv/tables'").contains("registry.name_prefix"));
+    let own = "[state]\ndir = '/srv'\nlog = '/srv/tables/'\n[registry]\nname_prefix = 'a'";
+    assert!(refused(own).contains("is this daemon's own tables"));
+}
+
+#[test]
 fn the_file_wins_over_the_defaults_and_the_environment_over_the_file() {
     let file = "[tuning]\nrank = 8\nlearning_rate = 1e-3\nproperties = { a = \"b\" }";
     let environment =

@@ -99,7 +99,7 @@ impl Daemon {
 /// Looks at the canary, and takes it away where it earns less than the served version. Returns the reason.
 async fn look_at_canary(config: &Config) -> Result<Option<String>> {
     let paths = Paths::new(&config.state.dir);
-    let registry = Registry::open(&paths.registry())?;
+    let registry = Registry::open(&paths.registry(), &config.registry)?;
     let Some(canary) = registry.canary()? else { return Ok(None) };
     let served = registry.current()?.version;
     let since = |version: &str| {
@@ -122,7 +122,7 @@ pub async fn look_and_act(config: &Config) -> Result<Option<promotion::Promoted>
     if let Some(reason) = look_at_canary(config).await? {
         tracing::error!(reason, "the canary earns less than what is served");
     }
-    let judged = Registry::open(&Paths::new(&config.state.dir).registry())?.current()?.version;
+    let judged = Registry::open(&Paths::new(&config.state.dir).registry(), &config.registry)?.current()?.version;
     let Some(reason) = look(config).await?.and_then(|seen| seen.fall()) else { return Ok(None) };
     if config.endpoint.watch.action != Action::Rollback {
         tracing::error!(reason, "the live reward fell; roll back, or set endpoint.watch.action");
@@ -135,7 +135,7 @@ pub async fn look_and_act(config: &Config) -> Result<Option<promotion::Promoted>
 /// Scores the answers before and after the newest promotion; `None` where no promoted version is served.
 pub async fn look(config: &Config) -> Result<Option<Seen>> {
     let paths = Paths::new(&config.state.dir);
-    let registry = Registry::open(&paths.registry())?;
+    let registry = Registry::open(&paths.registry(), &config.registry)?;
     let current = registry.current()?;
     if current.version == BASE {
         return Ok(None);
@@ -162,8 +162,8 @@ pub async fn look(config: &Config) -> Result<Option<Seen>> {
 async fn compare(config: &Config, before: &str, after: &str) -> Result<(Seen, Vec<Evaluation>)> {
     let (settings, tables) = (&config.endpoint.watch, config.state.open_tables()?);
     let (queries, limit) = (tables.open_one(Name::Queries).await?, settings.max_answers);
-    let before = answers(&queries, &format!("{before} limit {limit}")).await?;
-    let after = answers(&queries, &format!("{after} limit {limit}")).await?;
+    let before = answers(config, &queries, &format!("{before} limit {limit}")).await?;
+    let after = answers(config, &queries, &format!("{after} limit {limit}")).await?;
     if before.len().min(after.len()) < settings.min_answers {
         return Ok((Seen::Waiting { before: before.len(), after: after.len() }, Vec::new()));
     }
@@ -196,9 +196,19 @@ fn at(relation: &str, us: i64) -> String {
     format!("event_time {relation} arrow_cast({us}, 'Timestamp(Microsecond, Some(\"UTC\"))')")
 }
 
-/// Returns the answers that clients got, not those that taod asked for.
-pub(super) async fn answers(queries: &Table, which: &str) -> Result<Vec<Answer>> {
+/// Returns the answers that clients got, not those that taod asked for, of the traffic that this daemon is about.
+pub(super) async fn answers(config: &Config, queries: &Table, which: &str) -> Result<Vec<Answer>> {
     let columns = "workload, messages, response, finish_reason, event_time, request_id, trace_id";
     let theirs = "kind = 'call' and status = 200 and response is not null and coalesce(reason, '') <> 'self'";
-    Ok(queries.select(&format!("select {columns} from t where {theirs} and {which}")).await?)
+    let ours = wanted(config);
+    Ok(queries.select(&format!("select {columns} from t where {theirs} and {ours} and {which}")).await?)
+}
+
+/// Returns `dataset.filter` as a condition; a row of which it says nothing is left out, as it is from a dataset.
+pub(super) fn wanted(config: &Config) -> String {
+    match config.dataset.filter.trim() {
+        "" => "true".into(),
+        // On lines of its own, for a comment at its end.
+        filter => format!("coalesce((\n{filter}\n), false)"),
+    }
 }

@@ -22,7 +22,7 @@ mod traces;
 mod watch;
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -81,7 +81,7 @@ pub async fn run(
     let health = Arc::new(Health::default());
     let paths = Paths::new(&config.state.dir);
     let tables = config.state.open_tables()?;
-    Registry::open(&paths.registry())?;
+    Registry::open(&paths.registry(), &config.registry)?;
     let counters = Arc::new(ingest::Counters::default());
     let config = Arc::new(config);
     let facts = Arc::new(Facts::new(config.clone(), metrics.clone(), health.clone())?);
@@ -108,7 +108,15 @@ pub async fn run(
     loops.spawn(lease::keep(daemon.clone(), tables.clone(), grants, stop.clone()));
     let mut ingesting = {
         let (config, stop) = (config.clone(), stop.clone());
-        tokio::spawn(async move { ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await })
+        tokio::spawn(async move {
+            if config.state.stores_log() {
+                return ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await;
+            }
+            tracing::info!(log = config.state.log, "another daemon stores the log; this one reads it there");
+            counters.ready.store(true, Ordering::Relaxed);
+            stopped(stop).await;
+            Ok(counters.summary())
+        })
     };
     loops.spawn(nights::keep(daemon.clone(), owner.clone(), stop.clone()));
     loops.spawn(maintenance::keep(daemon.clone(), owner.clone(), stop.clone()));

@@ -20,7 +20,7 @@ pub(super) async fn rehearse(config: &Config, tables: &Tables, at: &dyn Answers,
     }
     let queries = tables.open_one(Name::Queries).await?;
     let newest = format!("tools is null order by event_time desc limit {}", settings.shadow_prompts);
-    let asked = answers(&queries, &newest).await?;
+    let asked = answers(config, &queries, &newest).await?;
     if asked.is_empty() {
         return Ok(());
     }

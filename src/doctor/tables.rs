@@ -15,6 +15,11 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
     for name in Name::ALL {
         match tables.look(name).await {
             Ok(Look::Ready(_)) => ready += 1,
+            Ok(Look::Absent) if name == Name::Queries && !tables.keeps(name) => {
+                let says = format!("state.log = {:?} holds no table queries", config.state.log);
+                let remedy = "start the daemon that keeps the log, or correct state.log";
+                findings.push(Finding::failure(Check::Tables, says, remedy));
+            }
             Ok(Look::Absent) => absent += 1,
             Ok(Look::Older { lacking }) => findings.push(older(name, &lacking)),
             Err(error) if error.is_foreign() => {

@@ -6,9 +6,12 @@
 //! stopped) and the sampled answers follow. Removed files are deleted at once: an erasure beats time travel, and readers
 //! of older versions fail. Every step may be done again, so a killed erasure is finished by running it again.
 //!
+//! Where several daemons read one log ([`followed`]), the one that keeps it erases there and the others follow.
+//!
 //! What stays, on purpose: hashes, scores and decisions (`splits`, `gate_usage`, `trials`, `gate_steps`, `promotions`), so
 //! that no gate prompt is spent twice; and adapters, which the receipt lists for the operator to judge.
 
+mod followed;
 mod receipt;
 
 use std::collections::{BTreeSet, HashSet};
@@ -19,6 +22,7 @@ use chrono::Utc;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+pub use self::followed::Followed;
 pub use self::receipt::{InTable, Plan, Receipt, Subject};
 use crate::crash::{self, Point};
 use crate::durable::FileError;
@@ -43,6 +47,11 @@ pub enum EraseError {
     NoUserKey,
     #[error("table {table} was fenced {attempts} times in a row by other erasures: run this again")]
     Contended { table: String, attempts: u32 },
+    #[error(
+        "state.log is another daemon's log: erase with that one's config; this daemon follows at its next maintenance, or at \
+         once by `taod table erase --resume`"
+    )]
+    OthersLog,
     #[error("another erasure is running here ({lock} is locked): wait for its end, then run this again")]
     Busy { lock: String },
     #[error("the erasure begun as {plan} cannot be finished: {source}; to give it up remove that file")]
@@ -106,6 +115,9 @@ impl Erasure {
 
     /// Refuses what cannot be erased, whatever the rows are.
     async fn validate(&self, subject: &Subject) -> Result<(), EraseError> {
+        if !self.tables.keeps(Name::Queries) {
+            return Err(EraseError::OthersLog);
+        }
         self.keys(subject)?;
         self.selection(Name::Queries, subject, &HashSet::new(), &HashSet::new())?;
         for name in [Name::Queries, Name::DeadLetters, Name::Candidates] {
@@ -122,6 +134,7 @@ impl Erasure {
         self.suppress(self.keys(&plan.subject)?, &mut plan).await?;
         crash::point(Point::DuringErasure);
         self.take_from(Name::Queries, &mut plan).await?;
+        self.tell_readers(&plan).await?;
         self.take_from(Name::DeadLetters, &mut plan).await?;
         let rounds = round::erase::erase(&self.paths, &self.tables, &plan.prompts, &plan.receipt.id).await?;
         plan.receipt.rounds.extend(rounds.rounds);
@@ -139,9 +152,10 @@ impl Erasure {
         Ok(plan.finish()?)
     }
 
-    /// Finishes every erasure that was interrupted. One that fails leaves the others their turn; the first failure is
+    /// Finishes every erasure that was interrupted, and follows those of a log that another daemon keeps. One that fails leaves the others their turn; the first failure is
     /// returned at the end.
     pub async fn resume(&self) -> Result<Vec<Receipt>, EraseError> {
+        self.follow_keeper().await?;
         let folder = self.paths.erasures();
         if !folder.exists() {
             return Ok(Vec::new());
@@ -301,7 +315,7 @@ impl Erasure {
             let used: Vec<Used> = self.tables.open_one(Name::GateUsage).await?.rows(None).await?;
             receipt.gate_clusters_used = used.iter().filter(|used| clusters.contains(&used.cluster)).count() as u64;
         }
-        let registry = Registry::open(&self.paths.registry())?;
+        let registry = Registry::records(&self.paths.registry())?;
         let trained = registry.list()?.into_iter().filter(|listed| {
             listed.manifest.lineage.round.as_ref().is_some_and(|round| receipt.rounds.contains(round))
         });

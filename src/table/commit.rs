@@ -46,6 +46,8 @@ pub struct Table {
     /// Positions that this table's commits do not move, but only hold while they stand where they stood.
     held: Vec<(String, Option<i64>)>,
     seen: SystemTime,
+    /// Whether another daemon keeps it, so that nothing here may change it.
+    read_only: bool,
     /// The version at which upkeep was last looked for.
     pub(super) upkept: u64,
 }
@@ -90,7 +92,7 @@ impl Table {
     pub(super) async fn attach(log: LogStoreRef, spec: &'static TableSpec) -> Result<Table, TableError> {
         let (name, seen) = (location::display(log.root_url()), SystemTime::UNIX_EPOCH);
         let (positions, held) = (None, Vec::new());
-        let mut table = Table { spec, log, version: 0, name, positions, held, seen, upkept: 0 };
+        let mut table = Table { spec, log, version: 0, name, positions, held, seen, read_only: false, upkept: 0 };
         table.reopen().await?;
         table.upkept = table.version;
         Ok(table)
@@ -107,6 +109,22 @@ impl Table {
         match exists {
             true => Table::open_or_create(location, spec).await.map(Some),
             false => Ok(None),
+        }
+    }
+
+    /// Makes it one that can only be read.
+    pub(super) fn for_reading(self) -> Table {
+        Table { read_only: true, ..self }
+    }
+
+    /// Refuses a change of a table that another daemon keeps.
+    pub(super) fn refuse_read_only(&self) -> Result<(), TableError> {
+        match self.read_only {
+            false => Ok(()),
+            true => Err(TableError::Refused {
+                table: self.name.clone(),
+                why: "another daemon keeps it (state.log) and this one only reads it: do this there".to_owned(),
+            }),
         }
     }
 
@@ -235,6 +253,7 @@ impl Table {
         steps: &[TxnStep],
         removes: &[Remove],
     ) -> Result<u64, TableError> {
+        self.refuse_read_only()?;
         if self.is_stale() {
             // An opening passes over the commits in between, which may have taken out the same files.
             if !removes.is_empty() {

@@ -246,6 +246,7 @@ impl<'a> Hunt<'a> {
 impl Table {
     /// Deletes data files from the store. One that is not there is no error.
     pub async fn delete_files(&self, paths: &[String]) -> Result<(), TableError> {
+        self.refuse_read_only()?;
         for path in paths {
             match self.log.object_store(None).delete(&Path::from(path.as_str())).await {
                 Ok(()) | Err(deltalake::logstore::object_store::Error::NotFound { .. }) => {}
@@ -263,6 +264,7 @@ impl Table {
     /// a writer that knows of the erasure: unless the log says that it was replaced it stays, and where no commit comes the
     /// sweep takes it.
     pub async fn delete_remains(&mut self, selection: &Selection, before: DateTime<Utc>) -> Result<u64, TableError> {
+        self.refuse_read_only()?;
         let fail = |e| TableError::store("cannot list the files of", self.name(), e);
         // The files' stamps are the store's: where our clock is ahead of it, so is `before`.
         let before = before - (Utc::now() - self.store_now().await?);

@@ -307,6 +307,12 @@ pub static SUPPRESSIONS: TableSpec = TableSpec {
     ],
 };
 
+/// The prompts that an erasure took rows of, as hashes: daemons that read this log take them out of their own tables.
+pub static ERASED_PROMPTS: TableSpec = TableSpec {
+    name: "erased_prompts",
+    columns: &[required("receipt", Kind::Id), required("prompt_hash", Kind::Id), required("time", Kind::Time)],
+};
+
 impl Column {
     fn arrow_type(&self) -> DataType {
         let list = |item| DataType::List(Arc::new(Field::new("element", item, true)));

@@ -197,10 +197,10 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Maintains every table that exists. An error in one is in its report and leaves the others their turn.
+/// Maintains every table that exists and is ours to keep. An error in one is in its report and leaves the others their turn.
 pub async fn all(tables: &Tables, settings: &Settings) -> Vec<Report> {
     let mut reports = Vec::new();
-    for name in Name::ALL {
+    for name in Name::ALL.into_iter().filter(|name| tables.keeps(*name)) {
         match tables.open_existing(name).await {
             Ok(Some(table)) => reports.push(one(table, settings).await),
             Ok(None) => {}
