@@ -90,8 +90,9 @@ async fn all(
 }
 
 fn served(metrics: &Metrics, paths: &Paths, count: &mut Counted, since_start: bool) -> Result<(), anyhow::Error> {
-    let registry = Registry::open(&paths.registry())?;
+    let registry = Registry::records(&paths.registry())?;
     metrics.endpoint.current.set(&registry.current()?.version);
+    metrics.endpoint.frozen.set(i64::from(registry.frozen()?.is_some()));
     let events = registry.history()?;
     for event in events.iter().skip(count.events).filter(|_| since_start) {
         let outcome = match event.what {

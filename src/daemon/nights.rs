@@ -14,18 +14,21 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use tokio::sync::watch as channel;
 
-use super::{Daemon, lease, load_model, promotion, watch};
+use super::{Daemon, lease, live, load_model, promotion, watch};
 use crate::config::Config;
+use crate::dataset::population::Shift;
 use crate::durable;
 use crate::metrics::RoundOutcome;
 use crate::progress::Measure;
 use crate::registry::Promotion;
-use crate::round::{self, Outcome, Paths, RoundError, Verdict};
+use crate::round::{self, Outcome, Paths, RoundError, Verdict, drift};
 use crate::schedule::{RunIn, Schedule, Window};
 use crate::table::Name;
 
 /// How often new prompts are counted, where their number starts a round.
 const COUNT_EVERY: Duration = Duration::from_secs(300);
+/// How often the population of the prompts is looked at, where its shift starts a round.
+const COMPARE_EVERY: Duration = Duration::from_secs(1800);
 /// How often a round that runs in a unit is looked after, and how long that unit may take to start.
 const UNIT_EVERY: Duration = Duration::from_secs(5);
 const UNIT_STARTS_WITHIN: Duration = Duration::from_secs(120);
@@ -80,6 +83,7 @@ pub fn stall(config: &Config) -> Option<Duration> {
 enum Cause {
     Due,
     NewPrompts,
+    Drift,
     /// An operator's word, which goes by no window.
     Asked,
 }
@@ -105,6 +109,7 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = wait(start, now) => Cause::Due,
             () = daemon.run_now.notified() => Cause::Asked,
             () = enough(&config, schedule.window().copied(), last_start) => Cause::NewPrompts,
+            () = drifted(&config, schedule.window().copied(), last_start) => Cause::Drift,
             // The schedule may be another one now.
             () = daemon.reloaded.notified() => continue,
             () = owner.lost() => continue,
@@ -211,6 +216,38 @@ async fn enough(config: &Config, window: Option<Window>, since: Option<DateTime<
     }
 }
 
+/// Waits until the prompts' population has shifted and the window is open; for ever where that starts no round.
+async fn drifted(config: &Config, window: Option<Window>, since: Option<DateTime<Utc>>) {
+    let (Some(from), Some(since)) = (config.schedule.drift_from(since), since) else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(COMPARE_EVERY).await;
+        if Utc::now() < from || window.is_some_and(|window| !window.is_open(Utc::now())) {
+            continue;
+        }
+        match shifted(config, since).await {
+            Ok(shifts) if !shifts.is_empty() => {
+                for shift in shifts {
+                    let (feature, index, chance) = (shift.feature.as_str(), shift.index, shift.chance);
+                    tracing::info!(feature, index, chance, "the prompts are others than before the last round");
+                }
+                return;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "prompts could not be compared; tried again"),
+        }
+    }
+}
+
+/// Compares the prompts since the last round began with those of the week before it.
+async fn shifted(config: &Config, since: DateTime<Utc>) -> Result<Vec<Shift>> {
+    let mut settings = config.dataset.population.clone();
+    settings.index = config.schedule.drift_index;
+    let question = drift::Question { since, wanted: &live::wanted(config), settings: &settings };
+    Ok(drift::shifted(&config.state.open_tables()?, &question).await?)
+}
+
 /// Counts the distinct prompts that may train and were asked since `since`. The bounds of times in the table's log leave all
 /// older files unread.
 async fn new_prompts(config: &Config, since: Option<DateTime<Utc>>) -> Result<u64> {
@@ -221,7 +258,8 @@ async fn new_prompts(config: &Config, since: Option<DateTime<Utc>>) -> Result<u6
     let Some(queries) = config.state.open_tables()?.open_existing(Name::Queries).await? else { return Ok(0) };
     let since = since.map_or(0, |since| since.timestamp_micros());
     let sql = format!(
-        "select count(distinct prompt_hash) as n from t where train_ok and event_time > arrow_cast({since}, 'Timestamp(Microsecond, Some(\"UTC\"))')"
+        "select count(distinct prompt_hash) as n from t where train_ok and {} and event_time > arrow_cast({since}, 'Timestamp(Microsecond, Some(\"UTC\"))')",
+        live::wanted(config)
     );
     let counted: Vec<Count> = queries.select(&sql).await?;
     Ok(counted.first().map_or(0, |count| count.n))

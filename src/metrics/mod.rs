@@ -141,6 +141,8 @@ group! {
         proof: IntGauge = "taod_endpoint_proof_state", "Whether the latest proof of what is served passed: 1 or 0.";
         proof_time: Gauge = "taod_endpoint_proof_timestamp_seconds", "When the latest proof was made.";
         promotions: By<Promotion, IntCounter> = "taod_endpoint_promotions_total", "Changes of what is served.";
+        frozen: IntGauge = "taod_endpoint_promotions_frozen_state",
+            "1 while a freeze holds, so that nothing is trained, judged or promoted, else 0.";
         errors: IntCounter = "taod_endpoint_errors_total", "Requests to the endpoint that failed.";
     }
 }

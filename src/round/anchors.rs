@@ -1,6 +1,6 @@
 //! The watch over the scorers: each night the anchors are scored anew, and what moved is told.
 //!
-//! An alarm stops nothing by itself: the identity of a scorer is its operator's word, and so is a new one. Until there is one, trials go
+//! An alarm stops nothing by itself (unless `registry.freeze_on` names it): the identity of a scorer is its operator's word, and so is a new one. Until there is one, trials go
 //! on under scores that are no longer those of before.
 
 use super::{Night, Paths, RoundError};

@@ -13,11 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+mod alarm;
 pub mod anchors;
 pub mod answers;
 pub mod book;
 mod brake;
 pub mod child;
+pub mod drift;
 mod dry_run;
 pub mod erase;
 mod formats;
@@ -245,7 +247,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
         .build()
         .map_err(RoundError::Spawn)?;
     let tables = config.state.open_tables()?;
-    let registry = Registry::open(&paths.registry())?;
+    let registry = Registry::open(&paths.registry(), &config.registry)?;
     // A model without a template is refused at once; what a log holds is left out prompt by prompt.
     model.prompt_ids(&[Message::text("user", "?")], None)?;
     let (plan, folder) = begin(config, options, &paths, &model, &rewards)?;
@@ -351,6 +353,9 @@ impl Night<'_> {
             return Ok(Outcome::Skipped { reason });
         }
         let dataset = self.freeze()?;
+        if let Some(reason) = self.frozen()? {
+            return Ok(Outcome::Skipped { reason });
+        }
         if let Some(open) = trial::open_one(self)? {
             let outcome = trial::extend(self, open, &dataset)?;
             if !matches!(outcome, Outcome::Refused { .. }) {
@@ -425,6 +430,7 @@ impl Night<'_> {
         let population = population::watch(self, &dataset)?;
         let shifts: BTreeMap<&str, f64> = population.alarms().map(|s| (s.feature.as_str(), s.index)).collect();
         let anchors = anchors::watch(self)?;
+        alarm::heed(self, &population, &anchors)?;
         self.state(
             "dataset",
             json!({ "manifest": dataset.manifest, "population_shifts": shifts, "anchors": anchors }),

@@ -1,8 +1,9 @@
 //! The watch over the prompts' population: tonight's held-out prompts against those of the rounds before.
 //!
 //! What was counted stays in the round's folder as numbers without text, so that a later night compares with it whatever has
-//! been erased since. An alarm is told (the log, a metric, a row of `rounds`) and stops nothing: a changed traffic is a reason to
-//! look at rules, calibration and anchors, and the gate's evidence is about the prompts that are drawn anyway.
+//! been erased since. An alarm is told (the log, a metric, a row of `rounds`): a changed traffic is a reason to look at rules,
+//! calibration and anchors, and the gate's evidence is about the prompts that are drawn anyway. It stops something only where
+//! `registry.freeze_on` says so ([`super::alarm`]).
 
 use serde::{Deserialize, Serialize};
 

@@ -28,6 +28,12 @@ pub struct Settings {
     /// A round also starts as soon as this many distinct prompts that may train were asked since the last one began; looked
     /// at every five minutes. 0: by `cron` alone.
     pub new_prompts: u64,
+    /// A round also starts once a feature of the prompts since the last one began has this population stability index, in nats,
+    /// against the week before it, and more than chance explains (`dataset.population` says what is compared). It is looked at
+    /// every half hour. Practice: 0.25. 0: the population starts no round.
+    pub drift_index: f64,
+    /// Hours that a round must be past before drift starts another one, so that days are compared with days. Range 1 to 8760.
+    pub drift_after_hours: u64,
     /// Hours of the day in `time_zone` in which rounds may work, such as `22:00-06:00`; empty: always. A round that is due
     /// waits for them, and one that is under way when they end leaves off after its piece of work and goes on when they come
     /// again. `taod round --once` by hand goes by them only with `--in-window`.
@@ -56,6 +62,8 @@ impl Default for Settings {
             cron: "0 2 * * *".into(),
             time_zone: "UTC".into(),
             new_prompts: 0,
+            drift_index: 0.0,
+            drift_after_hours: 24,
             window: String::new(),
             run_in: RunIn::Child,
             train_while_open: false,
@@ -66,7 +74,20 @@ impl Default for Settings {
 impl Settings {
     /// Checks that the expression and the zone can be read and that a run will ever come.
     pub fn validate(&self) -> Result<(), String> {
+        if !(self.drift_index >= 0.0 && self.drift_index.is_finite()) {
+            return Err(format!("drift_index = {}: give 0 for none, or an index such as 0.25", self.drift_index));
+        }
+        if !(1..=8760).contains(&self.drift_after_hours) {
+            return Err(format!("drift_after_hours = {}: give 1 to 8760", self.drift_after_hours));
+        }
         Schedule::new(self).map(drop)
+    }
+
+    /// Returns from when on drift may start a round after the one that began at `last`; `None` where it starts none, because it
+    /// is off or there is no round to compare with.
+    pub fn drift_from(&self, last: Option<DateTime<Utc>>) -> Option<DateTime<Utc>> {
+        let hours = chrono::Duration::hours(i64::try_from(self.drift_after_hours).ok()?);
+        last.filter(|_| self.drift_index > 0.0)?.checked_add_signed(hours)
     }
 }
 
@@ -205,5 +226,19 @@ mod tests {
         assert!(message("0 2 * * *", "Vienna").starts_with("time_zone \"Vienna\" is not an IANA time zone; write one"));
         assert!(message("at noon", "UTC").starts_with("cron \"at noon\" cannot be read ("));
         assert!(message("0 2 30 2 *", "UTC").starts_with("cron \"0 2 30 2 *\" never comes"));
+        for (settings, key) in [
+            (Settings { drift_index: -1.0, ..Settings::default() }, "drift_index = -1"),
+            (Settings { drift_after_hours: 0, ..Settings::default() }, "drift_after_hours = 0"),
+        ] {
+            assert!(settings.validate().unwrap_err().starts_with(key));
+        }
+    }
+
+    #[test]
+    fn drift_waits_for_its_hours_and_for_a_round_to_compare_with() {
+        let on = Settings { drift_index: 0.25, ..Settings::default() };
+        let last = Some(at("2026-01-10T02:00:00Z"));
+        assert_eq!(on.drift_from(last), Some(at("2026-01-11T02:00:00Z")));
+        assert_eq!((on.drift_from(None), Settings::default().drift_from(last)), (None, None));
     }
 }
