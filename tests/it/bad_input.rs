@@ -89,15 +89,62 @@ fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
     }
     let (whole, night) = (Night::new(&calls(120)), Night::new(&calls(120)));
     whole.worker(&[], &[]);
+    on_a_small_disk(&night, 160, &[]).refused(&["No space left on device", "free space"]);
+    night.worker(&["--resume"], &[]);
+    assert!(!whole.adapters().is_empty());
+    assert!(night.adapters() == whole.adapters(), "the full disk left a trace");
+}
+
+#[test]
+#[ignore = "minutes: a round again and again, a little further each time"]
+fn a_disk_that_fills_up_in_any_stage_costs_no_more_than_the_stage() {
+    if !small_disks() {
+        return;
+    }
+    let (whole, night) = (Night::new(&calls(120)), Night::new(&calls(120)));
+    whole.worker(&[], &[]);
+    let mut stages = std::collections::BTreeSet::new();
+    for room in 1.. {
+        assert!(room < 100, "the disk is never large enough");
+        let more: &[&str] = if night.round().join("plan.json").exists() { &["--resume"] } else { &[] };
+        let outcome = on_a_small_disk(&night, 32 * room, more);
+        if outcome.code != 1 {
+            break;
+        }
+        stages.insert(furthest(&night));
+        outcome.refused(&["No space left on device", "free space"]);
+    }
+    assert!(stages.len() >= 4, "it was full in these stages only: {stages:?}");
+    assert!(night.adapters() == whole.adapters(), "a full disk left a trace");
+    assert_eq!(night.json("outcome.json")["outcome"], whole.json("outcome.json")["outcome"]);
+}
+
+/// Returns the last thing that a round has done.
+fn furthest(night: &Night) -> &'static str {
+    let done = |path: &str| night.round().join(path).exists();
+    let order = [
+        ("registered.json", "the trial"),
+        ("pass-2/adapter/outcome.json", "registering"),
+        ("pass-2/candidates/manifest.json", "the second training"),
+        ("pass-1/adapter/outcome.json", "the second candidates"),
+        ("pass-1/candidates/manifest.json", "training"),
+        ("dataset/manifest.json", "candidates"),
+    ];
+    order.into_iter().find(|(path, _)| done(path)).map_or("the dataset", |(_, stage)| stage)
+}
+
+/// Runs a round in a state folder on a disk of its own that has so much room beyond what is there.
+fn on_a_small_disk(night: &Night, kib: u32, arguments: &[&str]) -> Outcome {
     let state = night.state().display().to_string();
     // Everything is copied onto the small disk, run there until it is full, and copied back.
     let script = format!(
-        "set -e; cp -a {state} /tmp/taod-full.$$; mount -t tmpfs -o size=$((($(du -sk {state} | cut -f1) + 160) * 1024)) taod {state}; \
+        "set -e; cp -a {state} /tmp/taod-full.$$; mount -t tmpfs -o size=$((($(du -sk {state} | cut -f1) + {kib}) * 1024)) taod {state}; \
          cp -a /tmp/taod-full.$$/. {state}/; rm -r /tmp/taod-full.$$; code=0; \
-         {} round-worker --config {} || code=$?; \
+         {} round-worker --config {} {} || code=$?; \
          mkdir {state}.kept; cp -a {state}/. {state}.kept/; exit $code",
         env!("CARGO_BIN_EXE_taod"),
         night.config().display(),
+        arguments.join(" "),
     );
     let mut child = Command::new("unshare");
     child.args(["-rm", "sh", "-c", &script]).stdin(std::process::Stdio::piped());
@@ -111,14 +158,11 @@ fn a_round_on_a_full_disk_says_so_and_goes_on_when_there_is_space() {
         out: String::from_utf8(output.stdout).unwrap(),
         err: String::from_utf8(output.stderr).unwrap(),
     };
-    outcome.refused(&["No space left on device", "free space"]);
     std::fs::remove_dir_all(night.state()).unwrap();
     std::fs::rename(format!("{state}.kept"), &state).unwrap();
     let half = bytes_below(&night.state()).into_iter().filter(|(path, _)| path.contains(".tmp")).count();
     assert_eq!(half, 0, "a temporary file was left");
-    night.worker(&["--resume"], &[]);
-    assert!(!whole.adapters().is_empty());
-    assert!(night.adapters() == whole.adapters(), "the full disk left a trace");
+    outcome
 }
 
 #[test]

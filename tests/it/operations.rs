@@ -93,7 +93,7 @@ fn a_state_of_a_newer_taod_is_refused_and_one_of_the_version_before_goes_on() {
 }
 
 /// A running daemon; it ends with the value.
-struct Running(Child);
+pub(crate) struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -104,21 +104,31 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn start(night: &Night, log: &Path, environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(night: &Night, log: &Path, environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_taod"));
         command.arg("run").arg("--config").arg(night.config()).envs(environment.iter().copied());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(log).unwrap());
         Running(command.spawn().unwrap())
     }
 
-    fn signal(&self, name: &str) {
+    /// Returns the number of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Waits for its end and returns the exit code; `None` after a signal.
+    pub(crate) fn ended(&mut self) -> Option<i32> {
+        self.0.wait().unwrap().code()
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 }
 
 /// Looks until there is something, at most [`PATIENCE`].
-fn until<T>(what: &str, log: &Path, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, log: &Path, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = look() {
@@ -130,11 +140,11 @@ fn until<T>(what: &str, log: &Path, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn says(log: &Path, part: &str) -> Option<()> {
+pub(crate) fn says(log: &Path, part: &str) -> Option<()> {
     std::fs::read_to_string(log).is_ok_and(|text| text.contains(part)).then_some(())
 }
 
-fn log_call(broker: &EmbeddedBroker, text: &str) {
+pub(crate) fn log_call(broker: &EmbeddedBroker, text: &str) {
     let mut config = ClientConfig::new();
     let producer: BaseProducer = config.set("bootstrap.servers", broker.brokers()).create().unwrap();
     let call = json!({
@@ -148,7 +158,7 @@ fn log_call(broker: &EmbeddedBroker, text: &str) {
 }
 
 /// Returns a night whose daemon reads this broker, and owes a round since long ago.
-fn live(broker: &EmbeddedBroker) -> Night {
+pub(crate) fn live(broker: &EmbeddedBroker) -> Night {
     let night = Night::new(&calls(120));
     night.set(&format!(
         "[ingest.kafka]\nbrokers = \"{}\"\ntopic = \"live\"\n[admin]\nlisten = \"127.0.0.1:0\"\n[endpoint]\nurls = \
@@ -158,9 +168,9 @@ fn live(broker: &EmbeddedBroker) -> Night {
     night
 }
 
-/// Puts the start of the only round far into the past.
-fn age(night: &Night) {
-    let folder = night.state().join("rounds/round-00001");
+/// Puts the start of a round far into the past, so that the next one is owed.
+pub(crate) fn age(night: &Night, round: &str) {
+    let folder = night.state().join("rounds").join(round);
     let mut plan: Value = serde_json::from_slice(&std::fs::read(folder.join("plan.json")).unwrap()).unwrap();
     plan["created_us"] = json!(1_000_000);
     std::fs::write(folder.join("plan.json"), plan.to_string()).unwrap();
@@ -172,7 +182,7 @@ fn a_round_that_hangs_is_ended_by_its_watchdog_and_ingestion_goes_on_all_the_whi
     let night = live(&broker);
     // A round of long ago that had nothing to do, so that another one is owed.
     night.worker(&[], &[("TAOD__REGISTRY__PROMOTION", "frozen")]).code(0);
-    age(&night);
+    age(&night, "round-00001");
     let log = night.config().with_extension("log");
     let rows = |n: usize| (night.rows(Name::Queries).len() >= n).then_some(());
     let daemon = Running::start(&night, &log, &[("TAOD_STOP_AT", "dataset"), ("TAOD__ROUND__STALL_SECONDS", "15")]);
