@@ -6,8 +6,8 @@
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
 #                           tables in a virtual environment; strace and (where there is Go) Toxiproxy for the
 #                           tests that break things
-#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), Apache Spark with Delta (0.5 GB), and
-#                           (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
+#   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), Apache Spark with Delta (0.5 GB),
+#                           Schemathesis, and (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
 #   tools/setup.sh engine   what `test` has, and PyTorch with transformers and PEFT and llama.cpp (6 GB) for `make bench-engine`
 #   tools/setup.sh ray      what `test` has, and the reference trainer's Ray, TRL, PEFT and PyTorch (6 GB) for `make test-ray`
@@ -149,6 +149,7 @@ if [ "$purpose" = full ]; then
   environment reference tools/reference.txt
   environment datasets tools/datasets.txt
   environment spark tools/spark.txt
+  environment schemathesis tools/schemathesis.txt
   delta_jars
   azurite
 fi

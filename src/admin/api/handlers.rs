@@ -116,7 +116,7 @@ pub(super) async fn actions(Shared(state): Shared<State>, Asked(many): Asked<Man
 #[serde(deny_unknown_fields)]
 pub(in super::super) struct Why {
     /// What is recorded as the reason.
-    #[schemars(length(min = 1, max = 500))]
+    #[schemars(length(min = 1, max = 500), regex(pattern = r"\S"))]
     pub(in super::super) reason: String,
 }
 
@@ -128,7 +128,7 @@ pub(in super::super) struct Promote {
     #[schemars(length(min = 1, max = 100))]
     pub(in super::super) version: String,
     /// What is recorded as the reason.
-    #[schemars(length(min = 1, max = 500))]
+    #[schemars(length(min = 1, max = 500), regex(pattern = r"\S"))]
     pub(in super::super) reason: String,
 }
 

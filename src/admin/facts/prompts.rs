@@ -21,13 +21,22 @@ pub(in super::super) struct Which {
     /// A trial: the prompts that it judged. Either this or `round` is given.
     pub(in super::super) trial: Option<String>,
     /// The most items, 1 to 500.
-    #[serde(default = "super::fifty")]
+    #[serde(default = "super::fifty", deserialize_with = "super::items")]
     #[schemars(range(min = 1, max = 500))]
     pub(in super::super) limit: u16,
     /// How many to pass over, up to 100000.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "skipped")]
     #[schemars(range(min = 0, max = 100000))]
     pub(in super::super) skip: u32,
+}
+
+/// Reads how many are passed over, likewise.
+fn skipped<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let skip = u32::deserialize(deserializer)?;
+    match skip <= 100_000 {
+        true => Ok(skip),
+        false => Err(serde::de::Error::custom(format!("skip is {skip}: give up to 100000"))),
+    }
 }
 
 impl Which {
