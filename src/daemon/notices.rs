@@ -62,23 +62,25 @@ impl Failures {
 /// Tells every destination what happens until `stop` turns true.
 pub(super) async fn keep(daemon: Arc<Daemon>, tables: Tables, stop: channel::Receiver<bool>) {
     let config = daemon.config();
+    // Who is told holds until the daemon ends; what is told of is the config in force.
+    let in_force = || daemon.config();
     let each = config.notifications.iter().map(|destination| {
         let teller = Teller {
-            config: &config,
+            config: config.clone(),
             metrics: &daemon.metrics,
             tables: &tables,
             paths: Paths::new(&config.state.dir),
             destination,
             trials_as_of: None,
         };
-        teller.keep(daemon.failures.0.subscribe(), stop.clone())
+        teller.keep(&in_force, daemon.failures.0.subscribe(), stop.clone())
     });
     futures::future::join_all(each).await;
 }
 
 /// One destination and what is told to it.
 struct Teller<'a> {
-    config: &'a Config,
+    config: Arc<Config>,
     metrics: &'a Metrics,
     tables: &'a Tables,
     paths: Paths,
@@ -88,8 +90,14 @@ struct Teller<'a> {
 }
 
 impl Teller<'_> {
-    async fn keep(mut self, mut failures: broadcast::Receiver<Notice>, mut stop: channel::Receiver<bool>) {
+    async fn keep(
+        mut self,
+        in_force: &(dyn Fn() -> Arc<Config> + Sync),
+        mut failures: broadcast::Receiver<Notice>,
+        mut stop: channel::Receiver<bool>,
+    ) {
         loop {
+            self.config = in_force();
             tokio::select! {
                 () = self.turn() => {}
                 _ = stop.wait_for(|stop| *stop) => return,
@@ -160,15 +168,15 @@ impl Teller<'_> {
     async fn news(&mut self, told: &Told) -> Result<(Vec<(Notice, Told)>, Told)> {
         let mut news = Vec::new();
         let mut place = told.clone();
-        let events = Registry::open(&self.paths.registry())?.history()?;
+        let events = Registry::records(&self.paths.registry())?.history()?;
         for event in events.iter().skip(told.events) {
             place.events += 1;
-            news.extend(of_event(self.config, event).map(|notice| (notice, place.clone())));
+            news.extend(of_event(&self.config, event).map(|notice| (notice, place.clone())));
         }
         for round in self.paths.round_ids()?.into_iter().filter(|id| Some(id) > told.round.as_ref()) {
             let Some(verdict) = book::verdict_of(&self.paths, &round)? else { continue };
             place.round = Some(round);
-            news.extend(of_verdict(self.config, &verdict).map(|notice| (notice, place.clone())));
+            news.extend(of_verdict(&self.config, &verdict).map(|notice| (notice, place.clone())));
         }
         let as_of = Some((events.len(), place.round.clone()));
         if self.trials_as_of != as_of && self.tables.exists(Name::Trials).await? {
@@ -176,7 +184,7 @@ impl Teller<'_> {
             let ended = trials(&rows).into_iter().rev().filter(|row| row.state != State::Open);
             for row in ended.skip(told.trials) {
                 place.trials += 1;
-                news.extend(of_trial(self.config, row).map(|notice| (notice, place.clone())));
+                news.extend(of_trial(&self.config, row).map(|notice| (notice, place.clone())));
             }
         }
         self.trials_as_of = as_of;

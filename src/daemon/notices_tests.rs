@@ -49,11 +49,12 @@ impl Site {
     fn teller<'a>(&'a self, destination: &'a Destination) -> Teller<'a> {
         let paths = Paths::new(&self.config.state.dir);
         let Site { config, metrics, tables, .. } = self;
+        let config = Arc::new(config.clone());
         Teller { config, metrics, tables, paths, destination, trials_as_of: None }
     }
 
     fn registry(&self) -> Registry {
-        Registry::open(&Paths::new(&self.config.state.dir).registry()).unwrap()
+        Registry::open(&Paths::new(&self.config.state.dir).registry(), &self.config.registry).unwrap()
     }
 
     /// Writes a finished round.
@@ -195,7 +196,8 @@ async fn a_night_without_a_verdict_and_one_that_waits_for_a_word_are_told() {
         }
         stop.send(true).unwrap();
     };
-    tokio::join!(site.teller(&ops).keep(listening, stopped), until_both);
+    let in_force = || Arc::new(site.config.clone());
+    tokio::join!(site.teller(&ops).keep(&in_force, listening, stopped), until_both);
     assert_eq!(
         texts(&sent),
         [

@@ -2,21 +2,26 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{TimeDelta, Utc};
+
 use super::{Check, Finding};
 use crate::config::Config;
 use crate::query_log::kafka::{Connection, Extent, Settings, Topic};
 use crate::query_log::{SourceError, TopicPartition};
 use crate::table::{Look, Name};
 
+/// How far a record may be stamped ahead of this machine's clock.
+const AHEAD: TimeDelta = TimeDelta::seconds(60);
 /// Partitions that are named in one finding at most.
 const NAMED: usize = 4;
 
 /// Asks the broker for the topic, and compares what it holds with what is stored.
 pub(super) async fn check(config: &Config) -> Vec<Finding> {
     let kafka = config.ingest.kafka.clone();
-    let asked = tokio::task::spawn_blocking(move || Connection::open(&kafka).map(|c| c.topics().to_vec())).await;
-    let topics = match asked {
-        Ok(Ok(topics)) => topics,
+    let soon = (Utc::now() + AHEAD).timestamp_millis();
+    let look = move || Connection::open(&kafka).map(|c| (c.topics().to_vec(), c.stamped_from(soon)));
+    let (topics, stamped) = match tokio::task::spawn_blocking(look).await {
+        Ok(Ok(found)) => found,
         Ok(Err(error)) => return refused(&config.ingest.kafka, &error),
         Err(_) => {
             return vec![Finding::failure(
@@ -40,7 +45,32 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
         }
     };
     findings.extend(topics.iter().map(|topic| judge(topic, &stored)));
+    findings.extend(clock(stamped));
     findings
+}
+
+/// Warns where the log holds records of the future: Kafka tells no time but theirs.
+fn clock(stamped: Result<Vec<TopicPartition>, SourceError>) -> Option<Finding> {
+    let ahead = match stamped {
+        Ok(ahead) => ahead,
+        Err(error) => {
+            let says = format!("kafka did not say whether it holds records of the future: {error}");
+            return Some(Finding::warning(
+                Check::Clock,
+                says,
+                "see that this machine keeps time by NTP (`timedatectl`)",
+            ));
+        }
+    };
+    let first = ahead.first()?;
+    let says = format!(
+        "{} holds records stamped {} s and more ahead of this machine, such as in partition {}",
+        first.topic,
+        AHEAD.num_seconds(),
+        first.partition
+    );
+    let remedy = "let this machine and whoever logs keep time by NTP (`timedatectl`): data ages, windows and the watch over promotions go by it";
+    Some(Finding::warning(Check::Clock, says, remedy))
 }
 
 /// Returns what an error of the source says about the broker, and about the topic where the broker answered.

@@ -106,16 +106,21 @@ impl Settings {
     }
 }
 
-/// A program that gave no usable scores.
+/// A program that gave no usable scores. What it said may repeat the answers it was given, which belong into no log, so that
+/// the messages leave it out; it is logged at debug.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     #[error("{program} cannot be started: {source}")]
     Start { program: String, source: std::io::Error },
     #[error("{program} did not answer within {seconds} s and was killed; raise timeout_s or lower batch")]
     Slow { program: String, seconds: u64 },
-    #[error("{program} gave {found} scores for {asked} answers and ended with {status}{said}")]
+    #[error(
+        "{program} gave {found} scores for {asked} answers and ended with {status}; `--log debug` shows what it said"
+    )]
     Count { program: String, found: usize, asked: usize, status: String, said: String },
-    #[error("{program} answered line {line} with {found}; it must be {{\"score\": number}} with {wanted}")]
+    #[error(
+        "{program} answered line {line} with something else than {{\"score\": number}} with {wanted}; `--log debug` shows it"
+    )]
     Line { program: String, line: usize, found: String, wanted: &'static str },
     #[error("{program}, line {line}: more than {MAX_LINE} bytes without a line break")]
     Long { program: String, line: usize },
@@ -176,7 +181,7 @@ impl Command {
             Ok(scores) if scores.len() == items.len() => Ok(scores),
             Ok(scores) => {
                 let said = said.recv_timeout(GRACE).unwrap_or_default();
-                let said = if said.is_empty() { said } else { format!(": {said}") };
+                tracing::debug!(program = self.program, said, "a scoring program ended early");
                 let (found, asked) = (scores.len(), items.len());
                 Err(CommandError::Count { program: self.program.clone(), found, asked, status, said })
             }
@@ -224,11 +229,10 @@ impl Command {
     fn read(&self, text: &str, line: usize) -> Result<f64, CommandError> {
         let value: Option<Value> = serde_json::from_str(text).ok();
         let score = value.and_then(|value| value["score"].as_f64()).filter(|score| self.settings.scale.holds(*score));
-        score.ok_or_else(|| CommandError::Line {
-            program: self.program.clone(),
-            line,
-            found: text.chars().take(80).collect(),
-            wanted: self.settings.scale.wanted(),
+        score.ok_or_else(|| {
+            let found: String = text.chars().take(80).collect();
+            tracing::debug!(program = self.program, line, found, "a scoring program gave no score");
+            CommandError::Line { program: self.program.clone(), line, found, wanted: self.settings.scale.wanted() }
         })
     }
 }

@@ -13,6 +13,7 @@ use axum::response::sse::{Event as Sse, KeepAlive, Sse as EventStream};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::oneshot;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::record::derive_seed;
@@ -50,12 +51,10 @@ pub(crate) async fn handle(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
-    let mut visit = Visit::new(server, &headers);
-    match visit.open(body).await {
-        Ok((pending, true)) => visit.stream(pending),
-        Ok((pending, false)) => visit.whole(pending).await,
-        Err(error) => visit.refuse(&error, None),
-    }
+    let (sender, receiver) = oneshot::channel();
+    // A task of its own: where the client hangs up this handler is dropped, and the call is to be logged all the same.
+    tokio::spawn(Visit::new(server, &headers).answer(body, sender));
+    receiver.await.unwrap_or_else(|_| stopped().into_response())
 }
 
 impl Visit {
@@ -72,6 +71,25 @@ impl Visit {
             headers: copied.collect(),
             request: Value::Null,
         }
+    }
+
+    /// Answers to `client`, or logs how far it came where that one is gone.
+    async fn answer(mut self, body: Result<Bytes, BytesRejection>, mut client: oneshot::Sender<Response>) {
+        let opened = tokio::select! {
+            opened = self.open(body) => Some(opened),
+            () = client.closed() => None,
+        };
+        let response = match opened {
+            Some(Ok((pending, true))) => Some(self.stream(pending)),
+            Some(Ok((pending, false))) => self.whole(pending, &mut client).await,
+            Some(Err(error)) => Some(self.refuse(&error, None)),
+            None => {
+                self.record(CLIENT_CLOSED, &Value::Null, None);
+                None
+            }
+        };
+        // One that went away just now got nothing, and what it would have got is in the log.
+        drop(response.map(|response| client.send(response)));
     }
 
     /// Checks the request, hands it to the engine, and waits until its prompt is accepted.
@@ -111,16 +129,23 @@ impl Visit {
         Ok((Pending { answer, events }, streamed))
     }
 
-    /// Answers with one document.
-    async fn whole(self, mut pending: Pending) -> Response {
+    /// Answers with one document; nothing where the client went away, which ends the answer.
+    async fn whole(self, mut pending: Pending, client: &mut oneshot::Sender<Response>) -> Option<Response> {
         while pending.answer.is_open() {
-            if let Err(error) = pending.next().await {
-                return self.refuse(&error, Some(&pending.answer.served_version));
+            let next = tokio::select! {
+                next = pending.next() => next,
+                () = client.closed() => {
+                    self.record(CLIENT_CLOSED, &pending.answer.completion(), Some(&pending.answer.served_version));
+                    return None;
+                }
+            };
+            if let Err(error) = next {
+                return Some(self.refuse(&error, Some(&pending.answer.served_version)));
             }
         }
         let body = pending.answer.completion();
         self.record(200, &body, Some(&pending.answer.served_version));
-        versioned(axum::Json(body).into_response(), &pending.answer.served_version)
+        Some(versioned(axum::Json(body).into_response(), &pending.answer.served_version))
     }
 
     /// Answers with server-sent events; a task feeds them, so that the log sees the call's end.
@@ -168,7 +193,7 @@ impl Visit {
     }
 }
 
-/// Status in the log of a stream whose client went away, as gateways write it.
+/// Status in the log of a call whose client went away, as gateways write it.
 const CLIENT_CLOSED: u16 = 499;
 
 /// Why a stream ended early.

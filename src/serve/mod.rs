@@ -347,6 +347,8 @@ fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, A
 }
 
 #[cfg(test)]
+mod hangup_tests;
+#[cfg(test)]
 mod key_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -75,7 +75,7 @@ impl Fake {
         (response.status().as_u16(), response.text().await.unwrap())
     }
 
-    async fn chat(&self, extra: Value) -> (u16, Value) {
+    pub(crate) async fn chat(&self, extra: Value) -> (u16, Value) {
         let mut body = json!({"messages": [{"role": "user", "content": "hello there"}]});
         body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         let (status, text) = self.call("POST", "/v1/chat/completions", &body).await;
@@ -86,7 +86,7 @@ impl Fake {
         self.call("POST", "/v1/load_lora_adapter", &json!({"lora_name": name, "lora_path": path})).await
     }
 
-    async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.stop.take();
         self.serving.take().unwrap().await.unwrap();
     }
@@ -460,9 +460,9 @@ async fn each_call_is_logged_with_what_answered() {
     assert!(failed["served_version"].is_null() && failed["response"]["error"]["code"] == 400);
 }
 
-type Row = (String, Vec<(String, String)>, Value);
+pub(crate) type Row = (String, Vec<(String, String)>, Value);
 
-fn consume(brokers: &str, topic: &str, count: usize) -> Vec<Row> {
+pub(crate) fn consume(brokers: &str, topic: &str, count: usize) -> Vec<Row> {
     let consumer: BaseConsumer = rdkafka::ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "test")

@@ -1,5 +1,7 @@
 //! Trials of the gate: the evidence after every prompt, the bar, what the guardrails say.
 
+use std::sync::Arc;
+
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -111,11 +113,20 @@ impl Facts {
         Ok(())
     }
 
-    async fn steps(&self) -> Result<Vec<StepRow>, FactError> {
+    /// Returns all steps. Every open page asks for them every other second; they are read once for each version of the table.
+    async fn steps(&self) -> Result<Arc<Vec<StepRow>>, FactError> {
         let _reading = self.reading().await?;
-        match self.tables.exists(Name::GateSteps).await.map_err(FactError::failed)? {
-            true => book::read(&self.tables, Name::GateSteps).await.map_err(FactError::failed),
-            false => Ok(Vec::new()),
+        let Some(table) = self.tables.open_existing(Name::GateSteps).await.map_err(FactError::failed)? else {
+            return Ok(Arc::default());
+        };
+        let mut read = self.gate_steps.lock().await;
+        match &*read {
+            Some((version, steps)) if *version == table.version() => Ok(steps.clone()),
+            _ => {
+                let steps = Arc::new(table.rows(None).await.map_err(FactError::failed)?);
+                *read = Some((table.version(), Arc::clone(&steps)));
+                Ok(steps)
+            }
         }
     }
 
@@ -133,9 +144,10 @@ impl Facts {
         let Some(last) = trials(&rows).into_iter().find(|row| row.facts.trial == id) else {
             return Err(FactError::Missing(format!("there is no trial {id:?}")));
         };
-        let mut steps = self.steps().await?;
-        let verdict = standing(id, &rows, &steps).map_err(FactError::failed)?;
-        steps.retain(|step| step.trial == id && step.suite.is_none());
+        let all = self.steps().await?;
+        let verdict = standing(id, &rows, &all).map_err(FactError::failed)?;
+        let mut steps: Vec<StepRow> =
+            all.iter().filter(|step| step.trial == id && step.suite.is_none()).cloned().collect();
         steps.sort_by_key(|step| step.step);
         let words = gate::explain(&verdict);
         let said = |finding: gate::Finding| Guardrail {

@@ -138,6 +138,11 @@ impl Gateway {
         if name == self.base_model { name.to_owned() } else { format!("{}{name}", self.prefix) }
     }
 
+    /// Returns our name of what the servers are asked for; one without their prefix was told before there was one.
+    fn ours(&self, asked: &str) -> String {
+        asked.strip_prefix(&self.prefix).unwrap_or(asked).to_owned()
+    }
+
     /// Returns the gateway as clients ask it.
     pub(super) fn front(&self) -> &dyn Answers {
         &self.front
@@ -155,7 +160,7 @@ impl Gateway {
             let answer = hook.json(Method::GET, "", None, what).await?;
             return match answer.get("target") {
                 Some(target) if target.is_null() => Ok(None),
-                Some(target) if target.is_string() => Ok(target.as_str().map(str::to_owned)),
+                Some(target) if target.is_string() => Ok(target.as_str().map(|told| self.ours(told))),
                 _ => Err(hook.unexpected(what, "target")),
             };
         }
@@ -163,7 +168,7 @@ impl Gateway {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(self.broken(error.to_string())),
             Ok(text) => match formats::read(self.kind, &text) {
-                Some(target) => Ok(Some(target.strip_prefix(&self.prefix).unwrap_or(&target).to_owned())),
+                Some(target) => Ok(Some(self.ours(&target))),
                 None => Err(self.broken("taod did not write it: move it away, or give taod a file of its own".into())),
             },
         }
@@ -220,7 +225,9 @@ impl Gateway {
     async fn tell(&self, expected: Option<&str>, target: &str, canary: Option<&Canary>) -> Result<(), EndpointError> {
         let Some(hook) = &self.hook else { return Ok(()) };
         let what = format!("the webhook's move of '{}' to '{target}'", self.route.stable_name);
-        let part = canary.map(|canary| json!({"target": canary.name, "percent": canary.percent}));
+        // As the servers are asked for them, like in a file.
+        let part = canary.map(|canary| json!({"target": self.asked(&canary.name), "percent": canary.percent}));
+        let (expected, target) = (expected.map(|name| self.asked(name)), self.asked(target));
         let body = json!({
             "event": "alias", "name": self.route.stable_name, "expected": expected, "target": target, "canary": part,
         });

@@ -9,6 +9,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::metadata::{Metadata, MetadataBroker, MetadataTopic};
 use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::mpsc;
 
 use super::refusal::Refusal;
@@ -63,6 +64,25 @@ impl Connection {
     /// Returns the topics to be read, and what Kafka held of each partition when the connection was made.
     pub fn topics(&self) -> &[Topic] {
         &self.topics
+    }
+
+    /// Returns the partitions that hold a record stamped at or after this time, in milliseconds since the epoch. Who stamps, the
+    /// producer or the broker, is the topic's to say.
+    pub fn stamped_from(&self, time_ms: i64) -> Result<Vec<TopicPartition>, SourceError> {
+        let mut asked = TopicPartitionList::new();
+        for extent in self.topics.iter().flat_map(|topic| &topic.extents).filter(|extent| extent.low < extent.high) {
+            let added =
+                asked.add_partition_offset(&extent.place.topic, extent.place.partition, Offset::Offset(time_ms));
+            added.map_err(|e| refused(&self.settings, e))?;
+        }
+        if asked.count() == 0 {
+            return Ok(Vec::new());
+        }
+        let answered =
+            persist(&self.settings, &self.client, |patience| self.client.offsets_for_times(asked.clone(), patience))?;
+        let elements = answered.elements();
+        let stamped = elements.iter().filter(|element| matches!(element.offset(), Offset::Offset(at) if at >= 0));
+        Ok(stamped.map(|element| TopicPartition::new(element.topic(), element.partition())).collect())
     }
 
     /// Joins the group and begins to read. Called, as everything that may drop a connection, where blocking is allowed.

@@ -14,7 +14,17 @@ fn shell(script: &str, more: &str) -> Settings {
 
 fn run(settings: &Settings, n: usize) -> Result<Vec<f64>, String> {
     let items = items(n);
-    Command::open(settings).unwrap().score(&items.iter().collect::<Vec<_>>()).map_err(|e| e.to_string())
+    Command::open(settings).unwrap().score(&items.iter().collect::<Vec<_>>()).map_err(|error| {
+        let message = error.to_string();
+        // What the program said, which the message must not repeat.
+        let said = match error {
+            CommandError::Count { said, .. } => said,
+            CommandError::Line { found, .. } => found,
+            _ => return message,
+        };
+        assert!(said.is_empty() || !message.contains(&said), "{message}");
+        format!("{message} | {said}")
+    })
 }
 
 /// Answers each line by its index over 100.
@@ -34,20 +44,18 @@ fn a_program_answers_line_by_line_and_batch_by_batch() {
 #[test]
 fn what_is_no_score_is_refused_with_its_line() {
     for (answer, part) in [
-        (
-            "{\"score\": 1.5}",
-            "answered line 0 with {\"score\": 1.5}; it must be {\"score\": number} with a number in [0, 1]",
-        ),
-        ("{\"score\": NaN}", "answered line 0 with {\"score\": NaN}"),
-        ("<html>", "answered line 0 with <html>"),
-        ("{}", "answered line 0 with {}"),
+        ("{\"score\": 1.5}", "with a number in [0, 1]; `--log debug` shows it | {\"score\": 1.5}"),
+        ("{\"score\": NaN}", " | {\"score\": NaN}"),
+        ("<html>", "answered line 0 with something else than {\"score\": number}"),
+        ("{}", " | {}"),
     ] {
         let message = run(&shell(&format!("cat > /dev/null; echo '{answer}'"), ""), 1).unwrap_err();
         assert!(message.contains(part), "{message}");
     }
     let fewer =
         run(&shell("cat > /dev/null; echo '{\"score\": 1}'; echo 'out of paper' >&2; exit 3", ""), 2).unwrap_err();
-    assert!(fewer.contains("gave 1 scores for 2 answers and ended with exit status: 3: out of paper"), "{fewer}");
+    assert!(fewer.contains("gave 1 scores for 2 answers and ended with exit status: 3; "), "{fewer}");
+    assert!(fewer.ends_with(" | out of paper"), "{fewer}");
     let more = run(&shell("cat > /dev/null; echo '{\"score\": 1}'; echo '{\"score\": 1}'", ""), 1).unwrap_err();
     assert!(more.contains("gave 2 scores for 1 answers"), "{more}");
     let long = run(&shell("head -c 70000 /dev/zero | tr '\\0' x", ""), 1).unwrap_err();
