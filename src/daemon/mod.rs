@@ -83,6 +83,8 @@ pub async fn run(
     let tables = config.state.open_tables()?;
     Registry::open(&paths.registry(), &config.registry)?;
     let counters = Arc::new(ingest::Counters::default());
+    // Where another daemon stores the log, nothing here has to be ready for it.
+    counters.ready.store(!config.state.stores_log(), Ordering::Relaxed);
     let config = Arc::new(config);
     let facts = Arc::new(Facts::new(config.clone(), metrics.clone(), health.clone())?);
     let daemon = Arc::new(Daemon {
@@ -113,7 +115,6 @@ pub async fn run(
                 return ingest::run(&config.ingest, &tables, counters, stop, ingest::Mode::Forever).await;
             }
             tracing::info!(log = config.state.log, "another daemon stores the log; this one reads it there");
-            counters.ready.store(true, Ordering::Relaxed);
             stopped(stop).await;
             Ok(counters.summary())
         })
