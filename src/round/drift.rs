@@ -83,6 +83,7 @@ async fn profile(queries: &Table, when: &str, wanted: &str) -> Result<Profile, T
             is_forward: false,
             count: 1,
             feedback: Vec::new(),
+            sources: Vec::new(),
         })
     };
     let prompts: Vec<Prompt> = rows.into_iter().filter_map(prompt).collect();
