@@ -75,9 +75,11 @@ impl Erasure {
         Ok(all)
     }
 
-    async fn take_out(&self, receipt: &str, prompts: HashSet<String>) -> Result<Followed, EraseError> {
+    async fn take_out(&self, receipt: &str, mut prompts: HashSet<String>) -> Result<Followed, EraseError> {
         let begun = now();
         let done = round::erase::erase(&self.paths, &self.tables, &prompts, receipt).await?;
+        // What this daemon made of them goes, too.
+        prompts.extend(done.made.iter().cloned());
         let mut candidates = 0;
         if let Some(mut table) = self.tables.open_existing(Name::Candidates).await? {
             let selection = Selection::OneOf { column: "prompt_hash", values: prompts };
