@@ -89,7 +89,9 @@ impl Visit {
             }
         };
         // One that went away just now got nothing, and what it would have got is in the log.
-        drop(response.map(|response| client.send(response)));
+        if let Some(response) = response {
+            drop(client.send(response));
+        }
     }
 
     /// Checks the request, hands it to the engine, and waits until its prompt is accepted.
