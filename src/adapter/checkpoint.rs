@@ -43,6 +43,9 @@ pub struct Origin {
     /// Matrices that are widened part by part are summed in another order.
     #[serde(default)]
     pub hold: Hold,
+    /// The device that computed and its precision, where that is not the processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
 }
 
 impl Origin {
@@ -63,8 +66,9 @@ impl Origin {
             samples: hash(samples)?,
             start: start.map(|start| start.sha256.clone()),
             threads: rayon::current_num_threads(),
-            form: settings.precision.form_of_training(hold),
+            form: frozen.form(settings),
             hold,
+            device: frozen.place(),
         };
         if let Some(start) = start {
             let remedy = "start from a run or an adapter of the same base and LoRA settings, or from none";
@@ -88,7 +92,8 @@ impl Origin {
         differs(&path, "the start", &self.start, &other.start, FRESH)?;
         differs(&path, "the thread count", &self.threads, &other.threads, "set the same limit of threads")?;
         differs(&path, "the precision", &self.form, &other.form, "set tuning.precision as it was")?;
-        differs(&path, "the hold of the model", &self.hold, &other.hold, "set model.hold as it was")
+        differs(&path, "the hold of the model", &self.hold, &other.hold, "set model.hold as it was")?;
+        differs(&path, "the device", &self.device, &other.device, "set engine.device and engine.dtype as they were")
     }
 }
 
@@ -186,6 +191,7 @@ impl Checkpoint {
             threads: 0,
             form: WeightForm::default(),
             hold: Hold::default(),
+            device: None,
         };
         let tensors = tensors.into_iter().map(|(key, tensor)| (format!("value.{key}"), tensor)).collect();
         let (sha256, known) = (adapter.sha256, Known::default());

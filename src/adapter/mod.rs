@@ -17,6 +17,7 @@ pub mod settings;
 mod training;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +25,9 @@ pub use settings::{Keep, Settings};
 
 use crate::durable::{self, FileError};
 use crate::engine::train::Base;
-use crate::engine::{EngineError, Model, ModelConfig, ModelIdentity, Module, Weights, save_peft};
+use crate::engine::{
+    DeviceModel, EngineError, Model, ModelConfig, ModelIdentity, Module, WeightForm, Weights, save_peft,
+};
 use crate::progress::Progress;
 use checkpoint::{Checkpoint, Origin};
 use training::Run;
@@ -166,7 +169,20 @@ pub enum TuneError {
 impl<'a> Frozen<'a> {
     /// Borrows what tuning needs of a loaded model.
     pub fn of(model: &'a Model) -> Self {
-        Frozen { config: model.config(), weights: model.weights(), identity: model.identity() }
+        Frozen { config: model.config(), weights: model.weights(), identity: model.identity(), device: model.device() }
+    }
+
+    /// Returns the form of the weights that the processor multiplies by; a device has its own.
+    fn form(&self, settings: &Settings) -> WeightForm {
+        match self.device {
+            None => settings.precision.form_of_training(self.weights.hold()),
+            Some(_) => WeightForm::F32,
+        }
+    }
+
+    /// Returns the device and its precision, where that is not the processor.
+    fn place(&self) -> Option<String> {
+        self.device.map(|device| device.place().to_string())
     }
 }
 
@@ -200,6 +216,8 @@ pub struct Frozen<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
     pub identity: &'a ModelIdentity,
+    /// The weights where they are multiplied, if that is not the processor.
+    pub(crate) device: Option<&'a Arc<DeviceModel>>,
 }
 
 /// Trains an adapter on scored samples and writes it to `out/adapter` as a PEFT folder, `out/outcome.json` last.
@@ -245,13 +263,20 @@ pub fn tune_frozen(
         }
     }
     let longest = selection.groups.iter().map(|group| group.prompt.len()).max().unwrap_or_default() + selection.longest;
-    let form = settings.precision.form_of_training(frozen.weights.hold());
-    let held = frozen.weights.bytes(frozen.config);
-    let estimate = memory::Estimate::new(frozen.config, settings, longest, form, held);
-    let activations = estimate.decide(settings.activations, settings.memory_mib, memory::free())?;
+    let form = frozen.form(settings);
+    let activations = match frozen.device {
+        // What is free there cannot be asked for; a pass keeps the least.
+        Some(_) => settings.activations.on_device(),
+        None => {
+            let held = frozen.weights.bytes(frozen.config);
+            let estimate = memory::Estimate::new(frozen.config, settings, longest, form, held);
+            estimate.decide(settings.activations, settings.memory_mib, memory::free())?
+        }
+    };
     durable::create_folder(&folder)?;
-    tracing::info!(method = %settings.method, ?form, ?activations, "training");
-    let mut base = Base::new(frozen.config, frozen.weights, form)?;
+    let device = frozen.place();
+    tracing::info!(method = %settings.method, ?form, device, ?activations, "training");
+    let mut base = Base::placed(frozen.config, frozen.weights, frozen.device, form)?;
     base.activations = activations;
     let mut run = Run::new(base, settings, &selection, origin, &folder, seed, resumed, start)?;
     run.train(progress)?;
@@ -306,6 +331,8 @@ fn check(settings: &Settings, config: &ModelConfig) -> Result<(), TuneError> {
     Ok(())
 }
 
+#[cfg(test)]
+mod device_tests;
 #[cfg(test)]
 mod lora_tests;
 #[cfg(test)]

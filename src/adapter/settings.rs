@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::losses::Method;
+use crate::engine::train::Activations;
 use crate::engine::{Linear, LoraSpec, Patterns, Precision};
 
 /// What becomes of activations between the forward and the backward pass.
@@ -18,6 +19,16 @@ pub enum Keep {
     Keep,
     /// The input of each layer.
     Recompute,
+}
+
+impl Keep {
+    /// Returns what becomes of activations on a device, whose free memory is not asked for: `auto` keeps the least.
+    pub(super) fn on_device(self) -> Activations {
+        match self {
+            Keep::Keep => Activations::Kept,
+            Keep::Auto | Keep::Recompute => Activations::Again,
+        }
+    }
 }
 
 /// How an adapter is trained from scored samples.

@@ -17,7 +17,7 @@ pub(super) fn tiny() -> Tiny {
 
 impl Tiny {
     pub(super) fn frozen(&self) -> Frozen<'_> {
-        Frozen { config: &self.config, weights: &self.weights, identity: &self.identity }
+        Frozen { config: &self.config, weights: &self.weights, identity: &self.identity, device: None }
     }
 
     pub(super) fn tune(
@@ -72,7 +72,7 @@ pub(super) fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 /// Runs the training of a golden file and compares each step and the matrices that it ends with.
-fn expect_golden(name: &str, frozen: Frozen) {
+pub(super) fn expect_golden(name: &str, frozen: Frozen) {
     let golden = Golden::read(name);
     let folder = tempfile::tempdir().unwrap();
     let mut samples = Vec::new();
@@ -129,7 +129,7 @@ fn ten_steps_agree_with_pytorch() {
 #[test]
 fn gradients_and_ten_steps_on_smollm2_agree_with_pytorch() {
     let Some(model) = smollm2() else { return };
-    let frozen = Frozen { config: model.config(), weights: model.weights(), identity: model.identity() };
+    let frozen = Frozen::of(&model);
     let golden = Golden::read("smollm2");
     let off = golden.expect_pass(frozen.config, frozen.weights, WeightForm::F32);
     println!("SmolLM2: log-probs within {:.1e}, gradients within {:.1e} of PEFT", off.0, off.1);

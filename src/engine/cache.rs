@@ -4,10 +4,11 @@
 //! the full pages of that beginning, at the same borders as if each had read them itself, so that sharing changes no bit of
 //! what comes out. Pages return to a pool when nobody holds them, so that memory stays flat however long sampling goes on.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::ModelConfig;
+use super::device::{DeviceModel, Store};
 
 /// Positions of one page; also the width of a vector of scores.
 pub(crate) const BLOCK: usize = 16;
@@ -19,6 +20,8 @@ pub(crate) struct Shape {
     layers: usize,
     heads: usize,
     head_dim: usize,
+    /// Bytes of a number on a device, where pages name cells there and hold nothing themselves.
+    on_device: Option<usize>,
 }
 
 impl Shape {
@@ -27,7 +30,7 @@ impl Shape {
     }
 
     pub(crate) fn of(layers: usize, heads: usize, head_dim: usize) -> Self {
-        Shape { layers, heads, head_dim }
+        Shape { layers, heads, head_dim, on_device: None }
     }
 
     /// Returns the floats of the keys, and of the values, of one layer and head in one page.
@@ -35,28 +38,48 @@ impl Shape {
         self.head_dim.next_multiple_of(BLOCK) * BLOCK
     }
 
-    /// Returns the floats of one page.
-    fn page(self) -> usize {
-        self.layers * self.heads * 2 * self.half()
+    /// Returns the layout of pages that name cells on a device.
+    pub(crate) fn on_device(model: &DeviceModel) -> Self {
+        Shape { on_device: Some(model.place().dtype.size_in_bytes()), ..Shape::new(model.config()) }
     }
 
-    /// Returns the bytes of one page.
+    /// Returns the floats that one page holds.
+    fn page(self) -> usize {
+        match self.on_device {
+            None => self.layers * self.heads * 2 * self.half(),
+            Some(_) => 0,
+        }
+    }
+
+    /// Returns the bytes of one page, wherever they are.
     pub(crate) fn page_bytes(self) -> u64 {
-        (self.page() * size_of::<f32>()) as u64
+        let bytes = match self.on_device {
+            None => self.page() * size_of::<f32>(),
+            Some(bytes) => self.layers * self.heads * 2 * self.head_dim * BLOCK * bytes,
+        };
+        bytes as u64
     }
 }
 
 /// Where pages come from and return to.
 #[derive(Default)]
 struct Home {
-    free: Mutex<Vec<Box<[f32]>>>,
+    free: Mutex<Vec<Free>>,
     /// Pages that are held somewhere.
     live: AtomicUsize,
+    /// Pages that were ever made.
+    made: AtomicU32,
+}
+
+/// A page that nobody holds.
+struct Free {
+    floats: Box<[f32]>,
+    number: u32,
 }
 
 impl Home {
     /// Returns the free pages. No code panics while it holds them, so a poisoned lock is still whole.
-    fn free(&self) -> MutexGuard<'_, Vec<Box<[f32]>>> {
+    fn free(&self) -> MutexGuard<'_, Vec<Free>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -64,13 +87,15 @@ impl Home {
 /// Room for the keys and values of [`BLOCK`] positions; it returns to its pool when it is dropped.
 pub(crate) struct Page {
     floats: Box<[f32]>,
+    /// Which of its pool's pages it is; on a device, which cells it has.
+    number: u32,
     home: Arc<Home>,
 }
 
 impl Drop for Page {
     fn drop(&mut self) {
         self.home.live.fetch_sub(1, Ordering::Relaxed);
-        self.home.free().push(std::mem::take(&mut self.floats));
+        self.home.free().push(Free { floats: std::mem::take(&mut self.floats), number: self.number });
     }
 }
 
@@ -78,11 +103,24 @@ impl Drop for Page {
 pub(crate) struct Pool {
     shape: Shape,
     home: Arc<Home>,
+    /// The cells that its pages name, where they are on a device.
+    store: Option<Mutex<Store>>,
 }
 
 impl Pool {
     pub(crate) fn new(shape: Shape) -> Self {
-        Pool { shape, home: Arc::default() }
+        Pool { shape, home: Arc::default(), store: None }
+    }
+
+    /// Returns a pool of at most so many pages on a device.
+    pub(crate) fn on_device(model: &DeviceModel, pages: usize) -> Self {
+        let store = Store::new(model.config(), model.place(), pages.saturating_mul(BLOCK));
+        Pool { store: Some(Mutex::new(store)), ..Pool::new(Shape::on_device(model)) }
+    }
+
+    /// Returns the cells on the device, if that is where its pages are.
+    pub(crate) fn store(&self) -> Option<MutexGuard<'_, Store>> {
+        Some(self.store.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Returns the number of pages that are held.
@@ -90,12 +128,17 @@ impl Pool {
         self.home.live.load(Ordering::Relaxed)
     }
 
+    fn make(&self) -> Free {
+        let number = self.home.made.fetch_add(1, Ordering::Relaxed);
+        Free { floats: vec![0.0; self.shape.page()].into_boxed_slice(), number }
+    }
+
     pub(crate) fn take(&self) -> Page {
         self.home.live.fetch_add(1, Ordering::Relaxed);
         // Old content needs no clearing: scores past the length are masked and their weights are 0.
         let free = self.home.free().pop();
-        let floats = free.unwrap_or_else(|| vec![0.0; self.shape.page()].into_boxed_slice());
-        Page { floats, home: self.home.clone() }
+        let Free { floats, number } = free.unwrap_or_else(|| self.make());
+        Page { floats, number, home: self.home.clone() }
     }
 }
 
@@ -128,6 +171,13 @@ impl Segment {
         let half = self.shape.half();
         let start = (layer * self.shape.heads + head) * 2 * half;
         page.floats[start..start + 2 * half].split_at(half)
+    }
+
+    /// Returns the cell of a position.
+    fn cell(&self, position: usize) -> u32 {
+        let page = position / BLOCK;
+        let page = self.shared.get(page).map_or_else(|| &self.pages[page - self.shared.len()], |page| &**page);
+        page.number * BLOCK as u32 + (position % BLOCK) as u32
     }
 
     /// Writes the key and the value of all heads at a position past the end. Room must be made before.
@@ -221,6 +271,16 @@ impl Cache {
         while self.own.pages.len() < pages {
             self.own.pages.push(pool.take());
         }
+    }
+
+    /// Returns the cells on the device in which positions are, or will be, for which room was made.
+    pub(crate) fn cells(&self, positions: std::ops::Range<usize>) -> impl Iterator<Item = u32> {
+        let shared = self.prefix().map(|prefix| (prefix, prefix.len()));
+        positions.map(move |position| match shared {
+            Some((prefix, len)) if position < len => prefix.cell(position),
+            Some((_, len)) => self.own.cell(position - len),
+            None => self.own.cell(position),
+        })
     }
 
     /// Counts positions that were written in every layer.

@@ -40,7 +40,8 @@ impl SequenceClassifier {
         // Gemma 2 bends the logits of its vocabulary, never a score.
         config.logit_cap = None;
         let padding = files.json("config.json")?["pad_token_id"].as_u64().map(|id| id as u32);
-        Ok(SequenceClassifier { model: Model::assemble(&source, &files, config, Output::Score, Hold::F32)?, padding })
+        let model = Model::assemble(&source, &files, config, Output::Score, Hold::F32, None)?;
+        Ok(SequenceClassifier { model, padding })
     }
 
     /// Returns the name and the hashes.

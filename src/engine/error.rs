@@ -19,6 +19,8 @@ pub enum EngineError {
     Template { model: String, problem: String },
     #[error("adapter {adapter}: {problem}; {remedy}")]
     Adapter { adapter: String, problem: String, remedy: &'static str },
+    #[error("engine.device = \"{device}\": {problem}; {remedy}")]
+    Device { device: String, problem: String, remedy: &'static str },
     #[error("prompt of {tokens} tokens leaves no room in the context of {context}; shorten the messages")]
     PromptTooLong { tokens: usize, context: usize },
     #[error(

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::config::ModelConfig;
+use super::device::{DeviceModel, Lora};
 use super::error::EngineError;
 use super::lora::{Adapter, Linear};
 use super::matmul::{Packed, Product};
@@ -37,11 +38,16 @@ impl Site {
     }
 }
 
-/// An adapter laid out for inference: for each product of a layer, the stacked A's and a block matrix of the B's,
-/// already scaled.
+/// An adapter laid out for inference.
 pub(crate) struct LoraPack {
     id: u64,
-    layers: Vec<[Option<LowRank>; 4]>,
+    laid_out: LaidOut,
+}
+
+enum LaidOut {
+    /// For each product of a layer, the stacked A's and a block matrix of the B's, already scaled.
+    Here(Vec<[Option<LowRank>; 4]>),
+    OnDevice(Lora),
 }
 
 struct LowRank {
@@ -51,17 +57,38 @@ struct LowRank {
 
 impl LoraPack {
     pub(crate) fn new(config: &ModelConfig, adapter: &Adapter) -> Result<Self, EngineError> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let layer = |i: usize| -> Result<[Option<LowRank>; 4], EngineError> {
             let [qkv, o, gate_up, down] = Site::ALL.map(|site| LowRank::new(config, adapter, i, site.linears()));
             Ok([qkv?, o?, gate_up?, down?])
         };
         let layers = (0..config.layers.len()).map(layer).collect::<Result<_, _>>()?;
-        Ok(LoraPack { id: NEXT.fetch_add(1, Ordering::Relaxed), layers })
+        Ok(LoraPack::numbered(LaidOut::Here(layers)))
+    }
+
+    /// Copies an adapter to the device of its model.
+    pub(crate) fn copied(model: &DeviceModel, adapter: &Adapter) -> Result<Self, EngineError> {
+        let lora = Lora::new(model.config(), adapter, &model.place().device)?;
+        Ok(LoraPack::numbered(LaidOut::OnDevice(lora)))
+    }
+
+    fn numbered(laid_out: LaidOut) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        LoraPack { id: NEXT.fetch_add(1, Ordering::Relaxed), laid_out }
     }
 
     fn change(&self, layer: usize, site: Site) -> Option<&LowRank> {
-        self.layers[layer][site as usize].as_ref()
+        match &self.laid_out {
+            LaidOut::Here(layers) => layers[layer][site as usize].as_ref(),
+            LaidOut::OnDevice(_) => None,
+        }
+    }
+
+    /// Returns it as it is on a device.
+    pub(crate) fn on_device(&self) -> Option<&Lora> {
+        match &self.laid_out {
+            LaidOut::Here(_) => None,
+            LaidOut::OnDevice(lora) => Some(lora),
+        }
     }
 
     /// Returns a number above 0 that no other adapter of this process has.

@@ -1,4 +1,4 @@
-//! The inference engine: one decoder for all families, on candle, f32 on the CPU.
+//! The inference engine: one decoder for all families, on candle, f32 on the CPU, and on accelerators (`device`).
 //!
 //! [`Model`] is what is loaded once; [`Batcher`] samples from a [`Policy`] on it, [`logprobs`] and [`divergence`] score
 //! with it, [`SequenceClassifier`] is a reward model of the same layers, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
@@ -9,6 +9,7 @@ mod cache;
 mod classify;
 mod config;
 mod decoder;
+mod device;
 mod draw;
 mod error;
 mod export;
@@ -25,6 +26,7 @@ pub mod ops;
 mod policy;
 mod prefixes;
 mod rope;
+mod runner;
 mod safetensors;
 mod sampler;
 mod score;
@@ -43,6 +45,8 @@ pub use config::{
     Activation, Architecture, Block, LayerKind, ModelConfig, NormWeight, Norms, Projections, QkNorm, RopeConfig,
     RopeScaling, Scores,
 };
+pub(crate) use device::DeviceModel;
+pub use device::{DeviceName, Dtype, Settings};
 pub use draw::SamplingSettings;
 pub use error::EngineError;
 pub use export::{ScoreHead, padding_id, save_classifier};

@@ -4,8 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::cache::Shape;
 use super::config::ModelConfig;
 use super::decoder::Decoder;
+use super::device::{self, DeviceModel, Place};
 use super::error::EngineError;
 use super::grammar::Lexicon;
 use super::held::Hold;
@@ -45,6 +47,8 @@ struct Inner {
     decoder: OnceLock<Arc<Decoder>>,
     /// Made when a first answer is to keep a schema.
     lexicon: OnceLock<Arc<Lexicon>>,
+    /// The weights on the device that computes, where that is not the processor.
+    device: Option<Arc<DeviceModel>>,
 }
 
 impl std::fmt::Debug for Model {
@@ -61,19 +65,41 @@ impl Model {
 
     /// Does the same with the large matrices held as asked.
     pub fn load_held(model: &str, hold: Hold) -> Result<Self, EngineError> {
+        Self::load_at(model, hold, None)
+    }
+
+    /// Loads a model to sample, score and train with where the settings say. On a device, what the processor keeps of it is
+    /// held as the files store it.
+    pub fn load_on(model: &str, hold: Hold, engine: &device::Settings) -> Result<Self, EngineError> {
+        match engine.open()? {
+            None => Self::load_held(model, hold),
+            place => Self::load_at(model, Hold::Stored, place),
+        }
+    }
+
+    /// Loads another model to where this one computes.
+    pub fn load_beside(&self, model: &str) -> Result<Self, EngineError> {
+        match &self.0.device {
+            None => Self::load(model),
+            Some(device) => Self::load_at(model, Hold::Stored, Some(device.place().clone())),
+        }
+    }
+
+    pub(super) fn load_at(model: &str, hold: Hold, place: Option<Place>) -> Result<Self, EngineError> {
         let source = ModelSource::parse(model)?;
         let files = source.resolve()?;
         let config = files.config()?;
-        Self::assemble(&source, &files, config, Output::Vocabulary, hold)
+        Self::assemble(&source, &files, config, Output::Vocabulary, hold, place)
     }
 
-    /// Builds a model of opened files.
+    /// Builds a model of opened files, with a copy of its weights on a device where one is given.
     pub(super) fn assemble(
         source: &ModelSource,
         files: &Files,
         config: ModelConfig,
         output: Output,
         hold: Hold,
+        place: Option<Place>,
     ) -> Result<Self, EngineError> {
         let tokenizer = Tokenizer::load(files)?;
         let template = ChatTemplate::load(files, &source.name())?;
@@ -86,8 +112,9 @@ impl Model {
         };
         let weights = Weights::load(files, &config, output, hold)?;
         let ropes = Rope::all(&config)?;
+        let device = place.map(|place| DeviceModel::new(&config, &weights, &ropes, place)).transpose()?.map(Arc::new);
         let (decoder, lexicon) = Default::default();
-        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder, lexicon })))
+        Ok(Model(Arc::new(Inner { config, identity, tokenizer, template, weights, ropes, decoder, lexicon, device })))
     }
 
     /// Returns a model's shape without its weights, and how many bytes they take in its files. A folder may lack them.
@@ -125,7 +152,22 @@ impl Model {
         &self.0.ropes
     }
 
-    /// Returns the model laid out for inference in f32.
+    /// Returns the weights on the device that computes; nothing where that is the processor.
+    pub(crate) fn device(&self) -> Option<&Arc<DeviceModel>> {
+        self.0.device.as_ref()
+    }
+
+    /// Returns where it computes and in which precision, where that is not the processor: what its numbers depend on besides it.
+    pub fn computed_on(&self) -> Option<String> {
+        self.device().map(|device| device.place().to_string())
+    }
+
+    /// Returns the layout of the pages of its cache.
+    pub(crate) fn cache_shape(&self) -> Shape {
+        self.device().map_or_else(|| Shape::new(self.config()), |device| Shape::on_device(device))
+    }
+
+    /// Returns the model laid out for inference in f32 on the processor.
     pub(crate) fn decoder(&self) -> Result<&Arc<Decoder>, EngineError> {
         if let Some(decoder) = self.0.decoder.get() {
             return Ok(decoder);

@@ -11,19 +11,25 @@ use super::lora::Adapter;
 use super::low_rank::LoraPack;
 use super::matmul::WeightForm;
 use super::model::Model;
+use super::runner::Runner;
 
 /// A distribution of answers. Cloning shares it.
 #[derive(Clone)]
 pub struct Policy {
     model: Model,
-    decoder: Arc<Decoder>,
+    runner: Runner,
     adapter: Option<Arc<LoraPack>>,
     form: WeightForm,
 }
 
 impl Policy {
-    /// Lays a model and an adapter out for sampling. Any form but f32 copies all weights.
+    /// Lays a model and an adapter out for sampling. Any form but f32 copies all weights. On a device the form is the device's.
     pub fn new(model: &Model, adapter: Option<&Adapter>, form: WeightForm) -> Result<Self, EngineError> {
+        if let Some(device) = model.device() {
+            let adapter = adapter.map(|adapter| LoraPack::copied(device, adapter)).transpose()?.map(Arc::new);
+            let runner = Runner::OnDevice(device.clone());
+            return Ok(Policy { model: model.clone(), runner, adapter, form: WeightForm::F32 });
+        }
         let (decoder, adapter) = match form {
             WeightForm::F32 => {
                 let adapter = adapter.map(|a| LoraPack::new(model.config(), a)).transpose()?;
@@ -34,7 +40,7 @@ impl Policy {
                 (Arc::new(decoder), None)
             }
         };
-        Ok(Policy { model: model.clone(), decoder, adapter, form })
+        Ok(Policy { model: model.clone(), runner: Runner::Here(decoder), adapter, form })
     }
 
     /// Returns the model.
@@ -47,8 +53,13 @@ impl Policy {
         self.form
     }
 
-    pub(crate) fn decoder(&self) -> &Decoder {
-        &self.decoder
+    /// Returns true where its log-probs are those that scoring and training compute, up to rounding in f32.
+    pub fn is_exact(&self) -> bool {
+        self.form == WeightForm::F32 && self.model.device().is_none_or(|device| device.place().is_exact())
+    }
+
+    pub(crate) fn runner(&self) -> &Runner {
+        &self.runner
     }
 
     pub(crate) fn adapter(&self) -> Option<&Arc<LoraPack>> {
@@ -57,6 +68,6 @@ impl Policy {
 
     /// Returns true where sequences of both can stand in one batch: they are multiplied by the same weights.
     pub fn shares_weights(&self, other: &Policy) -> bool {
-        Arc::ptr_eq(&self.decoder, &other.decoder)
+        self.runner.is(&other.runner)
     }
 }

@@ -14,13 +14,14 @@ use rayon::prelude::*;
 
 use self::prompt::{Admitted, Prompt, Queued, adapter_id, pieces};
 use self::sequence::{Active, most_tokens};
-use super::cache::{BLOCK, Pool, Shape};
+use super::cache::{BLOCK, Pool};
 use super::decoder::Run;
 use super::draw::{Drawn, SamplingSettings, Scratch};
 use super::error::EngineError;
 use super::model::Model;
 use super::policy::Policy;
 use super::prefixes::Prefixes;
+use super::runner::Hidden;
 use crate::record::FinishReason;
 
 /// The samples of one prompt.
@@ -74,7 +75,7 @@ impl BatchLimits {
 
     /// Refuses a sample that is too large for the cache if it has it to itself. The message tells what it needs.
     pub fn check(&self, model: &Model, prompt: usize, new: usize) -> Result<(), EngineError> {
-        let page = Shape::new(model.config()).page_bytes();
+        let page = model.cache_shape().page_bytes();
         let pages = prompt.div_ceil(BLOCK) + new.div_ceil(BLOCK);
         match pages <= self.pages(page) {
             true => Ok(()),
@@ -135,8 +136,8 @@ impl Batcher {
         if limits.max_sequences == 0 || limits.max_rows == 0 {
             return Err(EngineError::request("max_sequences and max_rows must be at least 1"));
         }
-        let shape = policy.decoder().shape();
-        let (pool, pages) = (Pool::new(shape), limits.pages(shape.page_bytes()));
+        let pages = limits.pages(policy.runner().shape().page_bytes());
+        let pool = policy.runner().pool(pages);
         let (prefixes, room, queue, admitted, active) = Default::default();
         Ok(Batcher { policy, limits, pool, pages, prefixes, room, queue, admitted, active, tokens_read: 0 })
     }
@@ -184,7 +185,7 @@ impl Batcher {
 
     /// Returns the bytes of the keys and values that are held, those of prompts that nobody reads included.
     pub fn cache_bytes(&self) -> u64 {
-        self.pool.live() as u64 * self.policy.decoder().shape().page_bytes()
+        self.pool.live() as u64 * self.policy.runner().shape().page_bytes()
     }
 
     /// Returns how many prompt tokens have been read so far; what prompts have in common counts once.
@@ -229,7 +230,7 @@ impl Batcher {
         let mut events = Vec::new();
         self.prefixes.trim(self.pages / IDLE_SHARE);
         self.admit();
-        self.forward(&mut events);
+        self.forward(&mut events)?;
         self.start(&mut events);
         Ok(events)
     }
@@ -254,7 +255,7 @@ impl Batcher {
                 return;
             }
             let queued = self.queue.pop_front();
-            let shape = self.policy.decoder().shape();
+            let shape = self.policy.runner().shape();
             self.admitted.extend(queued.map(|queued| Admitted::new(queued, shape, &mut self.prefixes)));
         }
     }
@@ -283,7 +284,7 @@ impl Batcher {
     }
 
     /// Reads the newest token of every sequence and the next pieces of prompts, and draws the sequences' next tokens.
-    fn forward(&mut self, events: &mut Vec<Event>) {
+    fn forward(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let pieces = pieces(&mut self.admitted, self.limits.max_rows, &mut self.prefixes);
         let sequences = self.active.iter_mut().map(|active| (active.adapter_id(), Owner::Sequence, active.run()));
         let mut runs: Vec<(u64, Owner, Run<'_>)> = sequences.collect();
@@ -295,43 +296,46 @@ impl Batcher {
             }
         }
         if runs.is_empty() {
-            return;
+            return Ok(());
         }
         self.tokens_read += pieces.iter().sum::<usize>() as u64;
         // Side by side, the rows of one adapter are multiplied together. Sequences keep their order: they are sorted so.
         runs.sort_by_key(|(adapter, ..)| *adapter);
         let (owners, mut runs): (Vec<Owner>, Vec<Run<'_>>) =
             runs.into_iter().map(|(_, owner, run)| (owner, run)).unzip();
-        let decoder = self.policy.decoder();
-        let hidden = decoder.forward(&mut runs, &self.pool);
+        let hidden = self.policy.runner().forward(&mut runs, &self.pool)?;
         let ends = runs.iter().scan(0, |end, run| {
             *end += run.tokens.len();
             Some(*end)
         });
         let ends: Vec<(Owner, usize)> = owners.into_iter().zip(ends).collect();
-        let wide = decoder.hidden_size();
-        let last_row = |end: usize| &hidden[(end - 1) * wide..end * wide];
         let of_sequences = ends.iter().filter(|(owner, _)| matches!(owner, Owner::Sequence));
-        let mut rows: Vec<&[f32]> = of_sequences.map(|(_, end)| last_row(*end)).collect();
+        let mut rows: Vec<usize> = of_sequences.map(|(_, end)| end - 1).collect();
         let mut read = Vec::new();
         for (owner, end) in &ends {
             let Owner::Prompt(at) = owner else { continue };
             let Admitted { group, prompt: Prompt::Reading(reading), .. } = &mut self.admitted[*at] else { continue };
             reading.publish(&group.prompt, &mut self.prefixes);
             if reading.len() == group.prompt.len() {
-                rows.push(last_row(*end));
+                rows.push(end - 1);
                 read.push(*at);
             }
         }
-        self.draw(&rows.concat(), &read, events);
+        self.draw(&hidden, &rows, &read, events)
     }
 
     /// Draws a token for each sequence from the first rows, and keeps the logits of the others for the prompts that were read.
-    fn draw(&mut self, hidden: &[f32], read: &[usize], events: &mut Vec<Event>) {
-        if hidden.is_empty() {
-            return;
+    fn draw(
+        &mut self,
+        hidden: &Hidden,
+        rows: &[usize],
+        read: &[usize],
+        events: &mut Vec<Event>,
+    ) -> Result<(), EngineError> {
+        if rows.is_empty() {
+            return Ok(());
         }
-        let logits = self.policy.decoder().logits(hidden, std::mem::take(&mut self.room));
+        let logits = self.policy.runner().logits(hidden, rows, std::mem::take(&mut self.room))?;
         for (place, at) in read.iter().enumerate() {
             let mut row = vec![0.0; logits.columns()];
             logits.copy_row(self.active.len() + place, &mut row);
@@ -347,6 +351,7 @@ impl Batcher {
         );
         self.room = logits.into_room();
         self.settle(0, events);
+        Ok(())
     }
 
     /// Starts samples of groups whose prompt is read, in order, and draws their first token.

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::cache::{Cache, Pool, Segment};
 use super::decoder::{Decoder, Run};
+use super::device::{DeviceModel, Lora};
 use super::error::EngineError;
 use super::lora::Adapter;
 use super::low_rank::LoraPack;
@@ -36,10 +37,14 @@ pub struct ScoreItem<'a> {
 
 /// Returns the log-probabilities of each item's completion tokens, at temperature 1.
 pub fn logprobs(model: &Model, adapter: Option<&Adapter>, items: &[ScoreItem]) -> Result<Vec<Vec<f32>>, EngineError> {
+    if let Some(device) = model.device() {
+        let lora = copied(device, adapter)?;
+        return score(model, items, |batch| device.logprobs(lora.as_ref(), batch));
+    }
     let scorer = Scorer::new(model, adapter)?;
     score(model, items, |batch| {
         let targets: Vec<u32> = batch.iter().flat_map(|item| item.completion.iter().copied()).collect();
-        scorer.target_logprobs(&scorer.hidden(batch), &targets)
+        Ok(scorer.target_logprobs(&scorer.hidden(batch), &targets))
     })
 }
 
@@ -51,23 +56,31 @@ pub fn divergence(
     q: Option<&Adapter>,
     items: &[ScoreItem],
 ) -> Result<Vec<Vec<f32>>, EngineError> {
+    if let Some(device) = model.device() {
+        let (p, q) = (copied(device, p)?, copied(device, q)?);
+        return score(model, items, |batch| device.divergences(p.as_ref(), q.as_ref(), batch));
+    }
     let (p, q) = (Scorer::new(model, p)?, Scorer::new(model, q)?);
-    score(model, items, |batch| p.divergences(&p.hidden(batch), &q.hidden(batch)))
+    score(model, items, |batch| Ok(p.divergences(&p.hidden(batch), &q.hidden(batch))))
+}
+
+fn copied(device: &DeviceModel, adapter: Option<&Adapter>) -> Result<Option<Lora>, EngineError> {
+    adapter.map(|adapter| Lora::new(device.config(), adapter, &device.place().device)).transpose()
 }
 
 /// Runs a function that returns one number per completion token over batches of items, prompts in common kept together.
 fn score(
     model: &Model,
     items: &[ScoreItem],
-    mut values: impl FnMut(&[ScoreItem]) -> Vec<f32>,
+    mut values: impl FnMut(&[ScoreItem]) -> Result<Vec<f32>, EngineError>,
 ) -> Result<Vec<Vec<f32>>, EngineError> {
     for item in items {
         check(model, item)?;
     }
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); items.len()];
-    for batch in batches(items) {
+    for batch in batches(items).into_iter().filter(|batch| !batch.is_empty()) {
         let chosen: Vec<ScoreItem> = batch.iter().map(|i| items[*i]).collect();
-        let values = values(&chosen);
+        let values = values(&chosen)?;
         let mut rest = values.as_slice();
         for i in batch {
             let (own, tail) = rest.split_at(items[i].completion.len());

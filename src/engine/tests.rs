@@ -10,6 +10,7 @@ use super::decoder::Run;
 use super::*;
 use crate::record::{FinishReason, Message};
 
+mod device;
 mod families;
 mod gguf;
 mod grammar;

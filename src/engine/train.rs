@@ -9,13 +9,17 @@ mod layer;
 mod matrices;
 mod pooled;
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use self::layer::{Batch, Layer, Saved};
 pub use self::matrices::{LoraMatrices, Matrix};
 use super::config::ModelConfig;
+use super::device::{self, DeviceModel};
 use super::error::EngineError;
 use super::matmul::WeightForm;
+use super::model::Model;
 use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
 use super::ops::dropout::{RowSeeds, row_seed};
@@ -68,6 +72,8 @@ pub struct Base<'a> {
     pub activations: Activations,
     rounded: Option<RoundedWeights>,
     ropes: Vec<Rope>,
+    /// The weights on the device that computes, where that is not the processor.
+    device: Option<Arc<DeviceModel>>,
 }
 
 /// The weights of all products, rounded: those of each layer in the order of `Linear::ALL`, and the output layer.
@@ -97,13 +103,33 @@ impl<'a> Base<'a> {
             WeightForm::Int16 => Some(RoundedWeights::new(weights)?),
             WeightForm::Int8 => return Err(EngineError::request("8 bits are too coarse for gradients; use 16 or f32")),
         };
-        Ok(Base { config, weights, activations: Activations::Kept, rounded, ropes: Rope::all(config)? })
+        let (activations, ropes) = (Activations::Kept, Rope::all(config)?);
+        Ok(Base { config, weights, activations, rounded, ropes, device: None })
+    }
+
+    /// Prepares a model for training where it computes: on its device in the device's precision, else as [`Base::new`] does.
+    pub fn of(model: &'a Model, form: WeightForm) -> Result<Self, EngineError> {
+        Base::placed(model.config(), model.weights(), model.device(), form)
+    }
+
+    pub(crate) fn placed(
+        config: &'a ModelConfig,
+        weights: &'a Weights,
+        device: Option<&Arc<DeviceModel>>,
+        form: WeightForm,
+    ) -> Result<Self, EngineError> {
+        let form = if device.is_some() { WeightForm::F32 } else { form };
+        Ok(Base { device: device.cloned(), ..Base::new(config, weights, form)? })
     }
 
     /// Returns the log-probs and the entropies of all completion tokens under the base: group by group, completion by
     /// completion.
     pub fn score(&self, groups: &[GroupTokens]) -> Result<TokenLogprobs, EngineError> {
         let packed = Packed::new(groups)?;
+        if let Some(device) = &self.device {
+            let (logprobs, entropies) = device.told_of(&packed)?;
+            return Ok(TokenLogprobs { logprobs, entropies, slopes: Vec::new() });
+        }
         let batch = self.batch(&packed, None)?;
         let mut x = self.embed(&packed)?;
         for index in 0..self.config.layers.len() {
@@ -125,9 +151,14 @@ impl<'a> Base<'a> {
         dropout: Option<&DropoutSeeds>,
     ) -> Result<Pass<'p>, EngineError> {
         let packed = Packed::new(groups)?;
+        if let Some(device) = &self.device {
+            let dropout = dropout.map(|seeds| packed.row_seeds(seeds)).transpose()?;
+            let pass = device::Pass::forward(device, lora, packed, dropout, self.activations)?;
+            return Ok(Pass(Way::OnDevice(pass)));
+        }
         let (x, batch, saved) = self.run(&packed, lora, dropout)?;
         let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
-        Ok(Pass { base: self, lora, batch, packed, saved, predicting, tokens })
+        Ok(Pass(Way::Here(Box::new(PassHere { base: self, lora, batch, packed, saved, predicting, tokens }))))
     }
 
     /// Runs all layers and returns the rows before the last norm, with what the backward pass reads.
@@ -243,7 +274,14 @@ enum Kept {
 }
 
 /// A forward pass with an adapter, kept for its backward pass.
-pub struct Pass<'a> {
+pub struct Pass<'a>(Way<'a>);
+
+enum Way<'a> {
+    Here(Box<PassHere<'a>>),
+    OnDevice(device::Pass<'a>),
+}
+
+struct PassHere<'a> {
     base: &'a Base<'a>,
     lora: &'a LoraMatrices,
     batch: Batch,
@@ -256,17 +294,32 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Returns the log-prob of each completion token: group by group, completion by completion.
     pub fn logprobs(&self) -> &[f32] {
-        &self.tokens.logprobs
+        match &self.0 {
+            Way::Here(pass) => &pass.tokens.logprobs,
+            Way::OnDevice(pass) => pass.logprobs(),
+        }
     }
 
     /// Returns the entropy of the distribution that each completion token was drawn from, in nats.
     pub fn entropies(&self) -> &[f32] {
-        &self.tokens.entropies
+        match &self.0 {
+            Way::Here(pass) => &pass.tokens.entropies,
+            Way::OnDevice(pass) => pass.entropies(),
+        }
     }
 
     /// Adds to `gradients` those of a loss whose slope with respect to each log-prob is `slopes`.
     pub fn backward(self, slopes: &[f32], gradients: &mut [Vec<f32>]) -> Result<(), EngineError> {
-        let Pass { base, lora, batch, packed, saved, predicting, tokens } = self;
+        match self.0 {
+            Way::Here(pass) => pass.backward(slopes, gradients),
+            Way::OnDevice(pass) => pass.backward(slopes, gradients),
+        }
+    }
+}
+
+impl PassHere<'_> {
+    fn backward(self, slopes: &[f32], gradients: &mut [Vec<f32>]) -> Result<(), EngineError> {
+        let PassHere { base, lora, batch, packed, saved, predicting, tokens } = self;
         if slopes.len() != tokens.logprobs.len() || gradients.len() != lora.values.len() {
             let (found, expected) = (slopes.len(), tokens.logprobs.len());
             return Err(EngineError::request(format!("{found} slopes for {expected} log-probs")));
@@ -279,19 +332,19 @@ impl Pass<'_> {
 }
 
 /// The rows of one batch.
-struct Packed {
+pub(super) struct Packed {
     /// Token and position of each row.
-    ids: Vec<u32>,
-    positions: Vec<usize>,
-    groups: Vec<GroupRows>,
+    pub(super) ids: Vec<u32>,
+    pub(super) positions: Vec<usize>,
+    pub(super) groups: Vec<GroupRows>,
     /// For each target, the row that predicts it: the prompt's last for the first token of a completion. Of whole texts,
     /// each one's last row.
-    predicting: Vec<usize>,
-    targets: Vec<u32>,
+    pub(super) predicting: Vec<usize>,
+    pub(super) targets: Vec<u32>,
 }
 
 impl Packed {
-    fn new(groups: &[GroupTokens]) -> Result<Self, EngineError> {
+    pub(super) fn new(groups: &[GroupTokens]) -> Result<Self, EngineError> {
         let mut packed = Packed { ids: vec![], positions: vec![], groups: vec![], predicting: vec![], targets: vec![] };
         for group in groups {
             if group.prompt.is_empty() || group.completions.iter().any(|c| c.is_empty()) {

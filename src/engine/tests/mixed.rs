@@ -8,7 +8,7 @@ use super::families::TINY;
 use super::*;
 
 /// Returns an adapter with random matrices of some rank on some layers.
-fn random(model: &Model, rank: usize, targets: &[Linear], seed: u32) -> Adapter {
+pub(super) fn random(model: &Model, rank: usize, targets: &[Linear], seed: u32) -> Adapter {
     let spec = LoraSpec {
         rank,
         alpha: 2.0 * rank as f64,
@@ -32,7 +32,7 @@ fn random(model: &Model, rank: usize, targets: &[Linear], seed: u32) -> Adapter 
 }
 
 /// Groups of three policies in turn, so that their sequences begin and end among each other.
-fn groups(policies: &[Policy; 3]) -> Vec<(Policy, Group)> {
+pub(super) fn groups(policies: &[Policy; 3]) -> Vec<(Policy, Group)> {
     let prompt = |i: u32| (3 + i..8 + 7 * i).collect::<Vec<u32>>();
     (0..7u32).map(|i| (policies[i as usize % 3].clone(), group(u64::from(i), &prompt(i), 3, 9 + i as usize))).collect()
 }

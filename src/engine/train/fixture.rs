@@ -1,14 +1,16 @@
 //! Tiny models for tests, with the weights of `tools/reference/training_golden.py`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use super::{Base, GroupTokens, LoraMatrices};
+use crate::engine::device::Place;
 use crate::engine::{
-    Architecture, Factor, LayerKind, LayerWeights, LoraSpec, ModelConfig, ModelIdentity, Module, Norms, Patterns,
-    RopeConfig, RopeScaling, Scores, WeightForm, Weights,
+    Architecture, DeviceModel, Factor, LayerKind, LayerWeights, LoraSpec, ModelConfig, ModelIdentity, Module, Norms,
+    Patterns, Rope, RopeConfig, RopeScaling, Scores, WeightForm, Weights,
 };
 
 /// Returns values in `offset` +- `scale`, a function of the tensor's number and the element's index alone.
@@ -33,6 +35,11 @@ pub(crate) struct Tiny {
 }
 
 impl Tiny {
+    /// Returns its weights on a device.
+    pub(crate) fn on(&self, place: Place) -> Arc<DeviceModel> {
+        Arc::new(DeviceModel::new(&self.config, &self.weights, &Rope::all(&self.config).unwrap(), place).unwrap())
+    }
+
     /// Returns the tiny model of an architecture.
     pub(crate) fn new(architecture: Architecture) -> Self {
         let config = config(architecture);
@@ -229,7 +236,12 @@ impl Golden {
     /// error of a log-prob, and of a gradient as a share of its tensor's norm.
     pub(crate) fn expect_pass(&self, config: &ModelConfig, weights: &Weights, form: WeightForm) -> (f32, f32) {
         let base = Base::new(config, weights, form).unwrap();
-        let bound = if form == WeightForm::F32 { 1e-3 } else { 2e-2 };
+        self.expect_pass_of(&base, if form == WeightForm::F32 { 1e-3 } else { 2e-2 })
+    }
+
+    /// Does the same for a base that is ready, to a bound.
+    pub(crate) fn expect_pass_of(&self, base: &Base, bound: f32) -> (f32, f32) {
+        let config = base.config;
         let lora = lora(config, &self.spec());
         let groups = self.groups();
         let pass = base.forward(&lora, &groups).unwrap();

@@ -103,14 +103,14 @@ impl LoraMatrices {
 
     /// Returns where in the list the A of a linear layer stands, with its B after it, and which of B's values are its
     /// own, if the adapter changes it. Parts of one module have the same place.
-    pub(super) fn position(&self, layer: usize, linear: Linear) -> Option<(usize, Range<usize>)> {
+    pub(in crate::engine) fn position(&self, layer: usize, linear: Linear) -> Option<(usize, Range<usize>)> {
         let (_, module, rows) = self.places.iter().find(|(placed, ..)| *placed == linear)?;
         let at = 2 * (layer * self.modules + module);
         let rank = self.matrices.get(at)?.shape[0];
         Some((at, rows.start * rank..rows.end * rank))
     }
 
-    pub(super) fn pair(&self, layer: usize, linear: Linear) -> Option<Pair<'_>> {
+    pub(in crate::engine) fn pair(&self, layer: usize, linear: Linear) -> Option<Pair<'_>> {
         let (at, own) = self.position(layer, linear)?;
         let (a, b) = (self.values.get(at)?, self.values.get(at + 1)?.get(own)?);
         Some(Pair { a, b, rank: self.matrices.get(at)?.shape[0], scale: *self.scales.get(at / 2)?, dropout: None })
