@@ -6,7 +6,7 @@ FLAGS := --release --locked
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/taod
 BIN = $(or $(CARGO_TARGET_DIR),target)/release/taod
 
-.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset test-page test-templates deb test-deb package-files dist
+.PHONY: help demo test test-full test-ray test-vllm check build bench bench-engine bench-growth bench-ingest bench-scale bench-soak chaos fuzz models setup setup-test bench-dataset bench-gpu test-gpu test-page test-templates deb test-deb package-files dist
 
 help:
 	@echo 'make demo       the whole loop on real parts, live (first time: builds, about 20 minutes)'
@@ -23,6 +23,8 @@ help:
 	@echo 'make test-page  the admin page in a browser'
 	@echo 'make test-templates  chat templates as TRL ships them, against transformers (6 GB)'
 	@echo 'make fuzz       every decoder of the log under mutations, SECONDS=60 each'
+	@echo 'make test-gpu   the engine on an accelerator against transformers, PEFT and the processor (FEATURE=cuda or metal)'
+	@echo 'make bench-gpu  sampling, scoring and training there, in bf16 (SHAPE=0.5b, 1.5b or 3b)'
 	@echo 'make bench-growth  sampling with more and more prompts: speed and memory, a plot'
 	@echo 'make test-ray   the reference trainer on Ray (6 GB)'
 	@echo 'make test-vllm  adapters and promotions with a real vLLM on the CPU (6 GB)'
@@ -61,6 +63,17 @@ test-templates:
 	  $$($(CACHE)/reference/bin/python -c 'import importlib.util as u; print(u.find_spec("trl").submodule_search_locations[0])')/chat_templates \
 	  >$(CACHE)/templates.json
 	TAOD_TEMPLATES=$(CACHE)/templates.json $(CARGO) test $(FLAGS) --lib -- --nocapture templates_render
+
+# The engine on an accelerator; FEATURE=metal on a Mac. Needs the device, and for cuda its toolkit to build.
+FEATURE ?= cuda
+test-gpu: setup
+	$(CARGO) test $(FLAGS) --features $(FEATURE) --lib -- --ignored --nocapture --test-threads 1 gpu_
+
+# Random weights of the shape of Qwen2.5.
+SHAPE ?= 1.5b
+bench-gpu: setup
+	$(CARGO) build $(FLAGS) --features $(FEATURE) --example device
+	$(dir $(BIN))examples/device $(FEATURE) bf16 $(SHAPE) tests/fixtures/models/tiny-qwen2
 
 # The page in Chromium: what it shows, its actions, its accessibility; SHOTS=DIR keeps the screenshots.
 test-page:

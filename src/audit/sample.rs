@@ -31,7 +31,7 @@ pub struct Sampled {
 /// who answered.
 pub fn sample(config: &Config, count: usize, progress: &Progress) -> Result<Sampled, AuditError> {
     let paths = Paths::new(&config.state.dir);
-    let model = Model::load_held(&config.model.path, config.model.hold)?;
+    let model = Model::load_on(&config.model.path, config.model.hold, &config.engine)?;
     let rewards = Rewards::keeping(&config.rewards, &config.workload, &model, &config.state.dir.join("scores"))?;
     let (round, prompts) = fresh(config, &paths, &model, &rewards, count)?;
     let registry = Registry::open(&paths.registry(), &config.registry)?;

@@ -2,7 +2,7 @@
 
 use super::{Candidate, CandidateError, Formats, PLAIN, Strategy, Stream};
 use crate::dataset::Prompt;
-use crate::engine::{BatchLimits, Batcher, Completion, Group, Model, Policy, SamplingSettings, WeightForm};
+use crate::engine::{BatchLimits, Batcher, Completion, Group, Model, Policy, SamplingSettings};
 use crate::progress::Step;
 use crate::record::{FinishReason, derive_seed};
 
@@ -160,7 +160,7 @@ fn candidate(
         logprobs: done.logprobs,
         sampler_logprobs: done.sampler_logprobs,
         finish_reason: done.finish_reason,
-        approximate: policy.form() != WeightForm::F32,
+        approximate: !policy.is_exact(),
     };
     let Some(strategy) = ask.strategy.filter(|strategy| !strategy.asks_plainly()) else { return Ok(Some(candidate)) };
     let Some(answer) = strategy.answer(&candidate.text).map(str::to_string) else { return Ok(None) };
@@ -178,6 +178,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::engine::WeightForm;
     use crate::progress::Progress;
     use crate::record::Message;
 

@@ -73,7 +73,7 @@ struct WorkloadLine {
 pub(super) fn run(global: &Global, args: &Eval, screen: &Screen) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let lines: Vec<WorkloadLine> = args.input.read_all()?;
-    let model = Model::load_held(&args.model, config.model.hold)?;
+    let model = Model::load_on(&args.model, config.model.hold, &config.engine)?;
     let adapter = Adapter::load(&args.adapter, &model)?;
     let against = args.against.as_deref().map(|folder| Adapter::load(folder, &model)).transpose()?;
     let answers = 2 * args.samples * lines.len() as u64;

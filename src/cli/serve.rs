@@ -24,7 +24,7 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
         settings.address = address.clone();
     }
     let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
-    let model = Model::load_held(args.model.as_ref().unwrap_or(&config.model.path), config.model.hold)?;
+    let model = Model::load_on(args.model.as_ref().unwrap_or(&config.model.path), config.model.hold, &config.engine)?;
     block_on(async {
         let mut shutdown = signals::shutdown()?;
         let listener = tokio::net::TcpListener::bind(&settings.address)

@@ -73,7 +73,7 @@ impl ScoredLine {
 pub(super) fn run(global: &Global, args: &Tune, screen: &Screen) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let lines: Vec<ScoredLine> = args.input.read_all()?;
-    let model = Model::load_held(&args.model, config.model.hold)?;
+    let model = Model::load_on(&args.model, config.model.hold, &config.engine)?;
     let sample = |(index, line): (usize, ScoredLine)| line.sample(&model, index);
     let samples: Vec<Sample> = lines.into_iter().enumerate().map(sample).collect::<anyhow::Result<_>>()?;
     let (start, progress) = (args.start.as_deref(), screen.progress());

@@ -20,7 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::engine::Hold;
+use crate::engine::{Hold, Precision};
 use crate::table::{TableError, TableLocation, Tables};
 
 pub use keys::Key;
@@ -61,7 +61,12 @@ macro_rules! sections {
 impl Config {
     /// Returns what no section can see by itself.
     fn across(&self) -> Vec<String> {
-        self.samples_for_method().into_iter().chain(self.independence()).chain(self.name_beside_another()).collect()
+        self.samples_for_method()
+            .into_iter()
+            .chain(self.independence())
+            .chain(self.name_beside_another())
+            .chain(self.one_precision())
+            .collect()
     }
 
     /// Versions of two daemons must not share a name at the servers: one would unload what the other serves.
@@ -73,6 +78,18 @@ impl Config {
              beginning of their own, such as the workload's name"
                 .into()
         })
+    }
+
+    /// Rounded weights are the processor's.
+    fn one_precision(&self) -> Option<String> {
+        let rounded = |precision| matches!(precision, Precision::Int16 | Precision::Int8);
+        let asked = [("candidates", self.candidates.precision), ("tuning", self.tuning.precision)];
+        let (section, _) = asked.into_iter().find(|(_, precision)| !self.engine.is_cpu() && rounded(*precision))?;
+        Some(format!(
+            "{section}.precision rounds weights for the processor, but engine.device is {}, whose precision is engine.dtype: set \
+             {section}.precision to auto",
+            self.engine.device
+        ))
     }
 
     /// The gate's score must hold something that training did not optimise.
@@ -96,6 +113,8 @@ sections! {
     state: StateSettings,
     /// The base model that is sampled, tuned and served.
     model: ModelSettings,
+    /// Where rounds compute.
+    engine: crate::engine::Settings,
     /// What decides the random draws of a round, and what it may cost.
     round: RoundSettings,
     /// The query log and how it is stored.

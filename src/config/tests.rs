@@ -291,6 +291,22 @@ fn a_method_that_needs_plain_samples_refuses_others() {
 }
 
 #[test]
+fn a_device_has_a_precision_of_its_own() {
+    let read = |text: &str| Loaded::from_layers(Some(("taod.toml".into(), text.into())), Vec::new());
+    let refused = |text: &str| read(text).err().map(|error| error.to_string()).unwrap_or_default();
+    for section in ["candidates", "tuning"] {
+        let config = format!("[engine]\ndevice = \"cuda:1\"\n[{section}]\nprecision = \"int16\"\n");
+        let message = refused(&config);
+        assert!(message.contains(&format!("{section}.precision rounds")) && message.contains("cuda:1"), "{message}");
+        assert!(read(&config.replace("int16", "f32")).is_ok() && read(&config.replace("cuda:1", "cpu")).is_ok());
+    }
+    let message = refused("[engine]\ndtype = \"bf16\"\n");
+    assert!(message.contains("engine.dtype is bf16, in which cpu does not multiply"), "{message}");
+    let message = refused("[engine]\ndevice = \"gpu\"\n");
+    assert!(message.contains("engine.device is \"gpu\"; set cpu, cuda"), "{message}");
+}
+
+#[test]
 fn the_hash_changes_with_any_value() {
     let changed =
         Config { state: StateSettings { dir: "other".into(), ..StateSettings::default() }, ..Config::default() };

@@ -150,7 +150,8 @@ pub async fn run(
     }
 }
 
-/// Loads the base model off the async threads.
+/// Loads the base model off the async threads, on the processor wherever rounds compute: the proof of what is served reads few
+/// tokens and wants them exact.
 pub async fn load_model(config: &Config) -> Result<Model> {
     let (path, hold) = (config.model.path.clone(), config.model.hold);
     Ok(tokio::task::spawn_blocking(move || Model::load_held(&path, hold)).await??)

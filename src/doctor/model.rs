@@ -12,8 +12,8 @@ use crate::round::Paths;
 
 /// Loads the model and compares it with the one that the registry's adapters are of.
 pub(super) async fn load(config: &Config) -> (Vec<Finding>, Option<Model>) {
-    let (path, hold) = (config.model.path.clone(), config.model.hold);
-    let loaded = tokio::task::spawn_blocking(move || Model::load_held(&path, hold)).await;
+    let (path, hold, engine) = (config.model.path.clone(), config.model.hold, config.engine);
+    let loaded = tokio::task::spawn_blocking(move || Model::load_on(&path, hold, &engine)).await;
     let model = match loaded {
         Ok(Ok(model)) => model,
         Ok(Err(error)) => return (vec![failed(error.to_string())], None),

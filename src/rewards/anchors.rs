@@ -197,7 +197,7 @@ mod tests {
         );
         let workloads = [toml::from_str("name = 'w'\nrules = [{ kind = 'ended' }]").unwrap()];
         let settings: super::super::Settings = toml::from_str(&settings).unwrap();
-        Rewards::open(&settings, &workloads, Some(&folder.join("scores"))).unwrap()
+        Rewards::open(&settings, &workloads, None, Some(&folder.join("scores"))).unwrap()
     }
 
     #[test]

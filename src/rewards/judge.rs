@@ -22,7 +22,7 @@ use self::prompt::Material;
 use super::Item;
 use super::http::{Asking, HttpError, check_url};
 use super::scorer::Scale;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, Model};
 use crate::record::Message;
 
 const YES_NO: Choice = Choice { first: &["yes", "Yes", " yes", " Yes"], second: &["no", "No", " no", " No"] };
@@ -124,9 +124,9 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Loads the model, or makes the client of its server. `name` is the scorer's.
-    pub fn open(name: &str, settings: &Settings) -> Result<Self, JudgeError> {
-        Ok(Judge { settings: settings.clone(), backend: Backend::open(name, settings)? })
+    /// Loads the model, to where the base computes if one is given, or makes the client of its server. `name` is the scorer's.
+    pub fn open(name: &str, settings: &Settings, base: Option<&Model>) -> Result<Self, JudgeError> {
+        Ok(Judge { settings: settings.clone(), backend: Backend::open(name, settings, base)? })
     }
 
     pub(super) fn scale(&self) -> Scale {

@@ -135,7 +135,7 @@ pub struct Rewards {
 impl Rewards {
     /// Loads what the settings name. `base` is the frozen base model that the quality guardrail reads.
     pub fn load(settings: &Settings, workloads: &[Workload], base: &Model) -> Result<Self, RewardError> {
-        Ok(Rewards { base: Some(base.clone()), ..Self::without_base(settings, workloads)? })
+        Ok(Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(base), None)? })
     }
 
     /// Does the same and keeps the scores of defined scorers in a folder, where later uses find them.
@@ -145,7 +145,8 @@ impl Rewards {
         base: &Model,
         folder: &Path,
     ) -> Result<Self, RewardError> {
-        let rewards = Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(folder))? };
+        let rewards =
+            Rewards { base: Some(base.clone()), ..Self::open(settings, workloads, Some(base), Some(folder))? };
         // Copies of one model in two places are told by their weights, which only now are known.
         let made_from = |name: &str| {
             let loaded = rewards.defined.iter().find(|loaded: &&Loaded| loaded.name == name);
@@ -159,10 +160,16 @@ impl Rewards {
 
     /// Loads what the settings name, for uses that never ask for [`Rewards::quality`].
     pub fn without_base(settings: &Settings, workloads: &[Workload]) -> Result<Self, RewardError> {
-        Self::open(settings, workloads, None)
+        Self::open(settings, workloads, None, None)
     }
 
-    fn open(settings: &Settings, workloads: &[Workload], kept: Option<&Path>) -> Result<Self, RewardError> {
+    /// Judges load beside the base, where there is one: to where it computes.
+    fn open(
+        settings: &Settings,
+        workloads: &[Workload],
+        base: Option<&Model>,
+        kept: Option<&Path>,
+    ) -> Result<Self, RewardError> {
         settings.validate().map_err(RewardError::Settings)?;
         let calibration = match settings.calibration.as_str() {
             "" => Calibration::default(),
@@ -172,7 +179,7 @@ impl Rewards {
         let workloads = Workloads::compile(workloads)?;
         let settings = settings.clone();
         let used = settings.scorers.iter().filter(|d| settings.uses(&Scorer::Defined(d.name.clone())));
-        let defined = used.map(|definition| Loaded::open(definition, kept)).collect::<Result<_, _>>()?;
+        let defined = used.map(|definition| Loaded::open(definition, base, kept)).collect::<Result<_, _>>()?;
         let rewards = Rewards { settings, workloads, calibration, similarity: OnceLock::new(), defined, base: None };
         if rewards.settings.uses(&Scorer::Similarity) || rewards.settings.uses(&Scorer::Feedback) {
             rewards.similarity_model()?;
@@ -314,6 +321,9 @@ impl Rewards {
         });
         if !self.settings.length_corrected.is_empty() {
             whole["length_corrected"] = serde_json::json!(self.settings.length_corrected);
+        }
+        if let Some(device) = self.base.as_ref().and_then(Model::computed_on) {
+            whole["device"] = serde_json::json!(device);
         }
         if !defined.is_empty() {
             whole["defined"] = serde_json::json!(defined);

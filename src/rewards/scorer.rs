@@ -17,6 +17,7 @@ use super::judge::{self, Judge, JudgeError};
 use super::remote::{self, Remote, RemoteError};
 use super::{Item, RewardError};
 use crate::durable::FileError;
+use crate::engine::Model;
 
 /// One `[[rewards.scorers]]` of the config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -162,10 +163,14 @@ enum Body {
 
 impl Loaded {
     /// Loads what a definition names. Scores are kept in the folder, where one is given.
-    pub(super) fn open(definition: &Definition, folder: Option<&Path>) -> Result<Self, RewardError> {
+    pub(super) fn open(
+        definition: &Definition,
+        base: Option<&Model>,
+        folder: Option<&Path>,
+    ) -> Result<Self, RewardError> {
         let name = definition.name.clone();
         let is_absolute = definition.kind.is_absolute();
-        let body = Body::open(&name, &definition.kind);
+        let body = Body::open(&name, &definition.kind, base);
         let fail = |source| RewardError::Scorer { name: name.clone(), source: Box::new(source) };
         let loaded = Loaded { name: name.clone(), is_absolute, body: body.map_err(fail)?, cache: Mutex::new(None) };
         if let Some(folder) = folder.filter(|_| is_absolute) {
@@ -256,10 +261,10 @@ impl Loaded {
 }
 
 impl Body {
-    fn open(name: &str, kind: &Kind) -> Result<Self, ScorerError> {
+    fn open(name: &str, kind: &Kind, base: Option<&Model>) -> Result<Self, ScorerError> {
         Ok(match kind {
             Kind::Classifier(settings) => Body::Classifier(Box::new(Classifier::open(settings)?)),
-            Kind::Judge(settings) => Body::Judge(Box::new(Judge::open(name, settings)?)),
+            Kind::Judge(settings) => Body::Judge(Box::new(Judge::open(name, settings, base)?)),
             Kind::Remote(settings) => Body::Remote(Box::new(Remote::open(name, settings)?)),
             Kind::Command(settings) => Body::Command(Box::new(Command::open(settings)?)),
         })
@@ -292,7 +297,7 @@ mod tests {
         };
         let kept = folder.path().join("scores");
         let score = |version: &str, answers: &[(&str, &str)]| {
-            let loaded = Loaded::open(&definition(version), Some(&kept)).unwrap();
+            let loaded = Loaded::open(&definition(version), None, Some(&kept)).unwrap();
             let answers = items(answers);
             loaded.score(&answers.iter().collect::<Vec<_>>()).unwrap().len()
         };

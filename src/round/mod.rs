@@ -238,7 +238,7 @@ pub fn run(config: &Config, options: &Options, progress: &Progress) -> Result<Ve
     layout::claim(&config.state.dir)?;
     // Whoever asked for a round by this file has it now.
     drop(std::fs::remove_file(paths.due()));
-    let model = Model::load_held(&config.model.path, config.model.hold)?;
+    let model = Model::load_on(&config.model.path, config.model.hold, &config.engine)?;
     let (rewards_settings, workloads) = (config.rewards.clone(), config.workload.clone());
     let rewards = Rewards::keeping(&rewards_settings, &workloads, &model, &config.state.dir.join("scores"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -324,11 +324,14 @@ fn begin(
 
 /// Returns the hash of the settings that decide a round's bytes; where it runs, listens or logs is not among them.
 fn settings_hash(config: &Config) -> Result<String, RoundError> {
-    let deciding = json!({
+    let mut deciding = json!({
         "dataset": config.dataset, "candidates": config.candidates, "decoding": config.decoding,
         "rewards": config.rewards, "workload": config.workload, "tuning": config.tuning, "gate": config.gate,
         "hold": config.model.hold, "sampled_as": config.candidates.precision.form(),
     });
+    if !config.engine.is_cpu() {
+        deciding["engine"] = json!(config.engine);
+    }
     // Canonicalisation cannot fail for settings: they are finite numbers and strings.
     let bytes = serde_json_canonicalizer::to_vec(&deciding).unwrap_or_else(|_| deciding.to_string().into_bytes());
     Ok(hex::encode(Sha256::digest(bytes)))

@@ -7,6 +7,7 @@
 
 mod harness;
 
+mod accelerators;
 mod alerts;
 mod audit;
 mod bad_input;

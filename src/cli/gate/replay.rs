@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::super::lines::Output;
 use super::super::{Exit, Global, block_on};
-use crate::daemon::load_model;
+use crate::engine::Model;
 use crate::gate::{TrialRow, history};
 use crate::rewards::Rewards;
 use crate::round::{Paths, book, replay};
@@ -23,17 +23,18 @@ pub struct Replay {
 pub(super) fn run(global: &Global, args: &Replay) -> anyhow::Result<Exit> {
     let config = global.load()?.config;
     let found = block_on(async {
-        let tables = config.state.open_tables()?;
+        let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
         let rows: Vec<TrialRow> = book::read(&tables, Name::Trials).await?;
         let newest = history::last_rows(&rows).last().map(|row| row.facts.trial.clone());
         let Some(trial) = args.trial.clone().or(newest) else {
             anyhow::bail!("no trial yet; the first one opens when a round has trained an adapter")
         };
-        let model = load_model(&config).await?;
-        let (settings, workloads) = (config.rewards.clone(), config.workload.clone());
-        let load = move || Rewards::load(&settings, &workloads, &model);
+        let load = move || -> anyhow::Result<Rewards> {
+            let model = Model::load_on(&config.model.path, config.model.hold, &config.engine)?;
+            Ok(Rewards::load(&config.rewards, &config.workload, &model)?)
+        };
         let rewards = tokio::task::spawn_blocking(load).await??;
-        Ok(replay::replay(&tables, &Paths::new(&config.state.dir), &trial, &rewards).await?)
+        Ok(replay::replay(&tables, &paths, &trial, &rewards).await?)
     })??;
     let mut out = Output::stdout();
     match args.json {

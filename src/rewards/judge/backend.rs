@@ -28,9 +28,9 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    pub(super) fn open(name: &str, settings: &Settings) -> Result<Self, JudgeError> {
+    pub(super) fn open(name: &str, settings: &Settings, base: Option<&Model>) -> Result<Self, JudgeError> {
         if settings.url.is_empty() {
-            let model = Model::load(&settings.model)?;
+            let model = base.map_or_else(|| Model::load(&settings.model), |base| base.load_beside(&settings.model))?;
             model.prompt_ids(&[Message::text("user", "?")], None)?;
             return Ok(Backend::Local(Box::new(model)));
         }
@@ -41,7 +41,10 @@ impl Backend {
     /// Returns what decides the answers as far as can be known from here.
     pub(super) fn identity(&self, version: &str) -> Value {
         match self {
-            Backend::Local(model) => json!(model.identity()),
+            Backend::Local(model) => match model.computed_on() {
+                None => json!(model.identity()),
+                Some(device) => json!([model.identity(), device]),
+            },
             Backend::Server { model, .. } => json!([model, version]),
         }
     }

@@ -33,7 +33,7 @@ fn refs(items: &[Item]) -> Vec<&Item> {
 #[test]
 fn a_score_is_the_log_odds_of_yes() {
     let settings = local("");
-    let judge = Judge::open("j", &settings).unwrap();
+    let judge = Judge::open("j", &settings, None).unwrap();
     let asked = items(&[("Why?", "So."), ("Why?", "Because it rains."), ("Who?", "")]);
     let scores = judge.score(&refs(&asked)).unwrap();
     let model = Model::load(&settings.model).unwrap();
@@ -55,7 +55,7 @@ fn a_score_is_the_log_odds_of_yes() {
 
 #[test]
 fn both_orders_are_asked_so_that_a_preference_turns_with_the_pair() {
-    let judge = Judge::open("j", &local("mode = 'pairwise'\nopponents = 16")).unwrap();
+    let judge = Judge::open("j", &local("mode = 'pairwise'\nopponents = 16"), None).unwrap();
     let group = items(&[("Why?", "So."), ("Why?", "Because it rains."), ("Why?", "No."), ("Who?", "Me.")]);
     let there = judge.prefer(&[(&group[0], &group[1]), (&group[1], &group[0])]).unwrap();
     assert!((there[0] + there[1]).abs() < 1e-9 && there[0].abs() > 1e-6, "{there:?}");
@@ -75,7 +75,7 @@ fn each_answer_meets_the_next_ones_once() {
 
 #[test]
 fn material_that_is_too_long_is_shown_in_part() {
-    let judge = Judge::open("j", &local("")).unwrap();
+    let judge = Judge::open("j", &local(""), None).unwrap();
     let long = "word ".repeat(3000);
     let asked = items(&[(&long, &long)]);
     assert!(judge.score(&refs(&asked)).unwrap()[0].is_finite());
@@ -88,7 +88,7 @@ fn a_server_is_asked_for_one_token_and_its_candidates() {
     let more = format!("url = '{}'\nversion = '1'\nasking = {{ retries = 0, timeout_s = 5 }}", server.url);
     let settings: Settings = toml::from_str(&format!("model = 'm'\nrubric = 'right'\n{more}")).unwrap();
     settings.validate().unwrap();
-    let judge = Judge::open("j", &settings).unwrap();
+    let judge = Judge::open("j", &settings, None).unwrap();
     let asked = items(&[("Why?", "So.")]);
     assert_eq!(judge.score(&refs(&asked)).unwrap(), [1.0]);
     let (line, body) = server.asked.recv().unwrap();
@@ -106,7 +106,7 @@ fn settings_are_checked_and_decide_the_identity() {
     assert!(refusal("model = ''\nrubric = 'r'").starts_with("model is empty"));
     assert!(refusal("model = 'm'\nrubric = 'r'\nurl = 'http://x'").starts_with("version is empty"));
     assert!(refusal("model = 'm'\nrubric = 'r'\nopponents = 0").starts_with("opponents = 0"));
-    let identity = |more: &str| Judge::open("j", &local(more)).unwrap().identity();
+    let identity = |more: &str| Judge::open("j", &local(more), None).unwrap().identity();
     assert_eq!(identity(""), identity(""));
     assert_ne!(identity(""), identity("max_chars = 100"));
     assert_ne!(identity(""), identity("mode = 'pairwise'"));
