@@ -154,7 +154,7 @@ impl<'a> Base<'a> {
         if let Some(device) = &self.device {
             let dropout = dropout.map(|seeds| packed.row_seeds(seeds)).transpose()?;
             let pass = device::Pass::forward(device, lora, packed, dropout, self.activations)?;
-            return Ok(Pass(Way::OnDevice(pass)));
+            return Ok(Pass(Way::OnDevice(Box::new(pass))));
         }
         let (x, batch, saved) = self.run(&packed, lora, dropout)?;
         let (tokens, predicting) = self.logprobs(&packed, &x, Slopes::Make)?;
@@ -278,7 +278,7 @@ pub struct Pass<'a>(Way<'a>);
 
 enum Way<'a> {
     Here(Box<PassHere<'a>>),
-    OnDevice(device::Pass<'a>),
+    OnDevice(Box<device::Pass<'a>>),
 }
 
 struct PassHere<'a> {

@@ -10,16 +10,11 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, MetalStorage, Resu
 struct Frozen;
 
 impl Frozen {
-    /// Returns rows, outputs and inputs, and the layout of the transposed weight.
-    fn sizes(x: &Layout, weight: &Layout) -> Result<((usize, usize, usize, usize), Layout, Shape)> {
-        let (rows, ins) = x.shape().dims2()?;
-        let (outs, _) = weight.shape().dims2()?;
-        Ok(((1, rows, outs, ins), weight.transpose(0, 1)?, Shape::from((rows, outs))))
-    }
-
     fn product<S: BackendStorage>(x: &S, x_layout: &Layout, weight: &S, weight_layout: &Layout) -> Result<(S, Shape)> {
-        let (sizes, transposed, shape) = Self::sizes(x_layout, weight_layout)?;
-        Ok((x.matmul(weight, sizes, x_layout, &transposed)?, shape))
+        let (rows, ins) = x_layout.shape().dims2()?;
+        let (outs, _) = weight_layout.shape().dims2()?;
+        let transposed = weight_layout.transpose(0, 1)?;
+        Ok((x.matmul(weight, (1, rows, outs, ins), x_layout, &transposed)?, Shape::from((rows, outs))))
     }
 }
 
