@@ -175,8 +175,10 @@ fn sample(model: &Model, vocab: usize, work: &Work) -> Result<usize> {
 fn score(model: &Model, vocab: usize, work: &Work) -> Result<usize> {
     let prompts: Vec<Vec<u32>> = (0..work.prompts).map(|p| ids(vocab, p, work.prompt)).collect();
     let answers: Vec<Vec<u32>> = (0..work.prompts * work.samples).map(|a| ids(vocab, 1000 + a, work.new)).collect();
-    let item = |(at, completion)| ScoreItem { prompt: prompts[at / work.samples].as_slice(), completion };
-    let items: Vec<ScoreItem> = answers.iter().map(Vec::as_slice).enumerate().map(item).collect();
+    let numbered = answers.iter().map(Vec::as_slice).enumerate();
+    let items: Vec<ScoreItem> = numbered
+        .map(|(at, completion)| ScoreItem { prompt: prompts[at / work.samples].as_slice(), completion })
+        .collect();
     logprobs(model, None, &items)?;
     Ok(items.len() * (work.prompt + work.new))
 }
