@@ -165,7 +165,7 @@ fn two_daemons_over_one_log_promote_at_one_endpoint_and_neither_touches_the_othe
     // After a restart each puts back its own and nothing else.
     stage.restart_server();
     stage.taod("short", &["adapters", "settle"]).code(0);
-    assert_eq!(stage.served().1, [short.clone()]);
+    assert_eq!(stage.served().1, std::slice::from_ref(&short));
     stage.taod("vowel", &["adapters", "settle"]).code(0);
     assert_eq!(stage.served(), (names(&next, &short), loaded));
     stage.taod("vowel", &["adapters", "rollback", "--reason", "a test"]).code(0);
