@@ -3,7 +3,9 @@
 //! A new file comes in by a restart only. So a load waits: taod has written `<publish.folder>/<version>.gguf`, posts to
 //! `endpoint.hook`, where something restarts the server with every file of the folder, and looks until the server lists
 //! it. The stable name is any name that is no version: it gets the global scales, which one call sets, so that clients
-//! are moved at once. That call is no compare-and-set; two daemons must not share a server.
+//! are moved at once. That call is no compare-and-set; two daemons must not share a server. And it leaves what the server
+//! remembers of prompts as it was, so that the server must remember none (docs/endpoints.md); the proof through the stable name asks
+//! as clients do, and finds one that does.
 
 use std::path::{Path, PathBuf};
 
@@ -109,8 +111,9 @@ impl Answers for LlamaCpp {
             let message = "it has no adapter of that name".to_owned();
             return Err(EndpointError::Status { url, what, status: 404, message });
         }
-        // An empty list would mean the global scales, so each adapter is named.
-        self.http.chat(question, json!({"lora": Self::scales(&loaded, question.model)})).await
+        // An empty list would mean the global scales, so each adapter is named. What the server remembers of a prompt may be
+        // another adapter's.
+        self.http.chat(question, json!({"lora": Self::scales(&loaded, question.model), "cache_prompt": false})).await
     }
 }
 

@@ -18,6 +18,9 @@ params.model.path = sys.argv[1]
 params.port = int(sys.argv[3])
 params.n_ctx = 1024
 params.n_parallel = 1
+# Prompts are remembered without regard to the scales of adapters: after a change, answers would go on from the former one's.
+params.cache_prompt = False
+params.cache_ram_mib = 0
 adapters = []
 for file in sorted(pathlib.Path(sys.argv[2]).glob("*.gguf")):
     adapter = xllamacpp.CommonAdapterLoraInfo()
