@@ -20,8 +20,8 @@ pub enum FileError {
     Json { path: String, source: serde_json::Error },
 }
 
-/// Returns what to do about a failure that has nothing to do with the file itself.
-fn remedy(error: &io::Error) -> &'static str {
+/// Returns what to do about a failure that has nothing to do with the file itself; begins with a separator.
+pub fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "; free space there and run it again: nothing half-written was left"

@@ -31,17 +31,16 @@ pub struct ScoreHead {
 /// Returns the padding id of a model: its own, or else the one that ends its texts.
 pub fn padding_id(model: &str) -> Result<u32, EngineError> {
     let files = ModelSource::parse(model)?.resolve()?;
-    let own = files.json("config.json")?["pad_token_id"].as_u64().map(|id| id as u32);
-    let ends = || files.gguf().map_or_else(|| end_id(&files), |gguf| Ok(gguf.end_ids().first().copied()));
-    Ok(match own {
-        Some(id) => id,
-        None => ends()?.unwrap_or(0),
-    })
-}
-
-fn end_id(files: &Files) -> Result<Option<u32>, EngineError> {
-    let ends = &files.json("config.json")?["eos_token_id"];
-    Ok(ends.as_u64().or(ends[0].as_u64()).map(|id| id as u32))
+    let id = match files.gguf() {
+        Some(gguf) => gguf.padding_id().or(gguf.end_ids().first().copied()),
+        None => {
+            let config = files.json("config.json")?;
+            let ends = &config["eos_token_id"];
+            let id = config["pad_token_id"].as_u64().or(ends.as_u64()).or(ends[0].as_u64());
+            id.map(|id| id as u32)
+        }
+    };
+    Ok(id.unwrap_or(0))
 }
 
 /// Writes `base` with `adapter` merged into it and the head into the folder, in f32. The config comes last, so that a folder

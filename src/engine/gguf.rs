@@ -119,6 +119,11 @@ impl Gguf {
         ["eos", "eot", "eom"].iter().filter_map(|name| id(name)).collect()
     }
 
+    /// Returns the declared id that pads.
+    pub(crate) fn padding_id(&self) -> Option<u32> {
+        self.count("tokenizer.ggml.padding_token_id").map(|id| id as u32)
+    }
+
     fn count(&self, key: &str) -> Option<u64> {
         self.content.metadata.get(key).and_then(|v| v.to_u64().ok())
     }

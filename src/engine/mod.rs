@@ -34,7 +34,7 @@ mod source;
 mod stop;
 mod template;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod threads;
 mod tokenizer;
 pub mod train;

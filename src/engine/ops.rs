@@ -19,9 +19,11 @@ pub mod mat;
 pub mod pointwise;
 pub mod token_logprobs;
 
+use std::marker::PhantomData;
 use std::ops::Deref;
 
 use candle_core::{CpuStorage, Result, Storage, StorageRef, Tensor, bail};
+use pulp::{Arch, Simd, WithSimd};
 
 /// The values of a contiguous f32 tensor on the CPU, borrowed for as long as this lives.
 pub struct Values<'a> {
@@ -55,6 +57,32 @@ impl Deref for Values<'_> {
     }
 }
 
+/// A loop over floats that is compiled for every width of vectors.
+pub(crate) trait Work<A> {
+    type Output;
+
+    /// Must be `#[inline(always)]`, with all that it calls: what is not inlined is compiled for any processor.
+    fn run(on: A) -> Self::Output;
+}
+
+/// Runs a loop as it is compiled for the widest vectors that this processor has. The sums keep their order and nothing is fused, so
+/// that every processor gets the same bits.
+#[inline(always)]
+pub(crate) fn wide<W: Work<A>, A>(_: W, on: A) -> W::Output {
+    Arch::new().dispatch(Wide(PhantomData::<W>, on))
+}
+
+struct Wide<W, A>(PhantomData<W>, A);
+
+impl<A, W: Work<A>> WithSimd for Wide<W, A> {
+    type Output = W::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> W::Output {
+        W::run(self.1)
+    }
+}
+
 /// Returns e to the power of `x` within 2 ulp for |x| <= 87, saturating outside. Unlike the library's, the compiler
 /// can vectorise it, and softmax over a vocabulary calls it for each entry.
 #[inline(always)]
@@ -85,6 +113,7 @@ fn tanh(x: f32) -> f32 {
 const LANES: usize = 16;
 
 /// Returns the sum of products, in lanes so that the compiler can vectorise it.
+#[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut lanes = [0.0; LANES];
@@ -97,6 +126,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Returns the largest value, or minus infinity of none.
+#[inline(always)]
 fn largest(values: &[f32]) -> f32 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -12,7 +12,7 @@ use crate::record::{FinishReason, Message};
 
 mod device;
 mod families;
-mod gguf;
+pub(crate) mod gguf;
 mod grammar;
 mod held;
 mod mixed;

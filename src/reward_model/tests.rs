@@ -1,9 +1,11 @@
 use std::path::PathBuf;
 
+use candle_core::quantized::GgmlDType;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
 use super::*;
+use crate::engine::tests::gguf::write_gguf;
 use crate::engine::train::{Base, LoraMatrices, TextGroup};
 use crate::engine::{LoraSpec, WeightForm};
 use crate::record::Message;
@@ -77,7 +79,11 @@ fn gradients_through_the_last_rows_are_those_of_the_numbers() {
 
 #[test]
 fn a_preference_is_learned_saved_and_read_again_with_the_same_scores() {
-    for name in ["tiny-llama", "tiny-gemma2"] {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = folder.path().join("tiny-llama.gguf");
+    write_gguf(&load("tiny-llama").1, "llama", GgmlDType::F32, &gguf);
+    for name in ["tiny-llama", "tiny-gemma2", gguf.to_str().unwrap()] {
+        // A path that is absolute stays what it is.
         let (path, model) = load(name);
         let out = tempfile::tempdir().unwrap();
         let (pairs, settings) = (taught(), settings());

@@ -105,6 +105,9 @@ fn remedy(error: &(dyn std::error::Error + 'static)) -> &'static str {
             error.downcast_ref::<Error>(),
             Some(Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
         );
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return crate::durable::remedy(error);
+        }
         // A refused listing has no kind of its own, only the server's answer as text.
         if refused || error.source().is_none() && error.to_string().contains("status code: 403") {
             return ": the store refuses; check the rights on the place, and for a bucket the credentials in the \

@@ -10,7 +10,10 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{dot, exp, largest, tanh};
+use super::{LANES, Work, dot, exp, largest, tanh, wide};
+
+/// Rows of a prompt whose scores are made at once. The rows after them are masked for all of them and never multiplied.
+const TILE: usize = 128;
 
 /// Where the rows of one group lie in a packed batch: the prompt, then each completion, without gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,18 +28,43 @@ impl GroupRows {
         self.prompt.start..self.completions.last().map_or(self.prompt.end, |last| last.end)
     }
 
-    /// Returns each run of rows with the run that it sees before itself. Empty runs are left out.
+    /// Returns runs of rows, each with all that it sees. Empty runs are left out.
     fn segments(&self) -> impl Iterator<Item = Segment> {
-        let prompt = Segment { own: self.prompt.clone(), prefix: 0..0 };
-        let completions = self.completions.iter().map(|own| Segment { own: own.clone(), prefix: self.prompt.clone() });
-        std::iter::once(prompt).chain(completions).filter(|segment| !segment.own.is_empty())
+        let Range { start, end } = self.prompt;
+        let tile = move |at: usize| {
+            let own = at..end.min(at + TILE);
+            Segment { seen: [0..0, start..own.end], own }
+        };
+        let completion = |own: &Range<usize>| Segment { seen: [self.prompt.clone(), own.clone()], own: own.clone() };
+        let completions = self.completions.iter().map(completion);
+        (start..end).step_by(TILE).map(tile).chain(completions).filter(|segment| !segment.own.is_empty())
     }
 }
 
+/// Rows whose scores are made at once.
 #[derive(Debug)]
 struct Segment {
     own: Range<usize>,
-    prefix: Range<usize>,
+    /// The runs of rows that they see; the last one ends with the segment itself.
+    seen: [Range<usize>; 2],
+}
+
+impl Segment {
+    /// Returns how many rows they see: the columns of their scores.
+    fn width(&self) -> usize {
+        self.seen.iter().map(Range::len).sum()
+    }
+
+    /// Returns the runs that they see, each with the column of its first row.
+    fn runs(&self) -> impl Iterator<Item = (usize, &Range<usize>)> {
+        let [first, last] = &self.seen;
+        [(0, first), (first.len(), last)].into_iter().filter(|(_, run)| !run.is_empty())
+    }
+
+    /// Returns the columns of a run.
+    fn part<'a>(&self, scores: &'a [f32], (column, run): (usize, &Range<usize>)) -> Result<Mat<'a>> {
+        Mat::strided(&scores[column..], self.own.len(), run.len(), self.width())
+    }
 }
 
 /// How the products of queries and keys become scores, and how far a row looks back.
@@ -78,30 +106,28 @@ impl<'a> Head<'a> {
     }
 }
 
-/// A block of the result that one task fills: the rows of a group and `heads` heads of it.
+/// What one task fills: the rows of a group and the columns of one head.
 struct Block {
     values: Vec<f32>,
     first: usize,
-    width: usize,
     dim: usize,
 }
 
 impl Block {
-    fn new(group: &GroupRows, heads: usize, dim: usize) -> Self {
+    fn new(group: &GroupRows, dim: usize) -> Self {
         let rows = group.all();
-        Block { values: vec![0.0; rows.len() * heads * dim], first: rows.start, width: heads * dim, dim }
+        Block { values: vec![0.0; rows.len() * dim], first: rows.start, dim }
     }
 
-    fn rows(&mut self, rows: &Range<usize>, head: usize) -> Result<MatMut<'_>> {
-        let at = (rows.start - self.first) * self.width + head * self.dim;
-        MatMut::strided(&mut self.values[at..], rows.len(), self.dim, self.width)
+    fn rows(&mut self, rows: &Range<usize>) -> Result<MatMut<'_>> {
+        MatMut::strided(&mut self.values[(rows.start - self.first) * self.dim..], rows.len(), self.dim, self.dim)
     }
 
-    /// Copies the block to its columns of the whole result, whose rows are `width` wide.
-    fn place(&self, result: &mut [f32], width: usize, column: usize) {
-        for (row, values) in self.values.chunks_exact(self.width).enumerate() {
-            let at = (self.first + row) * width + column;
-            result[at..at + self.width].copy_from_slice(values);
+    /// Adds the block to the columns of a head of the whole result.
+    fn add_to(&self, result: &mut [f32], heads: usize, head: usize) {
+        for (row, values) in self.values.chunks_exact(self.dim).enumerate() {
+            let sums = &mut result[((self.first + row) * heads + head) * self.dim..][..self.dim];
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
         }
     }
 }
@@ -121,8 +147,8 @@ impl Attention {
     pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], scoring: Scoring) -> Result<Vec<f32>> {
         let mut y = vec![0.0; q.len()];
         let inputs = Inputs { q, k, v, grad: &[], scoring };
-        for (kv, block) in self.tasks(|group, kv| self.forward_task(&inputs, group, kv))? {
-            block.place(&mut y, self.heads.query * self.heads.dim, kv * block.width);
+        for (head, block) in self.tasks(|group, head| self.forward_task(&inputs, group, head))? {
+            block.add_to(&mut y, self.heads.query, head);
         }
         Ok(y)
     }
@@ -131,18 +157,20 @@ impl Attention {
     pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], scoring: Scoring) -> Result<[Vec<f32>; 3]> {
         let inputs = Inputs { q, k, v, grad, scoring };
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        let (query_width, kv_width) = (self.heads.query * self.heads.dim, self.heads.key_value * self.heads.dim);
-        for (kv, [q_block, k_block, v_block]) in self.tasks(|group, kv| self.backward_task(&inputs, group, kv))? {
-            q_block.place(&mut dq, query_width, kv * q_block.width);
-            k_block.place(&mut dk, kv_width, kv * k_block.width);
-            v_block.place(&mut dv, kv_width, kv * v_block.width);
+        for (head, blocks) in self.tasks(|group, head| self.backward_task(&inputs, group, head))? {
+            let (kv, shared) = (head / self.sharing(), self.heads.key_value);
+            for (block, (sum, heads, head)) in
+                blocks.iter().zip([(&mut dq, self.heads.query, head), (&mut dk, shared, kv), (&mut dv, shared, kv)])
+            {
+                block.add_to(sum, heads, head);
+            }
         }
         Ok([dq, dk, dv])
     }
 
-    /// Runs `work` for each group and key-value head, in parallel; the results come in order.
+    /// Runs `work` for each group and query head, in parallel; the results come in order.
     fn tasks<T: Send>(&self, work: impl Fn(&GroupRows, usize) -> Result<T> + Sync) -> Result<Vec<(usize, T)>> {
-        let heads = self.heads.key_value;
+        let heads = self.heads.query;
         let tasks = (0..self.groups.len() * heads).into_par_iter();
         tasks.map(|task| Ok((task % heads, work(&self.groups[task / heads], task % heads)?))).collect()
     }
@@ -159,61 +187,45 @@ impl Attention {
         Head { values, width: self.heads.key_value * self.heads.dim, dim: self.heads.dim, index }
     }
 
-    fn forward_task(&self, inputs: &Inputs, group: &GroupRows, kv: usize) -> Result<Block> {
-        let (k, v) = (self.key_value(inputs.k, kv), self.key_value(inputs.v, kv));
-        let mut block = Block::new(group, self.sharing(), self.heads.dim);
-        for head in 0..self.sharing() {
-            let q = self.query(inputs.q, kv * self.sharing() + head);
-            for segment in group.segments() {
-                let mut p = products(q, k, &segment, inputs.scoring.scale)?;
-                probabilities(&mut p, &segment, inputs.scoring, None);
-                let (seen, own) = halves(&p, &segment)?;
-                multiply(block.rows(&segment.own, head)?, Into::Fresh, 1.0, own, v.rows(&segment.own)?, Threads::One)?;
-                if !segment.prefix.is_empty() {
-                    let v = v.rows(&segment.prefix)?;
-                    multiply(block.rows(&segment.own, head)?, Into::Sum, 1.0, seen, v, Threads::One)?;
-                }
+    fn forward_task(&self, inputs: &Inputs, group: &GroupRows, head: usize) -> Result<Block> {
+        let q = self.query(inputs.q, head);
+        let [k, v] = [inputs.k, inputs.v].map(|values| self.key_value(values, head / self.sharing()));
+        let mut y = Block::new(group, self.heads.dim);
+        for segment in group.segments() {
+            let mut p = products(q, k, &segment, inputs.scoring.scale)?;
+            probabilities(&mut p, &segment, inputs.scoring, None);
+            for (at, run) in segment.runs() {
+                let p = segment.part(&p, (at, run))?;
+                multiply(y.rows(&segment.own)?, Into::Sum, 1.0, p, v.rows(run)?, Threads::One)?;
             }
         }
-        Ok(block)
+        Ok(y)
     }
 
-    /// Returns the gradients of the queries, the keys and the values of one group and key-value head.
-    fn backward_task(&self, inputs: &Inputs, group: &GroupRows, kv: usize) -> Result<[Block; 3]> {
-        let (k, v) = (self.key_value(inputs.k, kv), self.key_value(inputs.v, kv));
-        let mut dq = Block::new(group, self.sharing(), self.heads.dim);
-        let mut dk = Block::new(group, 1, self.heads.dim);
-        let mut dv = Block::new(group, 1, self.heads.dim);
-        for head in 0..self.sharing() {
-            let index = kv * self.sharing() + head;
-            let (q, grad) = (self.query(inputs.q, index), self.query(inputs.grad, index));
-            for segment in group.segments() {
-                let Scoring { scale, cap, .. } = inputs.scoring;
-                let mut p = products(q, k, &segment, scale)?;
-                let mut bends = cap.map(|_| vec![0.0; p.len()]);
-                probabilities(&mut p, &segment, inputs.scoring, bends.as_deref_mut());
-                let mut ds = products(grad, v, &segment, 1.0)?;
-                let width = segment.own.len() + segment.prefix.len();
-                for (ds, p) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)) {
-                    let mean = dot(ds, p);
-                    ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - mean));
-                }
-                if let Some(bends) = bends {
-                    ds.iter_mut().zip(bends).for_each(|(ds, bend)| *ds *= bend);
-                }
-                let (p_seen, p_own) = halves(&p, &segment)?;
-                let (ds_seen, ds_own) = halves(&ds, &segment)?;
-                let one = Threads::One;
-                let (rows, prefix) = (&segment.own, &segment.prefix);
-                let (q, grad) = (q.rows(rows)?, grad.rows(rows)?);
-                multiply(dq.rows(rows, head)?, Into::Fresh, scale, ds_own, k.rows(rows)?, one)?;
-                multiply(dk.rows(rows, 0)?, Into::Sum, scale, ds_own.t(), q, one)?;
-                multiply(dv.rows(rows, 0)?, Into::Sum, 1.0, p_own.t(), grad, one)?;
-                if !prefix.is_empty() {
-                    multiply(dq.rows(rows, head)?, Into::Sum, scale, ds_seen, k.rows(prefix)?, one)?;
-                    multiply(dk.rows(prefix, 0)?, Into::Sum, scale, ds_seen.t(), q, one)?;
-                    multiply(dv.rows(prefix, 0)?, Into::Sum, 1.0, p_seen.t(), grad, one)?;
-                }
+    /// Returns the gradients of the queries of one group and head, and its part of those of the keys and the values.
+    fn backward_task(&self, inputs: &Inputs, group: &GroupRows, head: usize) -> Result<[Block; 3]> {
+        let (q, grad) = (self.query(inputs.q, head), self.query(inputs.grad, head));
+        let [k, v] = [inputs.k, inputs.v].map(|values| self.key_value(values, head / self.sharing()));
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Block::new(group, self.heads.dim));
+        for segment in group.segments() {
+            let Scoring { scale, cap, .. } = inputs.scoring;
+            let mut p = products(q, k, &segment, scale)?;
+            let mut bends = cap.map(|_| vec![0.0; p.len()]);
+            probabilities(&mut p, &segment, inputs.scoring, bends.as_deref_mut());
+            let mut ds = products(grad, v, &segment, 1.0)?;
+            let rows = ds.chunks_exact_mut(segment.width()).zip(p.chunks_exact(segment.width()));
+            rows.for_each(|row| wide(ThroughSoftmax, row));
+            if let Some(bends) = bends {
+                ds.iter_mut().zip(bends).for_each(|(ds, bend)| *ds *= bend);
+            }
+            let (own, one) = (&segment.own, Threads::One);
+            let (q, grad) = (q.rows(own)?, grad.rows(own)?);
+            for (at, run) in segment.runs() {
+                let [p, ds] = [&p, &ds].map(|values| segment.part(values, (at, run)));
+                let (p, ds) = (p?, ds?);
+                multiply(dq.rows(own)?, Into::Sum, scale, ds, k.rows(run)?, one)?;
+                multiply(dk.rows(run)?, Into::Sum, scale, ds.t(), q, one)?;
+                multiply(dv.rows(run)?, Into::Sum, 1.0, p.t(), grad, one)?;
             }
         }
         Ok([dq, dk, dv])
@@ -228,55 +240,86 @@ struct Inputs<'a> {
     scoring: Scoring,
 }
 
-/// Turns `[own, prefix + own]` products into how much each row of a segment looks at each row that it sees. `bends`
+/// Turns `[own, seen]` products into how much each row of a segment looks at each row that it sees. `bends`
 /// takes the slopes of the bent scores, where scores are bent and the slopes are wanted.
 fn probabilities(products: &mut [f32], segment: &Segment, scoring: Scoring, mut bends: Option<&mut [f32]>) {
-    let prefix = segment.prefix.len();
-    let width = prefix + segment.own.len();
+    let width = segment.width();
+    let before = width - segment.own.len();
     for (row, scores) in products.chunks_exact_mut(width).enumerate() {
-        let end = prefix + row + 1;
+        let end = before + row + 1;
         let seen = scoring.window.map_or(0, |window| end.saturating_sub(window))..end;
         if let Some(cap) = scoring.cap {
             let bent = &mut scores[seen.clone()];
-            bent.iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+            wide(Bend, (&mut *bent, cap));
             if let Some(bends) = &mut bends {
                 let bends = &mut bends[row * width..][seen.clone()];
                 bends.iter_mut().zip(&*bent).for_each(|(bend, s)| *bend = 1.0 - (s / cap) * (s / cap));
             }
         }
-        softmax(&mut scores[seen.clone()]);
+        wide(Softmax, &mut scores[seen.clone()]);
         scores[..seen.start].fill(0.0);
         scores[seen.end..].fill(0.0);
     }
 }
 
-/// Returns `[own, prefix + own]`: the products of a segment's rows of `a` with the rows of `b` before and in it.
+/// Turns the gradients of the probabilities of a row into those of its products.
+struct ThroughSoftmax;
+
+impl Work<(&mut [f32], &[f32])> for ThroughSoftmax {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((ds, p): (&mut [f32], &[f32])) {
+        let mean = dot(ds, p);
+        ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - mean));
+    }
+}
+
+struct Bend;
+
+impl Work<(&mut [f32], f32)> for Bend {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((scores, cap): (&mut [f32], f32)) {
+        scores.iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+    }
+}
+
+/// Returns `[own, seen]`: the products of a segment's rows of `a` with the rows of `b` that they see.
 fn products(a: Head, b: Head, segment: &Segment, factor: f32) -> Result<Vec<f32>> {
-    let (own, prefix) = (segment.own.len(), segment.prefix.len());
-    let width = prefix + own;
+    let (own, width) = (segment.own.len(), segment.width());
     let mut result = vec![0.0; own * width];
     let a = a.rows(&segment.own)?;
-    if prefix > 0 {
-        let dst = MatMut::strided(&mut result, own, prefix, width)?;
-        multiply(dst, Into::Fresh, factor, a, b.rows(&segment.prefix)?.t(), Threads::One)?;
+    for (column, run) in segment.runs() {
+        let dst = MatMut::strided(&mut result[column..], own, run.len(), width)?;
+        multiply(dst, Into::Fresh, factor, a, b.rows(run)?.t(), Threads::One)?;
     }
-    let dst = MatMut::strided(&mut result[prefix..], own, own, width)?;
-    multiply(dst, Into::Fresh, factor, a, b.rows(&segment.own)?.t(), Threads::One)?;
     Ok(result)
 }
 
-/// Splits `[own, prefix + own]` into its columns for the prefix and for the segment itself.
-fn halves<'a>(values: &'a [f32], segment: &Segment) -> Result<(Mat<'a>, Mat<'a>)> {
-    let (own, prefix) = (segment.own.len(), segment.prefix.len());
-    let seen = Mat::strided(values, own, prefix, prefix + own)?;
-    Ok((seen, Mat::strided(&values[prefix..], own, own, prefix + own)?))
-}
+struct Softmax;
 
-fn softmax(scores: &mut [f32]) {
-    let max = largest(scores);
-    scores.iter_mut().for_each(|s| *s = exp(*s - max));
-    let inverse = 1.0 / scores.iter().sum::<f32>();
-    scores.iter_mut().for_each(|s| *s *= inverse);
+impl Work<&mut [f32]> for Softmax {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(scores: &mut [f32]) {
+        let max = largest(scores);
+        let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+        let mut sums = [0.0; LANES];
+        for chunk in chunks {
+            for i in 0..LANES {
+                chunk[i] = exp(chunk[i] - max);
+                sums[i] += chunk[i];
+            }
+        }
+        for score in &mut *rest {
+            *score = exp(*score - max);
+        }
+        let inverse = 1.0 / (sums.iter().sum::<f32>() + rest.iter().sum::<f32>());
+        scores.iter_mut().for_each(|s| *s *= inverse);
+    }
 }
 
 #[cfg(test)]
@@ -336,6 +379,43 @@ mod tests {
                 for (a, b) in found[*row as usize * 16..].iter().zip(expected) {
                     assert!((a - b).abs() < 1e-5, "{scoring:?}, row {row}: {a} {b}");
                 }
+            }
+        }
+    }
+
+    /// The prompt's last tile is not full; windows reach over a tile's edge and from the completion into the prompt.
+    #[test]
+    fn a_prompt_of_several_tiles_gives_what_plain_attention_gives() {
+        let prompt = 2 * TILE + 5;
+        let rows = prompt + 7;
+        let group = GroupRows { prompt: 0..prompt, completions: vec![prompt..rows] };
+        let attention = Attention::new(vec![group], HEADS).unwrap();
+        let (q, k, v) = (random(1, rows * 16), random(2, rows * 8), random(3, rows * 8));
+        let all: Vec<u32> = (0..rows as u32).collect();
+        for scoring in [PLAIN, GEMMA, Scoring { window: Some(TILE + 3), ..PLAIN }] {
+            let found = attention.forward(&q, &k, &v, scoring).unwrap();
+            let (q, k, v) = (tensor(&q, &[rows, 16]), tensor(&k, &[rows, 8]), tensor(&v, &[rows, 8]));
+            let expected = plain(&q, &k, &v, &all, scoring).concat();
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(found.len() == expected.len() && worst < 1e-5, "{scoring:?}: {worst}");
+        }
+    }
+
+    /// The same gradients as those of a completion that follows nothing shared, row for row.
+    #[test]
+    fn gradients_through_tiles_are_those_of_one_run() {
+        let rows = TILE + 9;
+        let runs = |prompt: usize| {
+            let group = GroupRows { prompt: 0..prompt, completions: vec![prompt..rows] };
+            Attention::new(vec![group], HEADS).unwrap()
+        };
+        let (q, k, v, grad) = (random(1, rows * 16), random(2, rows * 8), random(3, rows * 8), random(4, rows * 16));
+        for scoring in [PLAIN, GEMMA] {
+            // Everything in tiles, and everything in one run.
+            let [tiled, whole] = [rows, 0].map(|prompt| runs(prompt).backward(&q, &k, &v, &grad, scoring).unwrap());
+            for (tiled, whole) in tiled.iter().zip(&whole) {
+                let worst = tiled.iter().zip(whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 1e-5, "{scoring:?}: {worst}");
             }
         }
     }

@@ -3,13 +3,13 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Values, dot, exp, tanh};
+use super::{Values, Work, dot, exp, tanh, wide};
 use crate::engine::math::{GELU_CUBIC, SQRT_2_OVER_PI};
 
 /// Rows per parallel task: enough work to pay for the hand-over.
 const ROWS: usize = 16;
 /// Values per parallel task.
-const VALUES: usize = 1 << 13;
+pub(crate) const VALUES: usize = 1 << 13;
 
 /// RMS norm with a frozen weight: scales each row of the weight's width to unit mean square, times the weight.
 pub struct RmsNorm<'a> {
@@ -29,33 +29,56 @@ impl<'a> RmsNorm<'a> {
 
     /// Returns the normed rows.
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
-        let (n, weight) = (self.weight.len(), &self.weight[..]);
+        let n = self.weight.len();
         let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(n * ROWS).zip(x.par_chunks(n * ROWS)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
-                let r = inverse_rms(x, self.eps);
-                y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * r * w);
-            }
-        });
+        let chunks = y.par_chunks_mut(n * ROWS).zip(x.par_chunks(n * ROWS));
+        chunks.for_each(|(y, x)| wide(Norm, (y, x, &self.weight, self.eps)));
         y
     }
 
     /// Adds the gradient of `x` to `dx`.
     pub fn backward(&self, x: &[f32], grad: &[f32], dx: &mut [f32]) {
-        let (n, weight) = (self.weight.len(), &self.weight[..]);
+        let n = self.weight.len();
         let chunks = x.par_chunks(n * ROWS).zip(grad.par_chunks(n * ROWS));
-        dx.par_chunks_mut(n * ROWS).zip(chunks).for_each(|(dx, (x, grad))| {
-            let mut scaled = vec![0.0; n];
-            for ((dx, x), grad) in dx.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(grad.chunks_exact(n)) {
-                let r = inverse_rms(x, self.eps);
-                scaled.iter_mut().zip(grad).zip(weight).for_each(|((s, g), w)| *s = g * w);
-                let along = dot(x, &scaled) * r * r * r / n as f32;
-                dx.iter_mut().zip(&scaled).zip(x).for_each(|((dx, s), x)| *dx += s * r - x * along);
-            }
-        });
+        let chunks = dx.par_chunks_mut(n * ROWS).zip(chunks);
+        chunks.for_each(|(dx, (x, grad))| wide(NormBackward, (dx, x, grad, &self.weight, self.eps)));
     }
 }
 
+struct Norm;
+
+impl Work<(&mut [f32], &[f32], &[f32], f32)> for Norm {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((y, x, weight, eps): (&mut [f32], &[f32], &[f32], f32)) {
+        let n = weight.len();
+        for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+            let r = inverse_rms(x, eps);
+            y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * r * w);
+        }
+    }
+}
+
+struct NormBackward;
+
+impl Work<(&mut [f32], &[f32], &[f32], &[f32], f32)> for NormBackward {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((dx, x, grad, weight, eps): (&mut [f32], &[f32], &[f32], &[f32], f32)) {
+        let n = weight.len();
+        let mut scaled = vec![0.0; n];
+        for ((dx, x), grad) in dx.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(grad.chunks_exact(n)) {
+            let r = inverse_rms(x, eps);
+            scaled.iter_mut().zip(grad).zip(weight).for_each(|((s, g), w)| *s = g * w);
+            let along = dot(x, &scaled) * r * r * r / n as f32;
+            dx.iter_mut().zip(&scaled).zip(x).for_each(|((dx, s), x)| *dx += s * r - x * along);
+        }
+    }
+}
+
+#[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
@@ -88,42 +111,96 @@ impl Rotation {
         let Some(width) = x.len().checked_div(rows).filter(|width| *width > 0) else { return };
         x.par_chunks_mut(width).enumerate().with_min_len(ROWS).for_each(|(row, x)| {
             let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-            for head in x.chunks_exact_mut(self.head_dim) {
-                let (first, second) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b, s) = (first[i], second[i], sin[i] * sign);
-                    first[i] = a * cos[i] - b * s;
-                    second[i] = b * cos[i] + a * s;
-                }
-            }
+            wide(Turn, (x, self.head_dim, cos, sin, sign));
         });
+    }
+}
+
+/// Turns the first dimensions of each head of a row by its angles.
+struct Turn;
+
+impl Work<(&mut [f32], usize, &[f32], &[f32], f32)> for Turn {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((x, head_dim, cos, sin, sign): (&mut [f32], usize, &[f32], &[f32], f32)) {
+        let half = cos.len();
+        for head in x.chunks_exact_mut(head_dim) {
+            let (first, second) = head[..2 * half].split_at_mut(half);
+            for i in 0..half {
+                let (a, b, s) = (first[i], second[i], sin[i] * sign);
+                first[i] = a * cos[i] - b * s;
+                second[i] = b * cos[i] + a * s;
+            }
+        }
     }
 }
 
 /// Returns `gelu(gate) * up`, GELU in its tanh form.
 pub fn geglu(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut y = vec![0.0; gate.len()];
-    let chunks = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
-    y.par_chunks_mut(VALUES).zip(chunks).for_each(|(y, (gate, up))| {
-        y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = 0.5 * g * (1.0 + bend(*g)) * u);
-    });
-    y
+    gated(gate, up, |values| wide(GegluValues, values))
 }
 
 /// Returns the gradients of `gate` and `up`; that of `up` takes the place of `grad`.
-pub fn geglu_backward(gate: &[f32], up: &[f32], mut grad: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+pub fn geglu_backward(gate: &[f32], up: &[f32], grad: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    gated_backward(gate, up, grad, |values| wide(GegluGradients, values))
+}
+
+/// Returns `silu(gate) * up`.
+pub fn swiglu(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    gated(gate, up, |values| wide(SwigluValues, values))
+}
+
+/// Returns the gradients of `gate` and `up`; that of `up` takes the place of `grad`.
+pub fn swiglu_backward(gate: &[f32], up: &[f32], grad: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    gated_backward(gate, up, grad, |values| wide(SwigluGradients, values))
+}
+
+/// What comes out, the gate and up.
+type Forth<'a> = (&'a mut [f32], &'a [f32], &'a [f32]);
+/// The gradient of the gate, the gradient that becomes up's, the gate and up.
+type Back<'a> = (&'a mut [f32], &'a mut [f32], &'a [f32], &'a [f32]);
+
+fn gated(gate: &[f32], up: &[f32], work: impl Fn(Forth) + Sync) -> Vec<f32> {
+    let mut y = vec![0.0; gate.len()];
+    let chunks = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
+    y.par_chunks_mut(VALUES).zip(chunks).for_each(|(y, (gate, up))| work((y, gate, up)));
+    y
+}
+
+fn gated_backward(gate: &[f32], up: &[f32], mut grad: Vec<f32>, work: impl Fn(Back) + Sync) -> (Vec<f32>, Vec<f32>) {
     let mut d_gate = vec![0.0; gate.len()];
     let inputs = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
     let outputs = d_gate.par_chunks_mut(VALUES).zip(grad.par_chunks_mut(VALUES));
-    outputs.zip(inputs).for_each(|((d_gate, grad), (gate, up))| {
+    outputs.zip(inputs).for_each(|((d_gate, grad), (gate, up))| work((d_gate, grad, gate, up)));
+    (d_gate, grad)
+}
+
+struct GegluValues;
+
+impl Work<Forth<'_>> for GegluValues {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((y, gate, up): Forth<'_>) {
+        y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = 0.5 * g * (1.0 + bend(*g)) * u);
+    }
+}
+
+struct GegluGradients;
+
+impl Work<Back<'_>> for GegluGradients {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((d_gate, grad, gate, up): Back<'_>) {
         for (((d_gate, grad), g), up) in d_gate.iter_mut().zip(grad).zip(gate).zip(up) {
             let t = bend(*g);
             let slope = SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * g * g);
             *d_gate = *grad * up * (0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope);
             *grad *= 0.5 * g * (1.0 + t);
         }
-    });
-    (d_gate, grad)
+    }
 }
 
 /// The hyperbolic tangent of GELU's tanh form.
@@ -132,29 +209,30 @@ fn bend(x: f32) -> f32 {
     tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
 }
 
-/// Returns `silu(gate) * up`.
-pub fn swiglu(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut y = vec![0.0; gate.len()];
-    let chunks = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
-    y.par_chunks_mut(VALUES).zip(chunks).for_each(|(y, (gate, up))| {
+struct SwigluValues;
+
+impl Work<Forth<'_>> for SwigluValues {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((y, gate, up): Forth<'_>) {
         y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u);
-    });
-    y
+    }
 }
 
-/// Returns the gradients of `gate` and `up`; that of `up` takes the place of `grad`.
-pub fn swiglu_backward(gate: &[f32], up: &[f32], mut grad: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
-    let mut d_gate = vec![0.0; gate.len()];
-    let inputs = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
-    let outputs = d_gate.par_chunks_mut(VALUES).zip(grad.par_chunks_mut(VALUES));
-    outputs.zip(inputs).for_each(|((d_gate, grad), (gate, up))| {
+struct SwigluGradients;
+
+impl Work<Back<'_>> for SwigluGradients {
+    type Output = ();
+
+    #[inline(always)]
+    fn run((d_gate, grad, gate, up): Back<'_>) {
         for (((d_gate, grad), gate), up) in d_gate.iter_mut().zip(grad).zip(gate).zip(up) {
             let s = sigmoid(*gate);
             *d_gate = *grad * up * s * (1.0 + gate * (1.0 - s));
             *grad *= gate * s;
         }
-    });
-    (d_gate, grad)
+    }
 }
 
 #[inline(always)]

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::linear::{BothWays, Weight};
 use super::mat::Into;
-use super::{LANES, exp, largest, tanh};
+use super::{LANES, Work, exp, largest, tanh, wide};
 use crate::engine::error::EngineError;
 use crate::engine::held::Held;
 
@@ -91,8 +91,8 @@ impl Head<'_> {
         self.weight.forth(hidden, logits, Into::Fresh)?;
         let rows = logits.par_chunks_mut(self.weight.outs).zip(targets);
         Ok(match self.cap {
-            None => rows.map(|(row, id)| log_softmax(row, *id as usize)).collect(),
-            Some(cap) => rows.map(|(row, id)| bent_log_softmax(row, *id as usize, cap)).collect(),
+            None => rows.map(|(row, id)| wide(LogSoftmax, (row, *id as usize))).collect(),
+            Some(cap) => rows.map(|(row, id)| wide(BentLogSoftmax, (row, *id as usize, cap))).collect(),
         })
     }
 
@@ -102,52 +102,66 @@ impl Head<'_> {
 }
 
 /// Returns the log-prob of `target` and the entropy, and turns the logits into `onehot(target) - p`.
-fn log_softmax(logits: &mut [f32], target: usize) -> (f32, f32) {
-    let max = largest(logits);
-    let chosen = logits[target] - max;
-    let (chunks, rest) = logits.as_chunks_mut::<LANES>();
-    let (mut sums, mut weighted) = ([0.0_f32; LANES], [0.0_f32; LANES]);
-    for chunk in chunks {
-        for i in 0..LANES {
-            let shifted = chunk[i] - max;
-            chunk[i] = exp(shifted);
-            sums[i] += chunk[i];
-            weighted[i] += chunk[i] * shifted;
+struct LogSoftmax;
+
+impl Work<(&mut [f32], usize)> for LogSoftmax {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn run((logits, target): (&mut [f32], usize)) -> (f32, f32) {
+        let max = largest(logits);
+        let chosen = logits[target] - max;
+        let (chunks, rest) = logits.as_chunks_mut::<LANES>();
+        let (mut sums, mut weighted) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        for chunk in chunks {
+            for i in 0..LANES {
+                let shifted = chunk[i] - max;
+                chunk[i] = exp(shifted);
+                sums[i] += chunk[i];
+                weighted[i] += chunk[i] * shifted;
+            }
         }
+        for (i, value) in rest.iter_mut().enumerate() {
+            let shifted = *value - max;
+            *value = exp(shifted);
+            sums[i] += *value;
+            weighted[i] += *value * shifted;
+        }
+        let sum: f32 = sums.iter().sum();
+        let scale = -1.0 / sum;
+        logits.iter_mut().for_each(|e| *e *= scale);
+        logits[target] += 1.0;
+        let log_sum = sum.ln();
+        (chosen - log_sum, log_sum - weighted.iter().sum::<f32>() / sum)
     }
-    for (i, value) in rest.iter_mut().enumerate() {
-        let shifted = *value - max;
-        *value = exp(shifted);
-        sums[i] += *value;
-        weighted[i] += *value * shifted;
-    }
-    let sum: f32 = sums.iter().sum();
-    let scale = -1.0 / sum;
-    logits.iter_mut().for_each(|e| *e *= scale);
-    logits[target] += 1.0;
-    let log_sum = sum.ln();
-    (chosen - log_sum, log_sum - weighted.iter().sum::<f32>() / sum)
 }
 
 /// Does the same for logits that are bent into +- `cap` first.
-fn bent_log_softmax(products: &mut [f32], target: usize, cap: f32) -> (f32, f32) {
-    products.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
-    let logits = products;
-    let max = largest(logits);
-    let chosen = logits[target] - max;
-    let (mut sum, mut weighted) = (0.0_f64, 0.0_f64);
-    for logit in logits.iter() {
-        let e = exp(logit - max);
-        sum += f64::from(e);
-        weighted += f64::from(e * (logit - max));
+struct BentLogSoftmax;
+
+impl Work<(&mut [f32], usize, f32)> for BentLogSoftmax {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn run((products, target, cap): (&mut [f32], usize, f32)) -> (f32, f32) {
+        products.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
+        let logits = products;
+        let max = largest(logits);
+        let chosen = logits[target] - max;
+        let (mut sum, mut weighted) = (0.0_f64, 0.0_f64);
+        for logit in logits.iter() {
+            let e = exp(logit - max);
+            sum += f64::from(e);
+            weighted += f64::from(e * (logit - max));
+        }
+        let inverse = (1.0 / sum) as f32;
+        for (i, logit) in logits.iter_mut().enumerate() {
+            let hit = f32::from(u8::from(i == target));
+            let t = *logit / cap;
+            *logit = (hit - exp(*logit - max) * inverse) * (1.0 - t * t);
+        }
+        (chosen - sum.ln() as f32, (sum.ln() - weighted / sum) as f32)
     }
-    let inverse = (1.0 / sum) as f32;
-    for (i, logit) in logits.iter_mut().enumerate() {
-        let hit = f32::from(u8::from(i == target));
-        let t = *logit / cap;
-        *logit = (hit - exp(*logit - max) * inverse) * (1.0 - t * t);
-    }
-    (chosen - sum.ln() as f32, (sum.ln() - weighted / sum) as f32)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::*;
 use crate::engine::gguf::Gguf;
 
 /// Writes a tiny model as llama.cpp's converter does: its own names, interleaved query and key rows, its tokenizer.
-pub(super) fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) {
+pub(crate) fn write_gguf(model: &Model, architecture: &str, dtype: GgmlDType, path: &Path) {
     let (c, w) = (model.config(), model.weights());
     let permuted = matches!(architecture, "llama" | "smollm3");
     let interleave = |t: &Tensor, heads: usize| {

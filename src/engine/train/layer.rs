@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::LoraMatrices;
 use crate::engine::config::{Activation, LayerKind, ModelConfig};
@@ -12,7 +13,7 @@ use crate::engine::ops::attention::{Attention, Scoring};
 use crate::engine::ops::dropout::RowSeeds;
 use crate::engine::ops::linear::{BothWays, Frozen, Pair, PairGradient};
 use crate::engine::ops::mat::Into;
-use crate::engine::ops::pointwise::{RmsNorm, Rotation, geglu, geglu_backward, swiglu, swiglu_backward};
+use crate::engine::ops::pointwise::{RmsNorm, Rotation, VALUES, geglu, geglu_backward, swiglu, swiglu_backward};
 use crate::engine::weights::LayerWeights;
 
 type Result<T> = std::result::Result<T, EngineError>;
@@ -287,5 +288,6 @@ impl Layer<'_> {
 }
 
 fn add(sum: &mut [f32], values: &[f32]) {
-    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    let parts = sum.par_chunks_mut(VALUES).zip(values.par_chunks(VALUES));
+    parts.for_each(|(sum, values)| sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value));
 }
