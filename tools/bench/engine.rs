@@ -1,6 +1,6 @@
 //! One side of the engine bench: does a piece of work once for each line of its input, and tells its seconds.
 //!
-//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs GROUPS SAMPLES PROMPT NEW`,
+//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs[-int16] GROUPS SAMPLES PROMPT NEW`,
 //! `step[-int16] SAMPLES PROMPT NEW`, `classify FILE` (a list of texts as token ids; MODEL is a reward model), or `raft[-int16|-int8]` or `grpo[-int16] PROMPTS SAMPLES NEW FILE`: a whole iteration, from the
 //! prompts in a file of token ids to an adapter. It prints `ready`, then a line of JSON for each line it reads.
 
@@ -50,6 +50,7 @@ fn main() -> Result<()> {
             sample(&model, WeightForm::Int8, *prompts, *samples, *prompt, *new)
         }
         ("logprobs", [groups, samples, prompt, new]) => score(&model, *groups, *samples, *prompt, *new),
+        ("logprobs-int16", [groups, samples, prompt, new]) => score_rounded(&model, *groups, *samples, *prompt, *new),
         ("step", [samples, prompt, new]) => step(&model, WeightForm::F32, *samples, *prompt, *new),
         ("step-int16", [samples, prompt, new]) => step(&model, WeightForm::Int16, *samples, *prompt, *new),
         _ => Err(format!("no work is called {work} {sizes:?}").into()),
@@ -99,6 +100,21 @@ fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize
     serve(|| {
         let items: Vec<ScoreItem> = items.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
         Ok(logprobs(model, None, &items)?.concat().len())
+    })
+}
+
+/// Does the same as the base's log-probs are made for a loss: in groups, with rounded weights.
+fn score_rounded(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize) -> Result<()> {
+    let prompts: Vec<Vec<u32>> = (0..groups).map(|g| ids(g, prompt)).collect();
+    let answers: Vec<Vec<u32>> = (0..groups * samples).map(|a| ids(1000 + a, new)).collect();
+    let base = Base::of(model, WeightForm::Int16)?;
+    serve(|| {
+        let groups = prompts.iter().zip(answers.chunks(samples));
+        let group = |(prompt, answers): (&'_ Vec<u32>, &'_ [Vec<u32>])| -> Result<usize> {
+            let completions = answers.iter().map(Vec::as_slice).collect();
+            Ok(base.score(&[GroupTokens { prompt, completions }])?.logprobs.len())
+        };
+        groups.map(group).sum()
     })
 }
 
