@@ -97,6 +97,25 @@ pub struct Prompt {
 }
 
 impl Prompt {
+    /// Returns a prompt of which no more is known than what is asked: of no workload, with no answers, standing for itself alone.
+    pub fn bare(prompt_hash: String, cluster: String, messages: Vec<Message>, first_seen: Coordinates) -> Prompt {
+        Prompt {
+            prompt_hash,
+            cluster,
+            workload: None,
+            tenant: None,
+            messages,
+            tools: None,
+            first_seen,
+            event_time_us: 0,
+            language: None,
+            is_forward: false,
+            count: 1,
+            feedback: Vec::new(),
+            sources: Vec::new(),
+        }
+    }
+
     /// Returns true where a model made it of logged ones.
     pub fn is_synthetic(&self) -> bool {
         !self.sources.is_empty()

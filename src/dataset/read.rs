@@ -255,13 +255,7 @@ pub(super) async fn texts<T: Send>(
         let columns = Columns::of("queries", &batch)?;
         let mut hits: Vec<(u32, usize)> = Vec::new();
         for i in 0..batch.num_rows() {
-            let Some(topic) = catalogue.words.known(columns.text("topic", i)?) else { continue };
-            let place = Place {
-                topic,
-                partition: columns.narrow("partition", i)?,
-                offset: columns.number("offset", i)?,
-                record_index: columns.narrow("record_index", i)?,
-            };
+            let Some(place) = place(&columns, i, catalogue)? else { continue };
             hits.extend(places.get(&place).map(|entry| (*entry, i)));
         }
         let text = |i| Text {
@@ -279,11 +273,11 @@ pub(super) async fn answers(
     places: impl Iterator<Item = &Coordinates>,
     catalogue: &Catalogue,
 ) -> Result<HashMap<Coordinates, String>, DatasetError> {
-    let place = |at: &Coordinates| {
+    let known = |at: &Coordinates| {
         let topic = catalogue.words.known(&at.topic)?;
         Some(Place { topic, partition: at.partition, offset: at.offset, record_index: at.record_index })
     };
-    let wanted: HashMap<Place, Coordinates> = places.filter_map(|at| Some((place(at)?, at.clone()))).collect();
+    let wanted: HashMap<Place, Coordinates> = places.filter_map(|at| Some((known(at)?, at.clone()))).collect();
     let mut found = HashMap::new();
     if wanted.is_empty() {
         return Ok(found);
@@ -295,19 +289,20 @@ pub(super) async fn answers(
     while let Some(batch) = scan.next().await? {
         let columns = Columns::of("queries", &batch)?;
         for i in 0..batch.num_rows() {
-            let Some(topic) = catalogue.words.known(columns.text("topic", i)?) else { continue };
-            let place = Place {
-                topic,
-                partition: columns.narrow("partition", i)?,
-                offset: columns.number("offset", i)?,
-                record_index: columns.narrow("record_index", i)?,
-            };
+            let Some(place) = place(&columns, i, catalogue)? else { continue };
             if let Some(at) = wanted.get(&place) {
                 found.insert(at.clone(), columns.text("response", i)?.to_owned());
             }
         }
     }
     Ok(found)
+}
+
+/// Reads where a row stands; nothing where its topic is one that no prompt is of.
+fn place(columns: &Columns, i: usize, catalogue: &Catalogue) -> Result<Option<Place>, DatasetError> {
+    let Some(topic) = catalogue.words.known(columns.text("topic", i)?) else { return Ok(None) };
+    let (partition, record_index) = (columns.narrow("partition", i)?, columns.narrow("record_index", i)?);
+    Ok(Some(Place { topic, partition, offset: columns.number("offset", i)?, record_index }))
 }
 
 /// Returns a condition that holds for the rows at some places and for few others.

@@ -3,7 +3,7 @@
 //! Reading order: [`rules`] are exact checks of form; [`workload`] says which rules an answer is held to; [`similarity`]
 //! is the graded score that keeps answers on the question; [`scorer`] holds those that an operator defines, of which
 //! [`classifier`] is a reward model; [`length`] takes out what length earns, [`calibration`] and [`ensemble`] make one number of
-//! several; [`anchors`] see a scorer that changes;
+//! several; `draft` holds what they say meanwhile, `identity` what it was said by; [`anchors`] see a scorer that changes;
 //! [`quality`] is the gate's guardrail, which no reward may contain; [`lines`] serves `taod score`.
 //!
 //! [`Rewards`] holds two selections of scorers: one whose total trains, one whose total the gate compares. Scorers see
@@ -14,9 +14,11 @@ mod cache;
 pub mod calibration;
 pub mod classifier;
 pub mod command;
+mod draft;
 pub mod ensemble;
 mod feedback;
 pub mod http;
+mod identity;
 pub mod judge;
 pub mod length;
 pub mod lines;
@@ -36,14 +38,14 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 
 use calibration::{Calibration, CalibrationError};
-use rules::{Answer, text};
-use scorer::{Loaded, Scale, ScorerError};
+use draft::{Draft, Effort, Graded};
+use rules::text;
+use scorer::{Loaded, ScorerError};
 use similarity::{Similarity, SimilarityError};
 
 use crate::engine::{EngineError, Model};
@@ -52,9 +54,6 @@ use crate::record::{FinishReason, Message, last_user_text};
 pub use feedback::Rated;
 pub use settings::{Scorer, Settings};
 pub use workload::{NamedCheck, Workload, Workloads};
-
-/// Words at which shortness is worth one half.
-const BREVITY_WORDS: f64 = 20.0;
 
 /// One answer to score.
 #[derive(Debug, Clone)]
@@ -252,25 +251,6 @@ impl Rewards {
         Ok(by_name)
     }
 
-    /// Returns version and identity of every scorer that either selection names: what a recorded score was made by.
-    pub fn stamps(&self) -> BTreeMap<String, String> {
-        let short = |identity: &str| blake3::hash(identity.as_bytes()).to_hex()[..16].to_owned();
-        let stamp = |scorer: &Scorer| {
-            let identity = match scorer {
-                Scorer::Rules => serde_json::json!(self.workloads.iter().collect::<Vec<_>>()).to_string(),
-                Scorer::Brevity => String::new(),
-                Scorer::Similarity | Scorer::Feedback => {
-                    self.similarity.get().map(Similarity::identity).unwrap_or_default()
-                }
-                Scorer::Defined(name) => {
-                    self.defined.iter().find(|loaded| loaded.name == *name).map(Loaded::identity).unwrap_or_default()
-                }
-            };
-            (scorer.name().to_owned(), format!("{}/{}", scorer.version(), short(&identity)))
-        };
-        self.settings.train.iter().chain(&self.settings.gate).map(stamp).collect()
-    }
-
     /// Returns how natural the base finds each answer to the question without the house rules: mean log-prob per token,
     /// in nats.
     pub fn quality(&self, items: &[Item]) -> Result<Vec<f64>, RewardError> {
@@ -287,48 +267,6 @@ impl Rewards {
     pub fn question(&self, item: &Item) -> String {
         let text = last_user_text(&item.messages);
         self.workload(item.workload.as_deref()).map_or(text.clone(), |workload| workload.without_house_rules(&text))
-    }
-
-    /// Returns the hash of everything that can change any total: scorers, versions, settings, rules, weights, maps.
-    pub fn identity(&self) -> String {
-        self.hash(&[("train", &self.settings.train), ("gate", &self.settings.gate)])
-    }
-
-    /// Returns the hash of everything that can change the gate's total. Another hash voids an open trial.
-    pub fn gate_identity(&self) -> String {
-        self.hash(&[("gate", &self.settings.gate)])
-    }
-
-    fn hash(&self, selections: &[(&str, &Vec<Scorer>)]) -> String {
-        fn scorers(selection: &[Scorer]) -> Vec<(&str, u32)> {
-            selection.iter().map(|scorer| (scorer.name(), scorer.version())).collect()
-        }
-        let named = |loaded: &&Loaded| selections.iter().any(|(_, s)| s.iter().any(|s| s.name() == loaded.name));
-        let defined: BTreeMap<&str, String> =
-            self.defined.iter().filter(named).map(|loaded| (loaded.name.as_str(), loaded.identity())).collect();
-        let embeds = [Scorer::Similarity, Scorer::Feedback];
-        let embeds = selections.iter().any(|(_, scorers)| scorers.iter().any(|scorer| embeds.contains(scorer)));
-        let selections: BTreeMap<&str, _> = selections.iter().map(|(name, s)| (*name, scorers(s))).collect();
-        let workloads: Vec<&Workload> = self.workloads.iter().collect();
-        let mut whole = serde_json::json!({
-            "selections": selections,
-            "lambda": self.settings.lambda,
-            "reasoning": self.settings.reasoning,
-            "workloads": workloads,
-            "calibration": self.calibration.hash(),
-            "similarity": self.similarity.get().filter(|_| embeds).map(Similarity::identity),
-            "base": self.base.as_ref().map(|base| base.identity().sha256.clone()),
-        });
-        if !self.settings.length_corrected.is_empty() {
-            whole["length_corrected"] = serde_json::json!(self.settings.length_corrected);
-        }
-        if let Some(device) = self.base.as_ref().and_then(Model::computed_on) {
-            whole["device"] = serde_json::json!(device);
-        }
-        if !defined.is_empty() {
-            whole["defined"] = serde_json::json!(defined);
-        }
-        blake3::hash(whole.to_string().as_bytes()).to_hex().to_string()
     }
 
     fn selection(&self, selection: Selection) -> &[Scorer] {
@@ -354,83 +292,6 @@ impl Rewards {
         counted.map(|(index, (draft, words))| self.finish(index, words, draft)).collect()
     }
 
-    fn drafts(&self, scorers: &[Scorer], items: &[Item], effort: Effort) -> Result<Vec<Draft>, RewardError> {
-        let items = &self.without_thoughts(items);
-        let mut drafts: Vec<Draft> = items.iter().map(|_| Draft::default()).collect();
-        // Rules go first: they are cheap, and a failed hard one makes dearer scores needless.
-        if scorers.contains(&Scorer::Rules) {
-            for (index, (item, draft)) in items.iter().zip(&mut drafts).enumerate() {
-                self.apply_rules(index, item, draft)?;
-            }
-        }
-        for scorer in scorers {
-            match scorer {
-                Scorer::Rules => {}
-                Scorer::Brevity => items.iter().zip(&mut drafts).for_each(|(item, draft)| draft.brevity(item)),
-                Scorer::Similarity => self.apply_similarity(items, &mut drafts, effort)?,
-                Scorer::Feedback => self.apply_feedback(items, &mut drafts, effort)?,
-                Scorer::Defined(name) => self.apply_defined(name, items, &mut drafts, effort)?,
-            }
-        }
-        Ok(drafts)
-    }
-
-    /// Returns the items with what is an answer of each; ids and all else stay.
-    fn without_thoughts<'a>(&self, items: &'a [Item]) -> Cow<'a, [Item]> {
-        let answer = |item: &Item| self.settings.reasoning.answer(&item.response).to_string();
-        match items.iter().all(|item| answer(item) == item.response) {
-            true => Cow::Borrowed(items),
-            false => items.iter().map(|item| Item { response: answer(item), ..item.clone() }).collect(),
-        }
-    }
-
-    fn apply_rules(&self, index: usize, item: &Item, draft: &mut Draft) -> Result<(), RewardError> {
-        let found = self.workloads.find(item.workload.as_deref()).filter(|(_, checks)| !checks.is_empty());
-        let Some((_, checks)) = found else {
-            return Err(RewardError::NoRules { index, workload: item.workload.clone().unwrap_or_default() });
-        };
-        let prompt = item.messages.iter().map(Message::plain_text).collect::<Vec<_>>().join("\n");
-        let answer = Answer { text: &item.response, finish_reason: item.finish_reason, prompt: &prompt };
-        for NamedCheck { part, hard, check } in checks {
-            let credit = check.credit(&answer);
-            if *hard {
-                let passed = credit >= 1.0;
-                draft.failed |= !passed;
-                draft.parts.insert(part.clone(), f64::from(u8::from(passed)));
-            } else {
-                draft.graded(part, credit);
-            }
-        }
-        Ok(())
-    }
-
-    fn apply_similarity(&self, items: &[Item], drafts: &mut [Draft], effort: Effort) -> Result<(), RewardError> {
-        let mut chosen = effort.chosen(items, drafts);
-        let pairs: Vec<_> = chosen.iter().map(|(item, _)| (self.question(item), item.response.clone())).collect();
-        let scores = self.similarity(&pairs)?;
-        for ((_, draft), score) in chosen.iter_mut().zip(scores) {
-            draft.graded(Scorer::Similarity.name(), score);
-        }
-        Ok(())
-    }
-
-    fn apply_defined(
-        &self,
-        name: &str,
-        items: &[Item],
-        drafts: &mut [Draft],
-        effort: Effort,
-    ) -> Result<(), RewardError> {
-        let Some(loaded) = self.defined.iter().find(|loaded| loaded.name == name) else { return Ok(()) };
-        let mut chosen = effort.chosen(items, drafts);
-        let asked: Vec<&Item> = chosen.iter().map(|(item, _)| *item).collect();
-        let scores = if effort == Effort::Anew { loaded.score_anew(&asked)? } else { loaded.score(&asked)? };
-        for ((_, draft), score) in chosen.iter_mut().zip(scores) {
-            draft.scaled(name, score, loaded.scale());
-        }
-        Ok(())
-    }
-
     /// Returns what a graded score of an answer of so many words is worth, in [0, 1].
     fn worth(&self, Graded { part, raw, scale }: &Graded, words: usize) -> f64 {
         let bias = self.calibration.length(part).filter(|_| self.settings.corrects_length(part));
@@ -446,54 +307,5 @@ impl Rewards {
         }
         let z: Vec<f64> = graded.iter().map(|graded| self.worth(graded, words)).collect();
         Ok(Scored { total: ensemble::total(!failed, &z, self.settings.lambda), passed: !failed, parts })
-    }
-}
-
-/// How much is computed for an answer that a hard rule has already failed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Effort {
-    /// Only what can still change the total.
-    Needed,
-    /// Every part.
-    Full,
-    /// Every part, and no score that was kept.
-    Anew,
-}
-
-impl Effort {
-    /// Returns the answers that are worth a forward pass.
-    fn chosen<'a>(self, items: &'a [Item], drafts: &'a mut [Draft]) -> Vec<(&'a Item, &'a mut Draft)> {
-        items.iter().zip(drafts).filter(|(_, draft)| self != Effort::Needed || !draft.failed).collect()
-    }
-}
-
-/// A graded score before calibration.
-struct Graded {
-    part: String,
-    raw: f64,
-    scale: Scale,
-}
-
-/// Scores of one answer while scorers add theirs.
-#[derive(Default)]
-struct Draft {
-    failed: bool,
-    parts: BTreeMap<String, f64>,
-    graded: Vec<Graded>,
-}
-
-impl Draft {
-    fn graded(&mut self, part: &str, score: f64) {
-        self.scaled(part, score, Scale::Share);
-    }
-
-    fn scaled(&mut self, part: &str, raw: f64, scale: Scale) {
-        self.parts.insert(part.to_owned(), raw);
-        self.graded.push(Graded { part: part.to_owned(), raw, scale });
-    }
-
-    fn brevity(&mut self, item: &Item) {
-        let words = text::words(&item.response).count() as f64;
-        self.graded(Scorer::Brevity.name(), 1.0 / (1.0 + words / BREVITY_WORDS));
     }
 }

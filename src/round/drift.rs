@@ -70,20 +70,13 @@ async fn profile(queries: &Table, when: &str, wanted: &str) -> Result<Profile, T
         ))
         .await?;
     let prompt = |row: Row| {
+        let nowhere = Coordinates { topic: String::new(), partition: 0, offset: 0, record_index: 0 };
+        let (cluster, messages) = (row.prompt_hash.clone(), messages(&row.messages)?);
         Some(Prompt {
-            cluster: row.prompt_hash.clone(),
-            prompt_hash: row.prompt_hash,
             workload: row.workload,
             tenant: row.tenant,
-            messages: messages(&row.messages)?,
             tools: row.has_tools.then_some(crate::json::Value::Null),
-            first_seen: Coordinates { topic: String::new(), partition: 0, offset: 0, record_index: 0 },
-            event_time_us: 0,
-            language: None,
-            is_forward: false,
-            count: 1,
-            feedback: Vec::new(),
-            sources: Vec::new(),
+            ..Prompt::bare(row.prompt_hash, cluster, messages, nowhere)
         })
     };
     let prompts: Vec<Prompt> = rows.into_iter().filter_map(prompt).collect();

@@ -165,21 +165,9 @@ fn parted(text: &str) -> Option<(String, String)> {
 
 /// Returns what is asked: of no workload, so that no rule of one holds the answer to a form.
 fn asked(prompt_hash: String, messages: Vec<Message>, at: usize) -> Prompt {
-    Prompt {
-        cluster: format!("probe-{prompt_hash}"),
-        prompt_hash,
-        workload: None,
-        tenant: None,
-        messages,
-        tools: None,
-        first_seen: Coordinates { topic: "probe".into(), partition: 0, offset: at as i64, record_index: 0 },
-        event_time_us: 0,
-        language: None,
-        is_forward: false,
-        count: 1,
-        feedback: Vec::new(),
-        sources: Vec::new(),
-    }
+    let place = Coordinates { topic: "probe".into(), partition: 0, offset: at as i64, record_index: 0 };
+    let cluster = format!("probe-{prompt_hash}");
+    Prompt::bare(prompt_hash, cluster, messages, place)
 }
 
 /// Returns a text as it is looked for: in lower case, its words one space apart.

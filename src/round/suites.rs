@@ -117,21 +117,9 @@ fn regression(night: &Night<'_>) -> Result<Vec<Prompt>, RoundError> {
             return Err(refuse(format!("{} tokens do not fit the model with an answer: shorten it", ids.len())));
         }
         let hash = prompt_hash(&line.messages, line.tools.as_ref());
-        Ok(Prompt {
-            cluster: format!("suite-{hash}"),
-            prompt_hash: hash,
-            workload: line.workload,
-            tenant: None,
-            messages: line.messages,
-            tools: line.tools,
-            first_seen: Coordinates { topic: "suite".into(), partition: 0, offset: index as i64, record_index: 0 },
-            event_time_us: 0,
-            language: None,
-            is_forward: false,
-            count: 1,
-            feedback: Vec::new(),
-            sources: Vec::new(),
-        })
+        let place = Coordinates { topic: "suite".into(), partition: 0, offset: index as i64, record_index: 0 };
+        let bare = Prompt::bare(hash.clone(), format!("suite-{hash}"), line.messages, place);
+        Ok(Prompt { workload: line.workload, tools: line.tools, ..bare })
     };
     let mut prompts: Vec<Prompt> =
         text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(prompt).collect::<Result<_, _>>()?;

@@ -183,14 +183,36 @@ fn children_are_found_by_any_source_and_strays_are_refused() {
     }
     let path = out.join("prompts.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replace(&asked[0].sources[1], &dataset.gate.prompts()[0].prompt_hash)).unwrap();
+    let exchange = |old: &str, new: &str| {
+        let forged = text.replace(old, new);
+        assert_ne!(forged, text, "{old}");
+        std::fs::write(&path, forged).unwrap();
+    };
+    // The manifest made to fit, as by somebody who means it.
+    let fit = || {
+        let manifest = out.join("manifest.json");
+        let mut told: serde_json::Value = crate::durable::read_json(&manifest).unwrap();
+        told["sha256"] = crate::durable::sha256_file(&path).unwrap().into();
+        crate::durable::write_json(&manifest, &told).unwrap();
+    };
+    let refused = || {
+        let error = synthetic::extended(&out, &dataset.train).unwrap_err();
+        assert!(matches!(error, DatasetError::Orphan { .. }), "{error}");
+    };
+    let stranger = &dataset.gate.prompts()[0];
+    exchange(&asked[0].sources[1], &stranger.prompt_hash);
     assert!(matches!(synthetic::extended(&out, &dataset.train), Err(DatasetError::Changed { .. })));
-    let mut manifest: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(out.join("manifest.json")).unwrap()).unwrap();
-    manifest["sha256"] = crate::durable::sha256_file(&path).unwrap().into();
-    std::fs::write(out.join("manifest.json"), manifest.to_string()).unwrap();
-    let error = synthetic::extended(&out, &dataset.train).unwrap_err();
-    assert!(matches!(error, DatasetError::Orphan { .. }), "{error}");
+    fit();
+    refused();
+    // Its sources train, and it stands where the gate's prompts are.
+    let child = split.iter().find(|prompt| prompt.is_synthetic()).unwrap();
+    let field = |cluster: &str| format!("\"cluster\":\"{cluster}\"");
+    exchange(&field(&child.cluster), &field(&stranger.cluster));
+    fit();
+    refused();
+    std::fs::write(&path, &text).unwrap();
+    fit();
+    assert_eq!(synthetic::extended(&out, &dataset.train).unwrap(), split);
 }
 
 #[test]
