@@ -23,6 +23,9 @@ pub(super) fn run(global: &Global, args: &Serve) -> anyhow::Result<Exit> {
     if let Some(address) = &args.listen {
         settings.address = address.clone();
     }
+    if settings.trusted_keys.is_empty() {
+        settings.trusted_keys = config.registry.trusted_keys;
+    }
     let log = CallLog::open(&settings.log_brokers, &settings.log_topic)?;
     let model = Model::load_on(args.model.as_ref().unwrap_or(&config.model.path), config.model.hold, &config.engine)?;
     block_on(async {

@@ -21,7 +21,7 @@ use super::shadow;
 use super::{canary, load_model};
 use crate::config::Config;
 use crate::durable;
-use crate::endpoint::fleet::{Fleet, Reconciled};
+use crate::endpoint::fleet::{Fleet, Reconciled, Strangers};
 use crate::endpoint::promote::{Ledger, Outcome as Ended, Promotion};
 use crate::endpoint::proof::Proof;
 use crate::endpoint::server::Answers;
@@ -144,8 +144,8 @@ pub struct Tended {
 
 /// Settles a change that a crash or a dead replica interrupted, and puts the served version back on every replica that
 /// lost it. `None` where another process is changing what is served. `owed` is a proof that something put back calls for;
-/// it stays so until the proof succeeds.
-pub async fn tend(config: &Config, owed: &mut bool) -> Result<Option<Tended>> {
+/// it stays so until the proof succeeds; `strangers` is what becomes of another daemon's version under the stable name.
+pub async fn tend(config: &Config, owed: &mut bool, strangers: Strangers) -> Result<Option<Tended>> {
     let (registry, tables) = open(config)?;
     let Some(_turn) = registry.turn()? else { return Ok(None) };
     let mut tended = Tended::default();
@@ -155,14 +155,14 @@ pub async fn tend(config: &Config, owed: &mut bool) -> Result<Option<Tended>> {
     }
     let fleet = Fleet::new(&config.endpoint)?;
     let current = registry.current()?;
-    if current.promotion.is_none() {
-        tended.reconciled = fleet.introduce().await;
+    if current.promotion.is_none() && strangers == Strangers::Keep {
+        tended.reconciled = fleet.introduce(&registry).await;
         return Ok(Some(tended));
     }
     let version = current.version;
     let current = fleet.target(&registry, &version);
     let retired = registry.retired(now_us().saturating_sub(grace_us(config)))?;
-    tended.reconciled = fleet.reconcile(&current, &retired).await;
+    tended.reconciled = fleet.reconcile(&current, &retired, &registry, strangers).await;
     *owed |= !tended.reconciled.changed.is_empty();
     canary::tend(&registry, &fleet, &current).await?;
     // With a canary, two versions answer to the stable name.

@@ -10,6 +10,7 @@ use tokio::sync::watch as channel;
 
 use super::promotion::{self, Tended};
 use super::{Daemon, lease};
+use crate::endpoint::fleet::Strangers;
 use crate::endpoint::promote::{Outcome, Trouble};
 use crate::metrics::Part;
 
@@ -26,7 +27,7 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
         }
         let config = daemon.config();
         tokio::select! {
-            tended = promotion::tend(&config, &mut owed) => daemon.tended(tended),
+            tended = promotion::tend(&config, &mut owed, Strangers::Keep) => daemon.tended(tended),
             // A change that is cut off here is settled by the next start, as after a crash.
             _ = stop.wait_for(|stop| *stop) => return,
         }

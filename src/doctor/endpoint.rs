@@ -8,7 +8,7 @@ use chrono::TimeDelta;
 use super::{Check, Finding};
 use crate::config::Config;
 use crate::endpoint::fleet::{Fleet, Target};
-use crate::endpoint::inspect::{self, Words};
+use crate::endpoint::inspect::{self, Memory, Words};
 use crate::endpoint::server::{Load, Server};
 use crate::endpoint::{EndpointError, Kind, Settings};
 use crate::engine::{Adapter, Model, save_peft};
@@ -36,6 +36,7 @@ pub(super) async fn check(config: &Config, zero: Option<Option<&Model>>) -> Vec<
     if let Err(finding) = &served {
         findings.push(finding.clone());
     }
+    findings.extend(strangers(config, &fleet).await);
     let asked = matches!(settings.kind, Kind::Serve | Kind::Vllm | Kind::Sglang | Kind::Mistralrs | Kind::Llamacpp);
     for (place, (replica, words)) in fleet.replicas.iter().zip(words).enumerate() {
         let look = Replica { config, fleet: &fleet, server: replica.as_ref(), place };
@@ -82,6 +83,24 @@ fn served(config: &Config, fleet: &Fleet) -> Result<Target, Finding> {
         let remedy = "restore the registry together with the tables (docs/runbooks/restore.md)";
         Finding::failure(Check::Endpoint, error.to_string(), remedy)
     })
+}
+
+/// Tells where the stable name leads to a version of another registry: a second daemon has the same name.
+async fn strangers(config: &Config, fleet: &Fleet) -> Vec<Finding> {
+    let root = Paths::new(&config.state.dir).registry();
+    let registry = root.is_dir().then(|| Registry::open(&root, &config.registry)).and_then(Result::ok);
+    let mut findings = Vec::new();
+    for place in fleet.places() {
+        // A place that cannot be asked is told by the checks of replicas.
+        if let Ok(Some(found)) = fleet.stranger(place, registry.as_ref()).await {
+            let name = &fleet.stable_name;
+            let says = format!("the name '{name}' at {} leads to {found}, which this registry never made", place.url());
+            let remedy = "if another daemon has this endpoint.stable_name, give one of them another; if it is what production had before \
+                          taod, `taod adapters import` it; else `taod adapters settle --take-over`";
+            findings.push(Finding::failure(Check::Endpoint, says, remedy));
+        }
+    }
+    findings
 }
 
 /// One replica under examination.
@@ -136,10 +155,11 @@ fn routes_remedy(kind: Kind) -> &'static str {
     }
 }
 
-/// Tells what is known of vLLM's limits on adapters.
+/// Tells what is known of a server's own settings: vLLM's limits on adapters, and what llama.cpp remembers.
 fn limits(settings: &Settings, words: &Words) -> Option<Finding> {
     let url = &words.url;
     match (settings.kind, words.max_loras) {
+        (Kind::Llamacpp, _) => words.memory.map(|found| memory(url, found)),
         (Kind::Vllm, Some(max @ 0..2)) => {
             let says = format!(
                 "{url} has --max-loras {max}: while two versions are asked, their requests wait for each other"
@@ -159,6 +179,34 @@ fn limits(settings: &Settings, words: &Words) -> Option<Finding> {
             Some(Finding::ok(Check::Endpoint, says))
         }
         _ => None,
+    }
+}
+
+/// Judges what a llama.cpp server remembers: a change of adapters leaves it as it was.
+fn memory(url: &str, memory: Memory) -> Finding {
+    let remedy = "start it with `--no-cache-prompt --cache-ram 0` (docs/endpoints.md)";
+    match memory {
+        Memory::Always => {
+            let says = format!(
+                "{url} goes on from prompts that it answered before, also under another adapter: the second promotion would not be \
+                 proven and be undone"
+            );
+            Finding::failure(Check::Endpoint, says, remedy)
+        }
+        Memory::OnRequest => {
+            let says = format!(
+                "{url} keeps prompts in memory without regard to adapters: a client that asks with `cache_prompt` may get answers that \
+                 mix two of them"
+            );
+            Finding::warning(Check::Endpoint, says, remedy)
+        }
+        Memory::Nothing => Finding::ok(Check::Endpoint, format!("{url} remembers no prompts")),
+        Memory::Untold => {
+            let says = format!(
+                "{url} does not tell how many tokens of a prompt it computed, so whether it has `--no-cache-prompt --cache-ram 0` is not known"
+            );
+            Finding::warning(Check::Endpoint, says, remedy)
+        }
     }
 }
 
@@ -197,6 +245,11 @@ fn readable(config: &Config) -> Option<Finding> {
 /// Loads an adapter that changes nothing on every replica, asks it, and unloads it. Its folder stays: a server may read it
 /// again, and vLLM's engine dies of one that is gone.
 async fn load(config: &Config, fleet: &Fleet, model: &Model) -> Vec<Finding> {
+    if !config.endpoint.pull_url.is_empty() {
+        let says = "servers fetch adapters from endpoint.pull_url, which hands out registered versions alone; the next promotion \
+                    shows whether they can";
+        return vec![Finding::ok(Check::Endpoint, says)];
+    }
     let target = match zero(config, model) {
         Ok(target) => target,
         Err(error) => {
@@ -209,6 +262,11 @@ async fn load(config: &Config, fleet: &Fleet, model: &Model) -> Vec<Finding> {
         let url = replica.url();
         findings.push(match try_one(replica.as_ref(), &target).await {
             Ok(()) => Finding::ok(Check::Endpoint, format!("{url} loaded an adapter, answered with it and unloaded it")),
+            // It read the folder, and refused what no key signed; no more can be asked without a version.
+            Err(EndpointError::Status { message, .. }) if message.contains("is not signed") => {
+                let says = format!("{url} found the adapter and refused it unsigned, as its trusted keys ask; a load is shown by the next promotion");
+                Finding::ok(Check::Endpoint, says)
+            }
             Err(error) => {
                 let remedy = "let the server's user read the registry (endpoint.path_map where it sees another path), and raise its \
                               --max-lora-rank to tuning.rank; docs/endpoints.md";

@@ -396,3 +396,66 @@ async fn a_key_that_cannot_sign_what_would_count_here_is_told() {
     set_mode(&own.1, 0o600);
     assert_eq!(setup.wrong(&[Check::Secrets]).await, []);
 }
+
+/// What a stand-in for llama.cpp remembers: the prompt of its one slot, and with `--cache-ram` those before it.
+#[derive(Clone, Copy)]
+struct Flags {
+    no_cache_prompt: bool,
+    cache_ram: bool,
+    /// Whether answers tell how many tokens of the prompt were computed.
+    tells: bool,
+}
+
+/// A server that computes and counts prompts as llama.cpp's does: measured on xllamacpp 2026.10.11549.
+async fn llama_cpp(flags: Flags) -> String {
+    let kept = Arc::new(Mutex::new((String::new(), Vec::<String>::new())));
+    let handler = async move |uri: Uri, body: Bytes| {
+        let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+        let (slot, memory) = &mut *kept.lock().unwrap();
+        if uri.path() != "/v1/chat/completions" {
+            return axum::Json(if uri.path() == "/lora-adapters" {
+                json!([])
+            } else {
+                json!({"data": [{"id": "base"}]})
+            });
+        }
+        let text = body["messages"][0]["content"].as_str().unwrap().to_owned();
+        let goes_on = body["cache_prompt"].as_bool().unwrap_or(!flags.no_cache_prompt);
+        let is_known = *slot == text || flags.cache_ram && memory.contains(&text);
+        // The chat template's beginning is the same in all.
+        let computed = match goes_on && !slot.is_empty() {
+            true if is_known => 1,
+            true => 56,
+            false => 80,
+        };
+        memory.push(std::mem::replace(slot, text));
+        let content = [json!({"token": "yes", "logprob": -0.5})];
+        let choice = json!({"message": {"content": "yes"}, "finish_reason": "stop", "logprobs": {"content": content}});
+        let timings = if flags.tells { json!({"prompt_n": computed, "cache_n": 80 - computed}) } else { Value::Null };
+        axum::Json(json!({"choices": [choice], "timings": timings, "usage": {"prompt_tokens": 80}}))
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(handler)).await.unwrap() });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_llama_cpp_that_remembers_prompts_is_told_by_what_it_computes_again() {
+    let mut setup = Setup::new(Wrong::default()).await;
+    (setup.config.endpoint.kind, setup.config.endpoint.alias) = (Kind::Llamacpp, Alias::Native);
+    let sound = Flags { no_cache_prompt: true, cache_ram: false, tells: true };
+    for (flags, finding) in [
+        (sound, None),
+        (Flags { no_cache_prompt: false, ..sound }, Some((State::Failure, "also under another adapter"))),
+        (Flags { no_cache_prompt: false, cache_ram: true, ..sound }, Some((State::Failure, "would not be proven"))),
+        (Flags { cache_ram: true, ..sound }, Some((State::Warning, "a client that asks with `cache_prompt`"))),
+        (Flags { tells: false, ..sound }, Some((State::Warning, "does not tell how many tokens"))),
+    ] {
+        setup.config.endpoint.urls = vec![llama_cpp(flags).await];
+        match finding {
+            Some((state, part)) => setup.finds(Check::Endpoint, state, part).await,
+            None => assert_eq!(setup.wrong(&[Check::Endpoint]).await, []),
+        }
+    }
+}

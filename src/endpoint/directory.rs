@@ -77,7 +77,7 @@ impl Server for Directory {
         if let Some(publisher) = &self.publisher {
             publisher.remove(name)?;
         }
-        self.hook.tell(&self.http, name, None).await
+        self.hook.unload(&self.http, name).await
     }
 
     async fn names(&self) -> Result<Vec<String>, EndpointError> {

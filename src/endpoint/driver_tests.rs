@@ -15,6 +15,7 @@ use super::server::{Answers, Load, Question, Server};
 use super::sglang::Sglang;
 use super::*;
 use crate::record::Message;
+use crate::registry::{Base, Lineage, Registry};
 
 /// Adapters by name, each with its path and a count of loads; and every body that was posted.
 #[derive(Default)]
@@ -237,4 +238,40 @@ async fn a_webhook_is_told_and_a_server_that_does_not_follow_is_named() {
     let error = Directory::replicas(&settings).unwrap()[0].load("v1", Path::new("/a/v1"), Load::Fresh).await;
     let error = error.unwrap_err().to_string();
     assert!(error.contains("does not have 'v1' 1 s after /a/v1 was there for it"), "{error}");
+}
+
+#[tokio::test]
+async fn a_hook_on_another_host_is_told_where_to_fetch_each_file_and_its_hash() {
+    let (url, shared) = stand_in(watcher).await;
+    let pull_url = "https://taod.example.com:9464/".to_owned();
+    let settings =
+        Settings { hook: format!("{url}/hook"), pull_url, ..settings(url.clone(), Kind::Webhook, Alias::Clients) };
+    assert_eq!(settings.validate(), Ok(()));
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = folder.path().join("adapter");
+    std::fs::create_dir(&adapter).unwrap();
+    std::fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
+    std::fs::write(adapter.join("adapter_model.safetensors"), "weights").unwrap();
+    let registry = Registry::open(&folder.path().join("registry"), &Default::default()).unwrap();
+    let manifest = registry.register(&adapter, lineage()).unwrap();
+    let server = Directory::replicas(&settings).unwrap().remove(0);
+    server.load(&manifest.version, &registry.path(&manifest.version), Load::Fresh).await.unwrap_err();
+    let told = shared.lock().unwrap().posted.iter().rfind(|(path, _)| path == "/hook").unwrap().1.clone();
+    let at = format!("https://taod.example.com:9464/api/v1/adapters/{}/files", manifest.version);
+    let file = |name: &str| json!({"name": name, "url": format!("{at}/{name}"), "sha256": manifest.files[name]});
+    assert_eq!(told["files"], json!([file("adapter_config.json"), file("adapter_model.safetensors")]));
+    let error = server.load("v1", folder.path(), Load::Fresh).await.unwrap_err().to_string();
+    assert!(error.contains("manifest.json"), "{error}");
+}
+
+fn lineage() -> Lineage {
+    Lineage {
+        base: Base { name: "m".into(), sha256: "0".into() },
+        round: None,
+        dataset_sha256: None,
+        tables: BTreeMap::new(),
+        offsets: Vec::new(),
+        notes: BTreeMap::new(),
+        created_us: 1,
+    }
 }

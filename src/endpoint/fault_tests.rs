@@ -5,6 +5,7 @@ use axum::body::Bytes;
 use axum::http::{HeaderMap, Method as Verb, StatusCode, Uri};
 use serde_json::Value;
 
+use super::super::fleet::Strangers;
 use super::super::gateway;
 use super::super::server::{Load, Server};
 use super::super::vllm::Vllm;
@@ -108,7 +109,7 @@ async fn a_server_that_restarts_in_the_middle_serves_the_old_version_and_gets_it
             // The stable name is loaded by itself, so that nothing is lost but the unique name.
             _ => {
                 ended.unwrap();
-                let done = stage.fleet.reconcile(&stage.to, &[]).await;
+                let done = stage.fleet.reconcile(&stage.to, &[], &stage.registry, Strangers::Keep).await;
                 assert_eq!(done.changed, [stage.fleet.replicas[1].url()]);
             }
         }
@@ -169,7 +170,7 @@ async fn a_gateways_file_is_the_alias_and_the_proof_goes_through_the_gateway() {
         };
         assert_eq!(settings.validate(), Ok(()));
         stage.fleet = Fleet::new(&settings).unwrap();
-        assert_eq!(stage.fleet.introduce().await.changed.len(), 1);
+        assert_eq!(stage.fleet.introduce(&stage.registry).await.changed.len(), 1);
         stage.killed_after(killed_after).await;
         let moved = killed_after > 3;
         assert_eq!(matches!(stage.recover().await.unwrap(), Outcome::Done { .. }), moved, "{killed_after}");
@@ -193,7 +194,7 @@ async fn what_production_served_before_is_left_alone_until_taod_takes_charge() {
     for replica in &stage.fleet.replicas {
         replica.load("production", &folder, Load::Fresh).await.unwrap();
     }
-    let done = stage.fleet.introduce().await;
+    let done = stage.fleet.introduce(&stage.registry).await;
     assert!(done.changed.is_empty() && done.failed.is_empty(), "{done:?}");
     for replica in &stage.fleet.replicas {
         assert!(replica.holds("production", &folder).await.unwrap());

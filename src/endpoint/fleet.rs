@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::registry::{BASE, Registry};
+use crate::registry::{BASE, Registry, is_version};
 
 use super::directory::Directory;
 use super::gateway::{Canary, Gateway};
@@ -72,6 +72,16 @@ pub struct Reconciled {
     pub retired: Vec<(String, String)>,
     /// Why a replica could not be brought there.
     pub failed: Vec<EndpointError>,
+}
+
+/// What becomes of a version that the stable name leads to and this registry never made: another daemon's, which has the same
+/// `endpoint.stable_name`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strangers {
+    /// It stays what clients get, and is told as a failure.
+    Keep,
+    /// The name is led away from it, because an operator said so.
+    Overrule,
 }
 
 /// One place where the stable name is moved.
@@ -143,8 +153,8 @@ impl Fleet {
     }
 
     /// Creates the stable name where it leads nowhere, and else leaves it alone: for as long as taod has never changed
-    /// what is served, whatever the name leads to is somebody's production.
-    pub async fn introduce(&self) -> Reconciled {
+    /// what is served, whatever the name leads to is somebody's production. Another daemon's version is told as a failure.
+    pub async fn introduce(&self, registry: &Registry) -> Reconciled {
         let (base, mut done) = (Target::base(&self.base_model), Reconciled::default());
         for place in self.places() {
             let target = match place {
@@ -155,7 +165,8 @@ impl Fleet {
             };
             let created = match target {
                 Ok(None) => self.point(place, &base).await.map(|()| true),
-                other => other.map(|_| false),
+                Ok(Some(_)) => self.refuse_stranger(place, registry).await.map(|()| false),
+                Err(error) => Err(error),
             };
             match created {
                 Ok(true) => done.changed.push(place.url().to_owned()),
@@ -176,7 +187,13 @@ impl Fleet {
 
     /// Brings every replica to `current`, as after a restart, when runtime adapters and aliases are gone, and unloads
     /// the versions among `retired`. Only while no intent is open. What cannot be reached holds up nothing else.
-    pub async fn reconcile(&self, current: &Target, retired: &[String]) -> Reconciled {
+    pub async fn reconcile(
+        &self,
+        current: &Target,
+        retired: &[String],
+        registry: &Registry,
+        strangers: Strangers,
+    ) -> Reconciled {
         let mut done = Reconciled::default();
         for replica in &self.replicas {
             match put_back(replica.as_ref(), current).await {
@@ -186,7 +203,7 @@ impl Fleet {
             }
         }
         for place in self.places() {
-            match self.lead(place, current).await {
+            match self.lead(place, current, registry, strangers).await {
                 Ok(true) if !done.changed.iter().any(|url| url == place.url()) => {
                     done.changed.push(place.url().to_owned());
                 }
@@ -240,11 +257,51 @@ impl Fleet {
     }
 
     /// Makes the stable name of one place lead to `target`; returns false where it did already.
-    async fn lead(&self, place: Place<'_>, target: &Target) -> Result<bool, EndpointError> {
+    async fn lead(
+        &self,
+        place: Place<'_>,
+        target: &Target,
+        registry: &Registry,
+        strangers: Strangers,
+    ) -> Result<bool, EndpointError> {
         if self.leads_to(place, target).await? {
             return Ok(false);
         }
+        if strangers == Strangers::Keep {
+            self.refuse_stranger(place, registry).await?;
+        }
         self.point(place, target).await.map(|()| true)
+    }
+
+    /// Returns the version that the stable name leads to where it is one, and not of this registry. Versions' names come from
+    /// their content, so that two registries mean the same by the same name.
+    pub async fn stranger(
+        &self,
+        place: Place<'_>,
+        registry: Option<&Registry>,
+    ) -> Result<Option<String>, EndpointError> {
+        let found = match (place, self.alias) {
+            (Place::Gateway(gateway), _) => gateway.target().await?,
+            (Place::Replica(replica), Alias::Native) => replica.alias(&self.stable_name).await?,
+            // The name is an adapter's own, and its folder has the version's name.
+            (Place::Replica(replica), _) => replica
+                .source(&self.stable_name)
+                .await?
+                .and_then(|path| Path::new(&path).file_name().and_then(|name| name.to_str()).map(str::to_owned)),
+        };
+        let Some(found) = found.filter(|name| is_version(name)) else { return Ok(None) };
+        let known = registry.map(|registry| registry.knows(&found)).transpose().map_err(Box::new)?;
+        Ok((known != Some(true)).then_some(found))
+    }
+
+    /// Refuses a place whose stable name leads to another registry's version.
+    pub(super) async fn refuse_stranger(&self, place: Place<'_>, registry: &Registry) -> Result<(), EndpointError> {
+        match self.stranger(place, Some(registry)).await? {
+            None => Ok(()),
+            Some(found) => {
+                Err(EndpointError::Stranger { url: place.url().to_owned(), name: self.stable_name.clone(), found })
+            }
+        }
     }
 
     /// Returns true where the stable name leads to `target`.

@@ -10,8 +10,9 @@ use crate::record::Message;
 
 use super::fleet::Fleet;
 use super::http::Http;
+pub use super::llamacpp::Memory;
 use super::server::{Answers, Question};
-use super::{EndpointError, Kind, Settings};
+use super::{EndpointError, Kind, Settings, llamacpp};
 
 /// A name that no adapter has: to unload it changes nothing and tells whether there is a route for it.
 const NOBODY: &str = "taod-doctor-nobody";
@@ -24,27 +25,34 @@ pub struct Words {
     pub ahead: Option<TimeDelta>,
     /// vLLM's `--max-loras`, where its metrics tell it.
     pub max_loras: Option<u64>,
+    /// What llama.cpp remembers of prompts, where it answers any.
+    pub memory: Option<Memory>,
 }
 
 /// Asks each replica for its clock and its limits, in the order of `endpoint.urls`.
 pub async fn words(settings: &Settings) -> Result<Vec<Result<Words, EndpointError>>, EndpointError> {
     let mut all = Vec::new();
     for http in Http::of(settings, &settings.urls)? {
-        all.push(words_of(&http, settings.kind).await);
+        all.push(words_of(&http, settings).await);
     }
     Ok(all)
 }
 
-async fn words_of(http: &Http, kind: Kind) -> Result<Words, EndpointError> {
+async fn words_of(http: &Http, settings: &Settings) -> Result<Words, EndpointError> {
     let (asked, timer) = (Utc::now(), Instant::now());
     let raw = http.call(Method::GET, "/v1/models", None, "GET /v1/models").await?;
     let ahead = raw.date.map(|date| ahead(date, asked, timer.elapsed()));
-    let max_loras = match kind {
+    let max_loras = match settings.kind {
         Kind::Vllm => http.call(Method::GET, "/metrics", None, "GET /metrics").await.ok(),
         _ => None,
     };
     let max_loras = max_loras.filter(|raw| raw.is_success()).and_then(|raw| max_loras_of(&raw.text));
-    Ok(Words { url: http.url().to_owned(), ahead, max_loras })
+    // A server that does not answer prompts is found by [`answers`].
+    let memory = match settings.kind {
+        Kind::Llamacpp => llamacpp::memory(http, &settings.base_model).await.ok(),
+        _ => None,
+    };
+    Ok(Words { url: http.url().to_owned(), ahead, max_loras, memory })
 }
 
 /// Returns how far a clock is ahead that said `date`, cut to whole seconds, at some moment within `took` after `asked`; 0 where

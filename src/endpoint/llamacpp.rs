@@ -14,7 +14,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::hook::Hook;
-use super::http::Http;
+use super::http::{Http, INTERNAL_USER};
 use super::paths::PathMap;
 use super::server::{Answers, Load, Question, Reply, Server};
 use super::{EndpointError, Settings};
@@ -22,6 +22,68 @@ use super::{EndpointError, Settings};
 /// What [`LlamaCpp::alias`] says where more than one adapter is applied, as after a start without
 /// `--lora-init-without-apply`.
 const MIXED: &str = "several adapters at once";
+
+/// What a server remembers of prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// Every prompt is computed afresh.
+    Nothing,
+    /// Requests that ask for it (`cache_prompt`) go on from former prompts that are kept in memory (no `--cache-ram 0`).
+    OnRequest,
+    /// Every request goes on from former prompts (no `--no-cache-prompt`).
+    Always,
+    /// Its answers do not tell.
+    Untold,
+}
+
+/// Two prompts that differ from their first word on, each longer than [`REMEMBERED`].
+const PROMPTS: [&str; 2] = [
+    "Which rivers of France end in the Atlantic, where do their sources lie, and how long is each of them?",
+    "Name four planets without a moon or with few, and say for each of them how far it is from the sun.",
+];
+/// A prompt of which at most so many tokens are computed was remembered; what two prompts have in common, the chat template's
+/// beginning, leaves more of it.
+const REMEMBERED: u64 = 8;
+/// Slots that are looked at; with more, what a slot kept may be taken for what lies beside them.
+const MOST_SLOTS: u64 = 16;
+
+/// Finds out what a server remembers, by asking it for one token each of a few prompts: its flags stand nowhere, but each answer
+/// tells how many tokens of its prompt were computed.
+pub(super) async fn memory(http: &Http, model: &str) -> Result<Memory, EndpointError> {
+    let [one, other] = PROMPTS;
+    computed(http, model, one, json!({})).await?;
+    let again = computed(http, model, one, json!({})).await?;
+    // Each slot has a prompt of its own; those that follow take all of them, so that only what is kept beside the slots is left.
+    let props = http.json(Method::GET, "/props", None, "GET /props").await?;
+    for slot in 0..props["total_slots"].as_u64().unwrap_or(1).min(MOST_SLOTS) {
+        computed(http, model, &format!("{slot}. {other}"), json!({})).await?;
+    }
+    let asked = computed(http, model, one, json!({"cache_prompt": true})).await?;
+    let Some((again, asked)) = again.zip(asked) else { return Ok(Memory::Untold) };
+    Ok(match (again.computed < again.all, asked.computed <= REMEMBERED) {
+        (true, _) => Memory::Always,
+        (false, true) => Memory::OnRequest,
+        (false, false) => Memory::Nothing,
+    })
+}
+
+/// How many tokens of a prompt were computed for an answer, of how many.
+struct Computed {
+    computed: u64,
+    all: u64,
+}
+
+async fn computed(http: &Http, model: &str, text: &str, more: Value) -> Result<Option<Computed>, EndpointError> {
+    let mut body = json!({
+        "model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 1, "user": INTERNAL_USER,
+    });
+    if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+        body.extend(more);
+    }
+    let answer = http.json(Method::POST, "/v1/chat/completions", Some(&body), "a prompt that is asked twice").await?;
+    let told = (answer["timings"]["prompt_n"].as_u64(), answer["usage"]["prompt_tokens"].as_u64());
+    Ok(told.0.zip(told.1).map(|(computed, all)| Computed { computed, all }))
+}
 
 /// A client of one server.
 pub(super) struct LlamaCpp {

@@ -109,7 +109,10 @@ impl Server for MistralRs {
     }
 
     async fn holds(&self, name: &str, folder: &Path) -> Result<bool, EndpointError> {
-        let source = self.find(name).await?.and_then(|loaded| loaded.source);
-        Ok(source == Some(self.paths.seen(folder)))
+        Ok(self.source(name).await? == Some(self.paths.seen(folder)))
+    }
+
+    async fn source(&self, name: &str) -> Result<Option<String>, EndpointError> {
+        Ok(self.find(name).await?.and_then(|loaded| loaded.source))
     }
 }

@@ -74,6 +74,10 @@ pub struct Settings {
     /// Address that is posted to when an adapter is to be loaded or unloaded (webhook; llamacpp: something that restarts
     /// the server; directory: if anything has to be told); empty: nothing is told.
     pub hook: String,
+    /// Address of this daemon's page as the hook reaches it, such as "https://taod.example.com:9464", where servers on another host
+    /// share no folder with taod (webhook, directory): the hook is told where to fetch each file of an adapter, and its hash. It
+    /// needs a token of the role "read". Empty: the hook is told the path alone.
+    pub pull_url: String,
     /// How it is proven which model answers.
     pub proof: proof::Settings,
     /// The gateway, where `alias` is "gateway".
@@ -187,6 +191,7 @@ impl Default for Settings {
             load_timeout_seconds: 300,
             retries: 3,
             hook: String::new(),
+            pull_url: String::new(),
             proof: proof::Settings::default(),
             gateway: gateway::Settings::default(),
             publish: publish::Settings::default(),
@@ -224,6 +229,7 @@ impl Settings {
         if self.kind == Kind::Webhook && self.hook.is_empty() {
             return Err("hook is empty: name the address that loads what it is told".into());
         }
+        self.validate_pull()?;
         if self.alias == Alias::Gateway {
             self.gateway.validate().map_err(|message| format!("gateway.{message}"))?;
         }
@@ -241,6 +247,29 @@ impl Settings {
         }
         self.watch.validate().map_err(|message| format!("watch.{message}"))?;
         self.proof.validate().map_err(|message| format!("proof.{message}"))
+    }
+
+    /// Checks that somebody is told where files can be fetched, and can make use of it.
+    fn validate_pull(&self) -> Result<(), String> {
+        let url = &self.pull_url;
+        if url.is_empty() {
+            return Ok(());
+        }
+        if !matches!(url::Url::parse(url), Ok(parsed) if matches!(parsed.scheme(), "http" | "https")) {
+            return Err(format!("pull_url = {url:?}: give an address that begins with http:// or https://"));
+        }
+        if !matches!(self.kind, Kind::Webhook | Kind::Directory) {
+            let server = self.kind.as_str();
+            return Err(format!(
+                "pull_url = {url:?}: {server} fetches nothing; set kind = \"webhook\", or leave pull_url empty"
+            ));
+        }
+        match self.hook.is_empty() {
+            true => {
+                Err(format!("pull_url = {url:?} is told to the hook, and hook is empty: name the address that fetches"))
+            }
+            false => Ok(()),
+        }
     }
 }
 
@@ -269,6 +298,11 @@ pub enum EndpointError {
     ReadBack { url: String, name: String, path: String, found: String },
     #[error("the alias '{name}' at endpoint {url} points at {current}, not at {expected}: something else moved it")]
     AliasMoved { url: String, name: String, current: String, expected: String },
+    #[error(
+        "the name '{name}' at endpoint {url} leads to {found}, which this registry never made: another daemon has the same \
+         endpoint.stable_name; give one of them another name, or take this one over by `taod adapters settle --take-over`"
+    )]
+    Stranger { url: String, name: String, found: String },
     #[error(
         "endpoint {url} has no aliases of its own; set endpoint.alias to \"gateway\", \"inplace\", \"reload\" or \"clients\""
     )]
@@ -315,6 +349,8 @@ mod tests {
             (Settings { kind: Kind::Sglang, alias: Alias::Inplace, ..base.clone() }, "nothing that SGLang has"),
             (Settings { kind: Kind::Llamacpp, ..base.clone() }, "publish.folder"),
             (Settings { kind: Kind::Webhook, alias: Alias::Clients, ..base.clone() }, "hook is empty"),
+            (Settings { pull_url: "http://a".into(), ..base.clone() }, "fetches nothing"),
+            (Settings { pull_url: "taod:9464".into(), ..base.clone() }, "begins with http://"),
             (Settings { alias: Alias::Gateway, ..base.clone() }, "gateway.url"),
             (Settings { path_map: [("a".into(), "/b".into())].into(), ..base.clone() }, "path_map"),
             (Settings { stable_name: "base".into(), ..base.clone() }, "stable_name"),

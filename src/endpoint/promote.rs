@@ -186,6 +186,7 @@ impl<'a> Promotion<'a> {
         let fleet = self.fleet;
         match step {
             Step::Load => {
+                self.refuse_strangers().await?;
                 for replica in &fleet.replicas {
                     load(replica.as_ref(), &self.to).await?;
                     crash::point(Point::DuringPromotion);
@@ -204,9 +205,7 @@ impl<'a> Promotion<'a> {
             Step::Alias => {
                 self.exposed = true;
                 for place in fleet.places() {
-                    match matches!(self.intent.why(), Kind::Import { .. } | Kind::NewBase { .. }) {
-                        // It leads to the same weights already, under whatever name they had, or nowhere since the
-                        // servers came up with another model.
+                    match self.takes_what_is_there() {
                         true => fleet.point(place, &self.to).await?,
                         false => fleet.follow(place, &self.from, &self.to).await?,
                     }
@@ -322,6 +321,27 @@ impl<'a> Promotion<'a> {
             load(replica, &self.from).await?;
         }
         fleet.follow(place, &self.to, &self.from).await
+    }
+
+    /// Refuses to take the stable name from another daemon, before anything is loaded. A place that cannot be asked is told by the
+    /// steps that need it.
+    async fn refuse_strangers(&self) -> Result<(), EndpointError> {
+        if self.takes_what_is_there() {
+            return Ok(());
+        }
+        for place in self.fleet.places() {
+            let asked = self.fleet.refuse_stranger(place, self.registry).await;
+            if let Err(error @ EndpointError::Stranger { .. }) = asked {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns true where the stable name leads to the same weights already, under whatever name they had, or nowhere since the
+    /// servers came up with another model.
+    fn takes_what_is_there(&self) -> bool {
+        matches!(self.intent.why(), Kind::Import { .. } | Kind::NewBase { .. })
     }
 
     fn is_import(&self) -> bool {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use super::super::fleet::Strangers;
 use super::super::server::{Load, Server};
 use super::super::vllm::Vllm;
 use super::super::{Alias, Kind, Settings, proof};
@@ -33,7 +34,7 @@ impl Ledger for Book {
 pub(super) struct Stage {
     servers: [Fake; 2],
     pub(super) fleet: Fleet,
-    registry: Registry,
+    pub(super) registry: Registry,
     intent: Intent,
     pub(super) to: Target,
     panel: Panel,
@@ -264,10 +265,13 @@ async fn a_replica_that_dies_after_the_alias_moved_elsewhere_is_put_right_when_i
     assert!(matches!(error, PromoteError::Aborted { .. }), "{error}");
     assert_eq!(stage.book(), *ABORTED);
     let base = stage.fleet.target(&stage.registry, BASE);
-    let done = stage.fleet.reconcile(&base, &[]).await;
+    let done = stage.fleet.reconcile(&base, &[], &stage.registry, Strangers::Keep).await;
     assert_eq!((done.changed.len(), done.failed.len()), (0, 1), "{done:?}");
     stage.fleet.replicas[1] = dead;
-    let done = stage.fleet.reconcile(&base, &stage.registry.retired(i64::MAX).unwrap()).await;
+    let done = stage
+        .fleet
+        .reconcile(&base, &stage.registry.retired(i64::MAX).unwrap(), &stage.registry, Strangers::Keep)
+        .await;
     assert_eq!((done.changed.len(), done.retired.len(), done.failed.len()), (1, 1, 0), "{done:?}");
     assert_eq!((stage.aliases().await, stage.adapters().await), (both("base"), 0));
 }
@@ -288,7 +292,7 @@ async fn a_rollback_is_the_same_change_backwards() {
     let base = stage.fleet.target(&stage.registry, BASE);
     let retired = stage.registry.retired(0).unwrap();
     assert!(retired.is_empty(), "clients were led away just now");
-    stage.fleet.reconcile(&base, &stage.registry.retired(i64::MAX).unwrap()).await;
+    stage.fleet.reconcile(&base, &stage.registry.retired(i64::MAX).unwrap(), &stage.registry, Strangers::Keep).await;
     assert_eq!(stage.adapters().await, 0);
 }
 
@@ -344,7 +348,7 @@ async fn a_name_that_is_loaded_anew_is_back_after_a_kill_in_its_gap() {
 async fn a_restarted_replica_gets_the_current_version_back() {
     let stage = Stage::new(Alias::Native).await;
     let current = &stage.to;
-    let changed = async || stage.fleet.reconcile(current, &[]).await.changed;
+    let changed = async || stage.fleet.reconcile(current, &[], &stage.registry, Strangers::Keep).await.changed;
     assert_eq!(changed().await.len(), 2);
     assert_eq!(changed().await.len(), 0);
     assert_eq!((stage.adapters().await, stage.aliases().await), (2, both(&stage.to.name)));
@@ -355,4 +359,33 @@ async fn a_restarted_replica_gets_the_current_version_back() {
     assert!(error.contains("with the base model, not with the new version"), "{error}");
     assert_eq!(changed().await, [second.url()]);
     assert_eq!(stage.aliases().await, both(&stage.to.name));
+}
+
+#[tokio::test]
+async fn anothers_version_under_the_stable_name_is_neither_led_away_from_nor_promoted_over() {
+    for alias in [Alias::Native, Alias::Inplace] {
+        let mut stage = Stage::new(alias).await;
+        stage.carry_out().await.unwrap();
+        // What another daemon would do at the second server, whose registry made this.
+        let (other, folder) = ("taod-0123456789ab", PathBuf::from(stage.servers[1].adapter("taod-0123456789ab", 8)));
+        let second = stage.fleet.replicas[1].as_ref();
+        match alias {
+            Alias::Native => {
+                second.load(other, &folder, Load::Fresh).await.unwrap();
+                second.move_alias("production", Some(&stage.to.name), other).await.unwrap();
+            }
+            _ => second.load("production", &folder, Load::InPlace).await.unwrap(),
+        }
+        let done = stage.fleet.reconcile(&stage.to, &[], &stage.registry, Strangers::Keep).await;
+        let failed: Vec<String> = done.failed.iter().map(ToString::to_string).collect();
+        assert!(done.changed.is_empty() && failed.len() == 1, "{done:?}");
+        assert!(failed[0].contains(other) && failed[0].contains("settle --take-over"), "{failed:?}");
+        stage.intent = stage.registry.rollback("worse", 3).unwrap();
+        let error = stage.carry_out().await.unwrap_err();
+        assert!(matches!(&error, PromoteError::Aborted { step: Step::Load, .. }), "{error}");
+        assert!(error.to_string().contains("which this registry never made"), "{error}");
+        // An operator's word is above it.
+        let done = stage.fleet.reconcile(&stage.to, &[], &stage.registry, Strangers::Overrule).await;
+        assert_eq!((done.changed, done.failed.len()), (vec![stage.fleet.replicas[1].url().to_owned()], 0));
+    }
 }

@@ -65,6 +65,11 @@ pub trait Server: Answers {
     /// Returns true where `name` is loaded from `folder`.
     async fn holds(&self, name: &str, folder: &Path) -> Result<bool, EndpointError>;
 
+    /// Returns the path, as the server sees it, that `name` was loaded from, where it is loaded and the server tells.
+    async fn source(&self, _name: &str) -> Result<Option<String>, EndpointError> {
+        Ok(None)
+    }
+
     /// Returns what the server's own alias `name` points at, where it has aliases.
     async fn alias(&self, _name: &str) -> Result<Option<String>, EndpointError> {
         Err(EndpointError::NoAliases { url: self.url().to_owned() })

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::http::{Http, Raw};
 use super::paths::PathMap;
 use super::server::{Answers, Load, Question, Reply, Server};
-use super::vllm::{adapters, listed_from, read_back};
+use super::vllm::{adapters, listed_from, read_back, source};
 use super::{EndpointError, Settings};
 
 /// A client of one server.
@@ -92,5 +92,9 @@ impl Server for Sglang {
 
     async fn holds(&self, name: &str, folder: &Path) -> Result<bool, EndpointError> {
         listed_from(&self.http, name, &self.paths.seen(folder)).await
+    }
+
+    async fn source(&self, name: &str) -> Result<Option<String>, EndpointError> {
+        source(&self.http, name).await
     }
 }

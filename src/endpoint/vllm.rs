@@ -141,6 +141,10 @@ impl Server for Vllm {
         listed_from(&self.http, name, &self.paths.seen(folder)).await
     }
 
+    async fn source(&self, name: &str) -> Result<Option<String>, EndpointError> {
+        source(&self.http, name).await
+    }
+
     async fn alias(&self, name: &str) -> Result<Option<String>, EndpointError> {
         Vllm::alias(self, name).await
     }
@@ -170,8 +174,12 @@ pub(super) async fn adapters(http: &Http) -> Result<Vec<String>, EndpointError> 
 
 /// Returns true where `/v1/models` lists `name` with this path.
 pub(super) async fn listed_from(http: &Http, name: &str, path: &str) -> Result<bool, EndpointError> {
-    let card = models(http).await?.into_iter().find(|card| card.id == name);
-    Ok(card.and_then(|card| card.root).as_deref() == Some(path))
+    Ok(source(http, name).await?.as_deref() == Some(path))
+}
+
+/// Returns the path with which `/v1/models` lists `name`.
+pub(super) async fn source(http: &Http, name: &str) -> Result<Option<String>, EndpointError> {
+    Ok(models(http).await?.into_iter().find(|card| card.id == name).and_then(|card| card.root))
 }
 
 /// Checks that `/v1/models` lists what was loaded.

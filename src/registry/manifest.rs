@@ -86,6 +86,11 @@ impl Manifest {
         Ok(Manifest { version: format!("{prefix}-{}", &sha256[..DIGITS]), sha256, files, lineage })
     }
 
+    /// Reads the manifest in a registered version's folder.
+    pub fn read(folder: &Path) -> Result<Manifest, RegistryError> {
+        Ok(durable::read_json(&folder.join(super::MANIFEST))?)
+    }
+
     /// Refuses a manifest that is not the one of the version in whose folder it lies: the name follows from the files.
     pub(super) fn check_name(&self, version: &str) -> Result<(), RegistryError> {
         let refuse = |why: String| Err(RegistryError::Manifest { version: version.to_owned(), why });
@@ -95,6 +100,18 @@ impl Manifest {
         if content_hash(&self.files) != self.sha256 || !version.ends_with(&self.sha256[..DIGITS.min(self.sha256.len())])
         {
             return refuse("its hashes do not make its name".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Refuses a folder whose files are not those of the manifest.
+    pub(super) fn check_files(&self, folder: &Path) -> Result<(), RegistryError> {
+        for (file, expected) in &self.files {
+            let found = durable::sha256_file(&folder.join(file))?;
+            if found != *expected {
+                let (version, file, expected) = (self.version.clone(), file.clone(), expected.clone());
+                return Err(RegistryError::Corrupt { version, file, expected, found });
+            }
         }
         Ok(())
     }
@@ -115,7 +132,7 @@ fn content_hash(files: &BTreeMap<String, String>) -> String {
 }
 
 /// Returns true for a name that a registry could have given, whatever its prefix: never a path out of its folder.
-pub(super) fn is_version(name: &str) -> bool {
+pub fn is_version(name: &str) -> bool {
     let parts = name.rsplit_once('-');
     parts.is_some_and(|(prefix, hex)| {
         is_prefix(prefix) && hex.len() == DIGITS && hex.bytes().all(|b| b.is_ascii_hexdigit())

@@ -36,8 +36,9 @@ pub use canary::Canary;
 pub use freeze::Freeze;
 pub use history::{Event, Happened};
 pub use intent::{Approval, Intent, Kind};
-pub use manifest::{Base, Lineage, Manifest, OffsetRange};
+pub use manifest::{Base, Lineage, Manifest, OffsetRange, is_version};
 pub use settings::{Alarm, Promotion, Settings};
+pub use signing::check_folder;
 
 use crate::signature::SignatureError;
 
@@ -210,7 +211,7 @@ impl Registry {
         let new = Manifest::of(folder, &self.settings.name_prefix, lineage)?;
         match self.manifest(&new.version) {
             Ok(there) if there.sha256 == new.sha256 => {
-                self.check_files(&there)?;
+                there.check_files(&self.path(&there.version))?;
                 self.record_registered(&there)?;
                 return Ok(there);
             }
@@ -229,9 +230,10 @@ impl Registry {
         }
         durable::sync_folder(&self.root.join("adapters"))?;
         // Read back what was written: the manifest states what is in the registry, not what was in the folder.
-        self.check_files(&new)?;
+        new.check_files(&target)?;
         self.write_signature(&new)?;
         disk::write_json(&target.join(MANIFEST), &new)?;
+        durable::admit_group(&target.join(MANIFEST), 0o040)?;
         self.record_registered(&new)?;
         Ok(new)
     }
@@ -247,9 +249,17 @@ impl Registry {
         if !manifest::is_version(version) {
             return Err(unknown());
         }
-        match durable::read_json(&self.path(version).join(MANIFEST)) {
-            Err(error) if error.is_not_found() => Err(unknown()),
-            result => Ok(result?),
+        match Manifest::read(&self.path(version)) {
+            Err(RegistryError::File(error)) if error.is_not_found() => Err(unknown()),
+            read => read,
+        }
+    }
+
+    /// Returns true for a version that was registered here.
+    pub fn knows(&self, version: &str) -> Result<bool, RegistryError> {
+        match self.manifest(version) {
+            Err(RegistryError::Unknown(_)) => Ok(false),
+            read => read.map(|_| true),
         }
     }
 
@@ -259,19 +269,8 @@ impl Registry {
         let manifest = self.manifest(version)?;
         manifest.check_name(version)?;
         self.check_signature(&manifest)?;
-        self.check_files(&manifest)?;
+        manifest.check_files(&self.path(version))?;
         Ok(manifest)
-    }
-
-    fn check_files(&self, manifest: &Manifest) -> Result<(), RegistryError> {
-        for (file, expected) in &manifest.files {
-            let found = durable::sha256_file(&self.path(&manifest.version).join(file))?;
-            if found != *expected {
-                let (version, file, expected) = (manifest.version.clone(), file.clone(), expected.clone());
-                return Err(RegistryError::Corrupt { version, file, expected, found });
-            }
-        }
-        Ok(())
     }
 
     /// Returns all registered versions, oldest first.

@@ -1,11 +1,13 @@
 //! Signatures of versions: made when one is registered, asked for whenever one is loaded.
 //!
 //! What is signed is `manifest.json` byte for byte: it holds the hash of every file, and the lineage. The signature is
-//! written before the manifest, so that a version that exists has it.
+//! written before the manifest, so that a version that exists has it. A server that is given folders and has no registry asks
+//! for the same by [`check_folder`].
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::manifest::is_version;
 use super::{MANIFEST, Manifest, Registry, RegistryError, disk};
 use crate::durable::{self, FileError};
 use crate::signature::{PublicKey, Signature, SigningKey, Statement};
@@ -20,10 +22,11 @@ impl Registry {
         let _lock = self.lock()?;
         let manifest = self.manifest(version)?;
         manifest.check_name(version)?;
-        self.check_files(&manifest)?;
+        manifest.check_files(&self.path(version))?;
         let bytes = self.manifest_bytes(version)?;
         let key = SigningKey::read(&self.settings.signing_key_file)?;
         self.write_checked(version, &key.sign(Statement::Adapter, &bytes)?, &bytes)?;
+        durable::admit_group(&self.path(version).join(MANIFEST), 0o040)?;
         Ok(key.public())
     }
 
@@ -51,7 +54,10 @@ impl Registry {
         if !trusted.is_empty() {
             signature.check(Statement::Adapter, manifest, &trusted, &named(version))?;
         }
-        Ok(disk::write_json(&self.signature_path(version), signature)?)
+        let path = self.signature_path(version);
+        disk::write_json(&path, signature)?;
+        // A server that asks for signatures reads it as it reads the adapter.
+        Ok(durable::admit_group(&path, 0o040)?)
     }
 
     /// Refuses a version that none of the trusted keys signed, where there are any.
@@ -60,13 +66,11 @@ impl Registry {
         if trusted.is_empty() {
             return Ok(());
         }
-        let signature = Signature::read(&self.signature_path(&manifest.version), Statement::Adapter, &what)?;
-        let bytes = self.manifest_bytes(&manifest.version)?;
-        signature.check(Statement::Adapter, &bytes, &trusted, &what)?;
+        let signed = signed_manifest(&self.path(&manifest.version), &trusted, &what)?;
         // What was parsed before is what was signed, also where somebody writes between the two.
-        match serde_json::from_slice::<Manifest>(&bytes) {
-            Ok(signed) if signed == *manifest => Ok(()),
-            _ => Err(RegistryError::Manifest {
+        match signed == *manifest {
+            true => Ok(()),
+            false => Err(RegistryError::Manifest {
                 version: manifest.version.clone(),
                 why: "it changed while it was read".to_owned(),
             }),
@@ -85,6 +89,27 @@ impl Registry {
     fn signature_path(&self, version: &str) -> PathBuf {
         self.path(version).join(SIGNATURE)
     }
+}
+
+/// Refuses a folder whose files are not what one of `trusted` signed as one version. `names` are those by which the folder is
+/// asked for: where one is a version's, it must be this version's.
+pub fn check_folder(folder: &Path, names: &[&str], trusted: &[PublicKey]) -> Result<(), RegistryError> {
+    let what = format!("the adapter in {}", folder.display());
+    let manifest = signed_manifest(folder, trusted, &what)?;
+    for name in names.iter().filter(|name| is_version(name)) {
+        manifest.check_name(name)?;
+    }
+    manifest.check_files(folder)
+}
+
+/// Reads a folder's manifest, if one of `trusted` signed it.
+fn signed_manifest(folder: &Path, trusted: &[PublicKey], what: &str) -> Result<Manifest, RegistryError> {
+    let signature = Signature::read(&folder.join(SIGNATURE), Statement::Adapter, what)?;
+    let path = folder.join(MANIFEST);
+    let bytes = fs::read(&path).map_err(|e| FileError::io("cannot read", &path, e))?;
+    signature.check(Statement::Adapter, &bytes, trusted, what)?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| RegistryError::Manifest { version: what.to_owned(), why: format!("it cannot be read: {e}") })
 }
 
 fn named(version: &str) -> String {

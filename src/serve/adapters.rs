@@ -11,6 +11,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use super::api::ApiError;
+use crate::registry;
+use crate::signature::PublicKey;
 
 /// Body of `POST /v1/load_lora_adapter`.
 #[derive(Debug, Deserialize)]
@@ -190,6 +192,18 @@ pub(crate) fn folder_below(root: &Path, name: &str, path: &str) -> Result<PathBu
         true => Ok(real),
         false => Err(ApiError::not_found(missing)),
     }
+}
+
+/// Refuses a folder whose files no trusted key signed, or which holds another version than the one that is asked for by name or
+/// path; where no key is trusted, nothing is asked for. Reads all of the adapter.
+pub(crate) fn check_signed(keys: &[String], folder: &Path, name: &str, path: &str) -> Result<(), ApiError> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let refuse = |why: String| ApiError::user_input(format!("Loading lora {name} failed: {why}"));
+    let trusted = PublicKey::parse_all(keys).map_err(|error| refuse(error.to_string()))?;
+    let last = Path::new(path).file_name().and_then(|last| last.to_str()).unwrap_or_default();
+    registry::check_folder(folder, &[name, last], &trusted).map_err(|error| refuse(error.to_string()))
 }
 
 /// Words a failure inside the engine as vLLM does: a 500, not a 400, although the adapter is at fault.

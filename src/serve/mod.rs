@@ -37,6 +37,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 use crate::engine::{BatchLimits, Model};
 use crate::secret::Secret;
+use crate::signature::PublicKey;
 
 use adapters::{AliasRequest, LoadRequest, Names, UnloadRequest};
 use api::ApiError;
@@ -55,6 +56,9 @@ pub struct Settings {
     pub base_model: String,
     /// Folder below which adapters may be loaded at run time; empty: the load and unload routes do not exist.
     pub adapter_root: PathBuf,
+    /// Public keys (base64 of 32 bytes) of which one must have signed an adapter's manifest before it is loaded. Empty: those
+    /// of `registry.trusted_keys`; where that is empty too, signatures are not asked for.
+    pub trusted_keys: Vec<String>,
     /// Adapters that may be loaded at the same time, 1 or more.
     pub max_adapters: usize,
     /// Highest rank of an adapter, 1 or more.
@@ -86,6 +90,7 @@ impl Default for Settings {
             api_key_file: PathBuf::new(),
             base_model: String::new(),
             adapter_root: PathBuf::new(),
+            trusted_keys: Vec::new(),
             max_adapters: 8,
             max_lora_rank: 64,
             max_requests: 256,
@@ -124,7 +129,7 @@ impl Settings {
         if !self.log_brokers.is_empty() && self.log_topic.is_empty() {
             return Err("log_topic is empty: name the topic, or leave log_brokers empty as well".into());
         }
-        Ok(())
+        PublicKey::parse_all(&self.trusted_keys).map(drop).map_err(|error| format!("trusted_keys: {error}"))
     }
 }
 
@@ -321,6 +326,12 @@ async fn load(State(server): State<Arc<Server>>, body: Result<Bytes, BytesReject
     let root = std::path::absolute(&server.settings.adapter_root)
         .map_err(|e| ApiError::internal(format!("serve.adapter_root is not a usable path: {e}")))?;
     let folder = adapters::folder_below(&root, &request.lora_name, &request.lora_path)?;
+    let (keys, asked) = (server.settings.trusted_keys.clone(), (request.lora_name.clone(), request.lora_path.clone()));
+    let checked = tokio::task::spawn_blocking({
+        let folder = folder.clone();
+        move || adapters::check_signed(&keys, &folder, &asked.0, &asked.1)
+    });
+    checked.await.map_err(|e| ApiError::internal(format!("the signature could not be checked: {e}")))??;
     let (reply, answer) = oneshot::channel();
     server.send(Command::Load { name: request.lora_name.clone(), folder, reply })?;
     let loaded = answer.await.map_err(|_| ApiError::internal("the engine has stopped; restart the server"))?;

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use taod::table::Name;
 
-use crate::harness::night::{Night, bytes_below, calls, marker, model};
+use crate::harness::night::{Night, bytes_below, calls, marker, model, register_scaled};
 use crate::harness::site::{Running, port, wait_for};
-use crate::harness::{Outcome, root, taod_in};
+use crate::harness::{Outcome, taod_in};
 
 /// The keeper of the log, whose own nights are of no interest, a server, and two daemons that read the log.
 struct Stage {
@@ -77,18 +77,7 @@ impl Stage {
 
     /// Registers the fixture's adapter under a scale.
     fn register(&self, name: &str, alpha: u32) -> String {
-        let folder = self.folder().join(format!("alpha-{alpha}"));
-        std::fs::create_dir_all(&folder).unwrap();
-        let from = root().join("tests/fixtures/models/tiny-llama-lora");
-        std::fs::copy(from.join("adapter_model.safetensors"), folder.join("adapter_model.safetensors")).unwrap();
-        let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
-        let mut config: Value = serde_json::from_str(&text).unwrap();
-        config["lora_alpha"] = json!(alpha);
-        std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
-        let folder = folder.display().to_string();
-        let said =
-            self.taod(name, &["adapters", "import", &folder, "--register-only", "--reason", "a test"]).code(0).out;
-        said.split(' ').next().unwrap().to_owned()
+        register_scaled(&self.folder(), alpha, |arguments| self.taod(name, &[&["adapters"], arguments].concat()))
     }
 
     fn promote(&self, name: &str, version: &str) {
@@ -172,6 +161,30 @@ fn two_daemons_over_one_log_promote_at_one_endpoint_and_neither_touches_the_othe
     assert_eq!(stage.served().0, names(&vowel, &short));
     let current = stage.taod("short", &["adapters", "list"]).code(0).out;
     assert!(current.contains(&format!("{short}  served")) && !current.contains("vowel-"), "{current}");
+}
+
+#[test]
+fn a_daemon_that_finds_anothers_version_under_its_stable_name_leaves_it_and_says_so() {
+    let stage = Stage::new();
+    let vowel = stage.register("vowel", 8);
+    stage.promote("vowel", &vowel);
+    let [first, second] = [8, 32].map(|alpha| stage.register("short", alpha));
+    stage.promote("short", &first);
+    // The mistake: from now on both have one name.
+    let text = std::fs::read_to_string(stage.config("short")).unwrap();
+    std::fs::write(stage.config("short"), text.replace("\"for-short\"", "\"for-vowel\"")).unwrap();
+    let says = [&vowel, "which this registry never made", "endpoint.stable_name", "--take-over"];
+    stage.taod("short", &["adapters", "settle"]).refused(&says);
+    stage.taod("short", &["adapters", "promote", &second, "--reason", "a test"]).refused(&says);
+    let doctor = stage.taod("short", &["doctor", "--only", "endpoint"]).code(1).out;
+    assert!(doctor.contains(&format!("leads to {vowel}, which this registry never made")), "{doctor}");
+    let target = |stage: &Stage| stage.served().0.into_iter().find(|(name, _)| name == "for-vowel").unwrap().1;
+    assert_eq!(target(&stage), vowel);
+    // After an operator's word it is the other one that finds a stranger.
+    stage.taod("short", &["adapters", "settle", "--take-over"]).code(0);
+    assert_eq!(target(&stage), first);
+    stage.taod("vowel", &["adapters", "settle"]).refused(&[&first, "which this registry never made"]);
+    assert_eq!(target(&stage), first);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use taod::crash::{CRASH_AT, Point};
 use taod::registry::Registry;
 use taod::table::{Name, Tables};
 
+use crate::harness::night::register_scaled;
 use crate::harness::{Outcome, root, taod_in};
 
 /// What a promotion comes by: the intent; two loads and their step; the first proofs; the rehearsal; two moves and their step;
@@ -92,17 +93,7 @@ impl Stage {
 
     /// Registers the fixture's adapter under another scale, which is another adapter.
     fn register(&self, alpha: u32) -> String {
-        let folder = self.folder.path().join(format!("alpha-{alpha}"));
-        std::fs::create_dir(&folder).unwrap();
-        let from = fixture("tiny-llama-lora");
-        std::fs::copy(from.join("adapter_model.safetensors"), folder.join("adapter_model.safetensors")).unwrap();
-        let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
-        let mut config: Value = serde_json::from_str(&text).unwrap();
-        config["lora_alpha"] = json!(alpha);
-        std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
-        let import = ["adapters", "import", folder.to_str().unwrap(), "--register-only", "--reason", "a test"];
-        let said = self.taod(&import, "").code(0).out;
-        said.split(' ').next().unwrap().to_owned()
+        register_scaled(self.folder.path(), alpha, |arguments| self.taod(&[&["adapters"], arguments].concat(), ""))
     }
 
     fn promote(&self, version: usize, crash_at: &str) -> Outcome {

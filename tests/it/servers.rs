@@ -11,15 +11,16 @@ use serde_json::Value;
 use taod::engine::train::LoraMatrices;
 use taod::engine::{Linear, LoraSpec, Model, save_peft};
 
+use crate::harness::site::port;
 use crate::harness::{self, Outcome, taod_in};
 
 const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// Returns the Python that has both engines, and the folder of models.
-fn engines() -> Option<(PathBuf, PathBuf)> {
+/// Returns the Python of an environment that has a server, and the folder of models.
+fn engine(part: &str, environment: &str, remedy: &str) -> Option<(PathBuf, PathBuf)> {
     let models = harness::models()?;
-    let python = harness::cache().join("reference/bin/python");
-    harness::has("peft", python.is_file(), "run `tools/setup.sh full` (6 GB)").then_some((python, models))
+    let python = harness::cache().join(environment).join("bin/python");
+    harness::has(part, python.is_file(), remedy).then_some((python, models))
 }
 
 /// A child that goes with this.
@@ -80,7 +81,11 @@ impl Stage {
     }
 
     fn adapters(&self, arguments: &[&str]) -> Outcome {
-        let arguments = [&["--config", "taod.toml", "adapters"], arguments].concat();
+        self.taod(&[&["adapters"], arguments].concat())
+    }
+
+    fn taod(&self, arguments: &[&str]) -> Outcome {
+        let arguments = [&["--config", "taod.toml"], arguments].concat();
         taod_in(self.0.path(), &arguments, &[("USER", "tester")])
     }
 
@@ -121,16 +126,15 @@ async fn hook(python: PathBuf, model: PathBuf, folder: PathBuf, port: u16) -> (S
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs llama.cpp, minutes of it: `make test-full`"]
 async fn llama_cpp_gets_a_file_of_ours_and_its_scales_are_the_alias() {
-    let Some((python, models)) = engines() else { return };
+    let Some((python, models)) = engine("llamacpp", "servers", "run `tools/setup.sh test`") else { return };
     let gguf = models.join(SMOLLM2);
     let published = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = port();
     let (hook, _server) = hook(python, gguf.clone(), published.path().to_owned(), port).await;
     let endpoint = format!(
         "kind = \"llamacpp\"\nalias = \"native\"\nurls = [\"http://127.0.0.1:{port}\"]\nhook = {hook:?}\n\
-         load_timeout_seconds = 60\n[endpoint.publish]\nfolder = {:?}\n",
+         load_timeout_seconds = 60\n[endpoint.publish]\nfolder = {:?}\n[endpoint.proof]\nprompts = 4\nmax_tokens = 12\n",
         published.path()
     );
     let stage = Stage::new(&gguf, &endpoint);
@@ -148,12 +152,31 @@ async fn llama_cpp_gets_a_file_of_ours_and_its_scales_are_the_alias() {
     assert!(on[0]["path"].as_str().unwrap().contains(&second), "{scales:?}");
     let said = stage.adapters(&["rollback", "--reason", "a test"]).code(0).out;
     assert!(said.contains(&format!("answers as {first}")), "{said}");
+    let said = stage.taod(&["doctor", "--only", "endpoint"]).code(0).out;
+    assert!(said.contains("remembers no prompts"), "{said}");
+}
+
+#[test]
+fn the_doctor_finds_out_that_llama_cpp_remembers_prompts() {
+    let Some((python, models)) = engine("llamacpp", "servers", "run `tools/setup.sh test`") else { return };
+    let (gguf, folder) = (models.join(SMOLLM2), tempfile::tempdir().unwrap());
+    for (memory, code, says) in [("all", 1, "also under another adapter"), ("ram", 0, "asks with `cache_prompt`")] {
+        let port = PathBuf::from(port().to_string());
+        let _server = Running::start(&python, "llama_cpp_server.py", &[&gguf, folder.path(), &port, Path::new(memory)]);
+        let endpoint = format!(
+            "kind = \"llamacpp\"\nalias = \"native\"\nurls = [\"http://127.0.0.1:{}\"]\n[endpoint.publish]\nfolder = {:?}\n",
+            port.display(),
+            folder.path()
+        );
+        let said = Stage::new(&gguf, &endpoint).taod(&["doctor", "--only", "endpoint"]).code(code).out;
+        assert!(said.contains(says) && said.contains("--no-cache-prompt --cache-ram 0"), "{said}");
+    }
 }
 
 #[test]
 #[ignore = "needs mistral.rs, minutes of it: `make test-full`"]
 fn mistral_rs_replaces_a_name_by_compare_and_set() {
-    let Some((python, models)) = engines() else { return };
+    let Some((python, models)) = engine("peft", "reference", "run `tools/setup.sh full` (6 GB)") else { return };
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("base");
     let script = harness::root().join("tools/reference/gguf_to_hf.py");

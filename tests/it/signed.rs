@@ -5,20 +5,22 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::harness::night::model;
+use crate::harness::night::{model, register_scaled};
 use crate::harness::site::{Running, port, wait_for};
-use crate::harness::{Outcome, root, taod_in};
+use crate::harness::{Outcome, taod_in};
 
 /// A state folder with a key, a server, and a config that trusts the key.
 struct Stage {
     folder: tempfile::TempDir,
     port: u16,
     server: Option<Running>,
+    /// Where the server reads keys that it trusts; without it, it asks for no signature.
+    server_config: Option<PathBuf>,
 }
 
 impl Stage {
     fn new() -> Stage {
-        let mut stage = Stage { folder: tempfile::tempdir().unwrap(), port: port(), server: None };
+        let mut stage = Stage { folder: tempfile::tempdir().unwrap(), port: port(), server: None, server_config: None };
         let key = stage.path("key.pem").display().to_string();
         let public = taod_in(stage.folder.path(), &["adapters", "keygen", &key], &[]).code(0).out;
         let config = format!(
@@ -43,6 +45,9 @@ impl Stage {
         let mut command = Command::new(env!("CARGO_BIN_EXE_taod"));
         command.arg("serve").arg("--model").arg(model()).args(["--listen", &format!("127.0.0.1:{}", self.port)]);
         command.env("TAOD__SERVE__ADAPTER_ROOT", self.folder.path()).env("TAOD__SERVE__BASE_MODEL", "base");
+        if let Some(config) = &self.server_config {
+            command.arg("--config").arg(config);
+        }
         let log = self.path("serve.log");
         self.server = Some(Running::start(&mut command, &log));
         wait_for(self.port, &log);
@@ -54,17 +59,7 @@ impl Stage {
     }
 
     fn register(&self, alpha: u32) -> String {
-        let folder = self.path(&format!("alpha-{alpha}"));
-        std::fs::create_dir_all(&folder).unwrap();
-        let from = root().join("tests/fixtures/models/tiny-llama-lora");
-        std::fs::copy(from.join("adapter_model.safetensors"), folder.join("adapter_model.safetensors")).unwrap();
-        let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
-        let mut config: Value = serde_json::from_str(&text).unwrap();
-        config["lora_alpha"] = json!(alpha);
-        std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
-        let folder = folder.display().to_string();
-        let said = self.adapters(&["import", &folder, "--register-only", "--reason", "a test"]).code(0).out;
-        said.split(' ').next().unwrap().to_owned()
+        register_scaled(self.folder.path(), alpha, |arguments| self.adapters(arguments))
     }
 
     fn file(&self, version: &str, name: &str) -> PathBuf {
@@ -75,6 +70,25 @@ impl Stage {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let url = format!("http://127.0.0.1:{}/v1/models", self.port);
         runtime.block_on(async { reqwest::get(url).await.unwrap().text().await.unwrap() })
+    }
+
+    /// Asks the server itself for a version's folder under a name, as anybody who reaches it can.
+    fn ask_to_load(&self, name: &str, version: &str) -> (u16, String) {
+        let folder = self.path("state/registry/adapters").join(version);
+        let body = json!({"lora_name": name, "lora_path": folder, "load_inplace": true});
+        let request = reqwest::Client::new().post(format!("http://127.0.0.1:{}/v1/load_lora_adapter", self.port));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let response = request.json(&body).send().await.unwrap();
+            (response.status().as_u16(), response.text().await.unwrap())
+        })
+    }
+
+    fn refuses_to_load(&self, name: &str, version: &str, says: &str) {
+        let (status, body) = self.ask_to_load(name, version);
+        let message = serde_json::from_str::<Value>(&body).unwrap()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(status == 400 && message.contains(says) && !message.contains('\n'), "{status} {message}");
+        assert!(!self.loaded().contains(&format!("\"{name}\"")), "{}", self.loaded());
     }
 }
 
@@ -135,4 +149,45 @@ fn versions_from_before_the_key_are_signed_by_a_command() {
     stage.adapters(&["promote", &version, "--reason", "a test"]).refused(&["is not signed"]);
     assert!(stage.adapters(&["sign"]).code(0).out.starts_with(&format!("{version} is signed by ")));
     stage.adapters(&["promote", &version, "--reason", "a test"]).code(0);
+}
+
+#[test]
+fn a_server_that_trusts_keys_loads_nothing_that_none_of_them_signed() {
+    let mut stage = Stage::new();
+    stage.server_config = Some(stage.path("taod.toml"));
+    stage.restart_server();
+    let (first, second) = (stage.register(8), stage.register(32));
+    // What is signed goes all the way, under its own name and under the stable one.
+    stage.adapters(&["promote", &first, "--reason", "a test"]).code(0);
+    assert_eq!(stage.ask_to_load("canary", &first).0, 200);
+    // One version under another one's name, and one in another one's folder.
+    stage.refuses_to_load(&second, &first, &format!("it says {first}"));
+    let place = |version: &str| stage.path("state/registry/adapters").join(version);
+    std::fs::rename(place(&second), stage.path("kept")).unwrap();
+    let copied = Command::new("cp").arg("-r").arg(place(&first)).arg(place(&second)).status().unwrap();
+    assert!(copied.success());
+    stage.refuses_to_load("other", &second, &format!("it says {first}"));
+    std::fs::remove_dir_all(place(&second)).unwrap();
+    std::fs::rename(stage.path("kept"), place(&second)).unwrap();
+    // Exchanged files, with the hashes as they were and made to fit; then no signature at all.
+    let config = stage.file(&second, "adapter_config.json");
+    let kept = std::fs::read(&config).unwrap();
+    std::fs::write(&config, b"{}").unwrap();
+    stage.refuses_to_load("other", &second, "has SHA-256");
+    std::fs::write(&config, kept).unwrap();
+    std::fs::rename(stage.file(&second, "manifest.sig"), stage.path("kept.sig")).unwrap();
+    stage.refuses_to_load("other", &second, "is not signed");
+    std::fs::rename(stage.path("kept.sig"), stage.file(&second, "manifest.sig")).unwrap();
+    assert_eq!(stage.ask_to_load("other", &second).0, 200);
+    exchange(&stage.file(&first, "adapter_config.json"), &stage.file(&first, "manifest.json"));
+    stage.refuses_to_load("forged", &first, "does not fit what is there");
+    // Keys of the server's own come before the registry's.
+    let stranger = stage.path("stranger.pem").display().to_string();
+    let public = taod_in(stage.folder.path(), &["adapters", "keygen", &stranger], &[]).code(0).out;
+    let text = std::fs::read_to_string(stage.path("taod.toml")).unwrap();
+    let other = stage.path("other.toml");
+    std::fs::write(&other, format!("{text}[serve]\ntrusted_keys = [{:?}]\n", public.trim())).unwrap();
+    stage.server_config = Some(other);
+    stage.restart_server();
+    stage.refuses_to_load("other", &second, "not among the trusted keys");
 }

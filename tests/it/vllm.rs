@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use taod::config::Loaded;
+use taod::endpoint::fleet::Strangers;
 use taod::engine::train::LoraMatrices;
 use taod::engine::{Adapter, Linear, LoraSpec, Model, ScoreItem, logprobs, save_peft};
 use taod::record::Message;
@@ -116,7 +117,7 @@ impl Stage {
         let whole = self.folder.path().join("whole.toml");
         std::fs::write(&whole, text.replace("\"state\"", &format!("{:?}", state.display().to_string()))).unwrap();
         let config = Loaded::read(Some(&whole)).unwrap().config;
-        let tended = block_on(taod::daemon::promotion::tend(&config, &mut false)).unwrap().unwrap();
+        let tended = block_on(taod::daemon::promotion::tend(&config, &mut false, Strangers::Keep)).unwrap().unwrap();
         assert!(tended.reconciled.failed.is_empty(), "{:?}", tended.reconciled.failed);
         tended.reconciled.changed
     }

@@ -6,6 +6,13 @@ use serde_json::{Map, Value, json};
 
 use crate::admin::access::Need;
 
+/// What a route answers where all is well.
+pub(super) enum Content {
+    Json(Schema),
+    /// The bytes of a file, with their hash in the headers.
+    File,
+}
+
 /// One route as the document tells it.
 pub(super) struct Operation {
     pub(super) method: &'static str,
@@ -15,7 +22,7 @@ pub(super) struct Operation {
     /// Schema of the query's parameters, as one object.
     pub(super) query: Option<Schema>,
     pub(super) body: Option<Schema>,
-    pub(super) answer: Schema,
+    pub(super) answer: Content,
     pub(super) status: u16,
 }
 
@@ -79,8 +86,12 @@ fn tell(operation: &Operation, problem: &Schema) -> Value {
         .collect();
     parameters.extend(operation.query.iter().flat_map(query_parameters));
     let said = |words: &str, schema: &Schema| json!({ "description": words, "content": { "application/json": { "schema": schema } } });
+    let answer = match &operation.answer {
+        Content::Json(schema) => said("What was asked for", schema),
+        Content::File => file(),
+    };
     let mut responses = json!({
-        operation.status.to_string(): said("What was asked for", &operation.answer),
+        operation.status.to_string(): answer,
         "401": said("Nobody knows who asks", problem),
         "403": said("The caller's role does not allow it", problem),
         "500": said("Something could not be read", problem),
@@ -113,6 +124,19 @@ fn tell(operation: &Operation, problem: &Schema) -> Value {
         told["requestBody"] = json!({ "required": true, "content": { "application/json": { "schema": body } } });
     }
     told
+}
+
+/// Tells of an answer that is a file.
+fn file() -> Value {
+    let header = |words: &str| json!({ "description": words, "required": true, "schema": { "type": "string" } });
+    json!({
+        "description": "The file's bytes",
+        "headers": {
+            "etag": header("The SHA-256 of the bytes in hex, in quotes"),
+            "repr-digest": header("The same as RFC 9530 writes it: `sha-256=:BASE64:`"),
+        },
+        "content": { "application/octet-stream": { "schema": {} } },
+    })
 }
 
 /// Returns the parameters that an object's fields stand for.

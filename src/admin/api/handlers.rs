@@ -4,11 +4,13 @@
 //! [`Actions`]: crate::admin::actions::Actions
 
 use axum::Json;
+use axum::body::{Body, Bytes};
 use axum::extract::{Path, State as Shared};
-use axum::http::StatusCode;
+use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use tokio::io::AsyncReadExt;
 
 use super::{Asked, List, Nothing, Told, refuse};
 use crate::admin::State;
@@ -72,6 +74,30 @@ pub(super) async fn adapter(
     _: Asked<Nothing>,
 ) -> Answer<adapters::Adapter> {
     state.facts.adapter(&version).map(Json)
+}
+
+/// How much of a file is read at a time.
+const PIECE: usize = 64 << 10;
+
+pub(super) async fn adapter_file(
+    Shared(state): Shared<State>,
+    Path((version, name)): Path<(String, String)>,
+    _: Asked<Nothing>,
+) -> Result<Response, FactError> {
+    let adapters::Content { file, bytes, sha256, digest } = state.facts.adapter_file(&version, &name).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, bytes.to_string()),
+        (header::ETAG, format!("\"{sha256}\"")),
+        (HeaderName::from_static("repr-digest"), format!("sha-256=:{digest}:")),
+    ];
+    let pieces = futures::stream::try_unfold(tokio::fs::File::from_std(file), async |mut file| {
+        let mut piece = vec![0; PIECE];
+        let read = file.read(&mut piece).await?;
+        piece.truncate(read);
+        std::io::Result::Ok((read > 0).then_some((Bytes::from(piece), file)))
+    });
+    Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
 pub(super) async fn prompts(

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use super::access::Need;
 use super::facts::Problem;
 use super::{State, guarded};
-use document::{Document, Operation};
+use document::{Content, Document, Operation};
 
 /// Collects routes together with what the document says of them.
 struct Api {
@@ -38,9 +38,25 @@ impl Api {
         summary: &'static str,
         handler: MethodRouter<State>,
     ) -> Self {
+        let answer = Content::Json(self.document.generator().subschema_for::<A>());
+        self.ask::<Q>(path, need, summary, answer, handler)
+    }
+
+    /// A route that answers with a file.
+    fn file(self, path: &'static str, need: Need, summary: &'static str, handler: MethodRouter<State>) -> Self {
+        self.ask::<Nothing>(path, need, summary, Content::File, handler)
+    }
+
+    fn ask<Q: JsonSchema>(
+        mut self,
+        path: &'static str,
+        need: Need,
+        summary: &'static str,
+        answer: Content,
+        handler: MethodRouter<State>,
+    ) -> Self {
         // What a query may leave out has a default; what is answered is always whole.
         let query = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<Q>();
-        let answer = self.document.generator().subschema_for::<A>();
         self.document.add(Operation {
             method: "get",
             path,
@@ -62,7 +78,7 @@ impl Api {
     ) -> Self {
         let need = Need::Operate;
         let generator = self.document.generator();
-        let (body, answer) = (generator.subschema_for::<B>(), generator.subschema_for::<A>());
+        let (body, answer) = (generator.subschema_for::<B>(), Content::Json(generator.subschema_for::<A>()));
         self.document.add(Operation {
             method: "post",
             path,
@@ -125,6 +141,12 @@ pub(super) fn routes() -> Router<State> {
             get(h::adapters),
         )
         .get::<Nothing, adapters::Adapter>("/api/v1/adapters/{version}", figures, "One adapter", get(h::adapter))
+        .file(
+            "/api/v1/adapters/{version}/files/{name}",
+            Need::Prompts,
+            "A file of an adapter, hashed again before it is sent",
+            get(h::adapter_file),
+        )
         .get::<prompts::Which, List<prompts::Prompt>>(
             "/api/v1/prompts",
             figures,

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::admin::State;
 use crate::admin::actions::{Action, Actions, Progress};
@@ -10,6 +13,7 @@ use crate::admin::settings::Settings;
 use crate::admin::tests::{ask, on_loopback, state, with_page};
 use crate::admin::token::{Role, Tokens};
 use crate::durable;
+use crate::registry::{Base, Lineage, Registry};
 use crate::secret::Secret;
 
 /// A page with a token for each role, a round that is over, and a daemon that takes actions.
@@ -59,6 +63,7 @@ fn asked_as(path: &str) -> (String, u16) {
     match path {
         "/api/v1/trials/{trial}" => ("/api/v1/trials/none".into(), 404),
         "/api/v1/adapters/{version}" => ("/api/v1/adapters/none".into(), 404),
+        "/api/v1/adapters/{version}/files/{name}" => ("/api/v1/adapters/none/files/none".into(), 404),
         "/api/v1/prompts/{hash}" => ("/api/v1/prompts/none?round=round-00001".into(), 404),
         "/api/v1/prompts" => ("/api/v1/prompts?round=round-00001".into(), 200),
         _ => (target, 200),
@@ -95,6 +100,55 @@ fn every_route_answers_what_the_document_says() {
         assert!(count >= 15, "only {count} routes in the document");
         let rounds: Value = serde_json::from_str(&get("/api/v1/rounds").await.body).unwrap();
         assert_eq!(rounds["items"][0]["reason"], "too few prompts");
+    });
+}
+
+#[test]
+fn files_of_an_adapter_are_sent_whole_to_a_role_and_nothing_else_is() {
+    let scene = scene();
+    let (root, adapter) = (scene._folder.path().join("registry"), scene._folder.path().join("adapter"));
+    let weights = "0123456789abcdef".repeat(20_000);
+    std::fs::create_dir(&adapter).unwrap();
+    std::fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
+    std::fs::write(adapter.join("adapter_model.safetensors"), &weights).unwrap();
+    let registry = Registry::open(&root, &Default::default()).unwrap();
+    let base = Base { name: "m".into(), sha256: "0".into() };
+    let (tables, offsets, notes) = Default::default();
+    let lineage = Lineage { base, round: None, dataset_sha256: None, tables, offsets, notes, created_us: 1 };
+    let manifest = registry.register(&adapter, lineage).unwrap();
+    let (version, file) = (manifest.version.as_str(), "adapter_model.safetensors");
+    with_page(&scene.settings, &scene.state, async |address| {
+        let bearer = format!("Bearer {}", scene.read.expose());
+        let get = async |path: &str| {
+            let line = format!("GET /api/v1/adapters/{path}");
+            ask(address, &line, &[("Authorization", &bearer)], "").await
+        };
+        let sent = get(&format!("{version}/files/{file}")).await;
+        assert!(sent.status == 200 && sent.body == weights, "{} {}", sent.status, sent.body.len());
+        let digest = BASE64_STANDARD.encode(Sha256::digest(&weights));
+        assert_eq!(sent.header("etag"), Some(format!("\"{}\"", manifest.files[file]).as_str()));
+        assert_eq!(sent.header("repr-digest"), Some(format!("sha-256=:{}:", digest.to_lowercase()).as_str()));
+        assert_eq!(sent.header("content-type"), Some("application/octet-stream"));
+        let line = format!("GET /api/v1/adapters/{version}/files/{file}");
+        assert_eq!(ask(address, &line, &[], "").await.status, 401, "also on loopback");
+        for path in [
+            format!("{version}/files/manifest.json"),
+            format!("{version}/files/..%2F..%2F..%2Ftokens.json"),
+            format!("{version}/files/%2e%2e"),
+            format!("{version}/files/../../{version}/files/{file}"),
+            format!("..%2Fadapters%2F{version}/files/{file}"),
+            format!("{version}%00/files/{file}"),
+            format!("{version}/files/"),
+            "base/files/adapter_config.json".into(),
+            "taod-0123456789ab/files/adapter_config.json".into(),
+        ] {
+            let answer = get(&path).await;
+            assert!((400..500).contains(&answer.status), "{path}: {} {}", answer.status, answer.body);
+        }
+        // What is not what was registered is not handed on.
+        std::fs::write(root.join("adapters").join(version).join("adapter_config.json"), "[]").unwrap();
+        let damaged = get(&format!("{version}/files/{file}")).await;
+        assert!(damaged.status == 500 && damaged.body.contains("has SHA-256"), "{}", damaged.body);
     });
 }
 

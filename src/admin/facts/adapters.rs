@@ -1,7 +1,10 @@
 //! Adapters: what is served, what there is, and where each came from, down to the offsets of the log.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -69,6 +72,16 @@ pub(in super::super) struct Range {
     pub(in super::super) to: i64,
 }
 
+/// A file of an adapter, open and found to be what was registered.
+pub(in super::super) struct Content {
+    pub(in super::super) file: File,
+    pub(in super::super) bytes: u64,
+    /// SHA-256 in hex.
+    pub(in super::super) sha256: String,
+    /// The same in base64.
+    pub(in super::super) digest: String,
+}
+
 impl Facts {
     /// Returns the version that is served.
     pub(in super::super) fn served_version(&self) -> Result<String, FactError> {
@@ -105,6 +118,32 @@ impl Facts {
             BASE => FactError::Missing("the base is the model without an adapter; it has no files here".into()),
             _ => FactError::Missing(format!("version {version:?} is not registered")),
         })
+    }
+
+    /// Opens a file that an adapter's manifest names, for a server on another host. The adapter is verified first, as before
+    /// any load: hashes and, where keys are trusted, the signature.
+    pub(in super::super) async fn adapter_file(&self, version: &str, name: &str) -> Result<Content, FactError> {
+        // Both are looked up among what is known, so that neither is ever a path of the caller's making.
+        let Adapter { version, quarantined, files, .. } = self.adapter(version)?;
+        if let Some(reason) = quarantined {
+            return Err(FactError::Missing(format!("version {version} is quarantined ({reason}): load another one")));
+        }
+        let Some((name, sha256)) = files.into_iter().find(|(file, _)| file == name) else {
+            return Err(FactError::Missing(format!("version {version} has no file {name:?}")));
+        };
+        let digest = BASE64_STANDARD.encode(hex::decode(&sha256).map_err(FactError::failed)?);
+        let _reading = self.reading().await?;
+        let registry = self.registry()?;
+        let open = move || {
+            let path = registry.path(&version).join(&name);
+            // Opened before it is hashed: what takes its place afterwards is not what is sent.
+            let file =
+                File::open(&path).map_err(|e| FactError::failed(format!("cannot read {}: {e}", path.display())))?;
+            registry.verify(&version).map_err(FactError::failed)?;
+            let bytes = file.metadata().map_err(FactError::failed)?.len();
+            Ok(Content { file, bytes, sha256, digest })
+        };
+        tokio::task::spawn_blocking(open).await.map_err(FactError::failed)?
     }
 }
 

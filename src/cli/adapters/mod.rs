@@ -11,6 +11,7 @@ use super::lines::Output;
 use super::{Exit, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{canary, load_model, promotion};
+use crate::endpoint::fleet::Strangers;
 use crate::endpoint::promote::Outcome;
 use crate::engine::{Adapter, Model};
 use crate::registry::{Listed, Registry};
@@ -102,7 +103,11 @@ pub enum Command {
         why: Why,
     },
     /// Settle a change that was interrupted and put the served version on every server, as the daemon does each minute.
-    Settle,
+    Settle {
+        /// Lead the stable name to what is served here also where it leads to a version of another daemon's.
+        #[arg(long)]
+        take_over: bool,
+    },
     /// Make the model of the config the new base: it is served bare, the open trial is void, and adapters of the former
     /// base are refused from now on.
     NewBase {
@@ -164,7 +169,10 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<Exit> {
             let import = async |model: &Model| promotion::import(&config, folder, &why.by, &why.reason, model).await;
             out.text(&format!("{}\n", change(&config, import)?.explain()))?;
         }
-        Command::Settle => out.text(&settle(&config)?)?,
+        Command::Settle { take_over } => {
+            let strangers = if *take_over { Strangers::Overrule } else { Strangers::Keep };
+            out.text(&settle(&config, strangers)?)?
+        }
         Command::NewBase { why } => {
             let new_base = async |model: &Model| promotion::new_base(&config, &why.by, &why.reason, model).await;
             out.text(&format!("{}\n", change(&config, new_base)?.explain()))?;
@@ -241,8 +249,8 @@ fn change<T>(config: &Config, change: impl AsyncFnOnce(&Model) -> anyhow::Result
 }
 
 /// Looks after the endpoint once, and says what had to be done.
-fn settle(config: &Config) -> anyhow::Result<String> {
-    let tended = block_on(promotion::tend(config, &mut false))??;
+fn settle(config: &Config, strangers: Strangers) -> anyhow::Result<String> {
+    let tended = block_on(promotion::tend(config, &mut false, strangers))??;
     let tended = tended.context("another process is changing what is served: try again when it has ended")?;
     let mut lines = Vec::new();
     match &tended.settled {

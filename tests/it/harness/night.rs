@@ -235,6 +235,20 @@ pub(crate) fn model() -> PathBuf {
     root().join("tests/fixtures/models/tiny-llama")
 }
 
+/// Registers the tiny model's adapter under another scale, which is another adapter, and returns its version. `adapters` runs
+/// `taod adapters` with these arguments; `folder` gets the adapter's files.
+pub(crate) fn register_scaled(folder: &Path, alpha: u32, adapters: impl Fn(&[&str]) -> Outcome) -> String {
+    let (from, folder) = (root().join("tests/fixtures/models/tiny-llama-lora"), folder.join(format!("alpha-{alpha}")));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy(from.join("adapter_model.safetensors"), folder.join("adapter_model.safetensors")).unwrap();
+    let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["lora_alpha"] = json!(alpha);
+    std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+    let import = ["import", folder.to_str().unwrap(), "--register-only", "--reason", "a test"];
+    adapters(&import).code(0).out.split(' ').next().unwrap().to_owned()
+}
+
 /// Returns all files below a folder with their bytes, sorted by their path in it.
 pub(crate) fn bytes_below(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
