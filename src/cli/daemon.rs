@@ -142,6 +142,7 @@ fn summary(night: &daemon::Night) -> String {
 
 pub(super) fn run_worker(global: &Global, args: &RoundWorker, screen: &Screen) -> anyhow::Result<Exit> {
     child::end_with_parent();
+    child::give_way();
     let config = global.load()?.config;
     let (control, resume, allow_drift, until) = (args.control, args.resume, args.allow_drift, args.until);
     let options = Options { control, resume, allow_drift, until };

@@ -40,6 +40,9 @@ pub const PAUSED: u8 = 75;
 /// The allocator's variable for how long it keeps free memory, in milliseconds; -1 for ever.
 const PURGE_DELAY: &str = "MIMALLOC_PURGE_DELAY";
 
+/// The child's `oom_score_adj`, as `taod-round.service` has it.
+const GIVES_WAY: i32 = 500;
+
 /// How long the last lines of a child that ended are waited for; a program that it left behind may hold its output open.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
@@ -177,6 +180,17 @@ pub fn end_with_parent() {
         while matches!(std::io::stdin().read(&mut byte), Ok(n) if n > 0) {}
         std::process::exit(1);
     });
+}
+
+/// Tells the kernel to take this process first where memory runs out, before the daemon that ingests. Called in the child.
+pub fn give_way() {
+    let path = "/proc/self/oom_score_adj";
+    let now = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    if now.is_some_and(|now| now < GIVES_WAY)
+        && let Err(error) = std::fs::write(path, GIVES_WAY.to_string())
+    {
+        tracing::debug!(%error, "the kernel may end the daemon before the round where memory runs out");
+    }
 }
 
 #[cfg(test)]

@@ -106,7 +106,11 @@ impl Drop for Running {
 impl Running {
     pub(crate) fn start(night: &Night, log: &Path, environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_taod"));
-        command.arg("run").arg("--config").arg(night.config()).envs(environment.iter().copied());
+        Running::spawn(command.arg("run").arg("--config").arg(night.config()).envs(environment.iter().copied()), log)
+    }
+
+    /// Starts a daemon by another command; what it says goes to a file.
+    pub(crate) fn spawn(command: &mut Command, log: &Path) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(log).unwrap());
         Running(command.spawn().unwrap())
     }

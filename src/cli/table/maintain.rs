@@ -37,6 +37,7 @@ pub(super) fn run(global: &Global, args: &Maintain) -> anyhow::Result<Exit> {
 
 pub(in crate::cli) fn run_worker(global: &Global, _: &Worker) -> anyhow::Result<Exit> {
     child::end_with_parent();
+    child::give_way();
     let config = global.load()?.config;
     maintenance::limit_memory(&config.maintenance)?;
     let (tables, paths) = (config.state.open_tables()?, Paths::new(&config.state.dir));
