@@ -163,10 +163,7 @@ fn product((a, b): (usize, usize)) -> usize {
 /// Returns the bytes that this process may still take: of the machine and of its control group; nothing where neither tells.
 pub(super) fn free() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
-    let machine = read(Path::new("/proc/meminfo")).and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
-    });
+    let machine = read(Path::new("/proc/meminfo")).and_then(|text| kilobytes(&text, "MemAvailable:")).or_else(nodes);
     let group = read(Path::new("/proc/self/cgroup")).and_then(|text| {
         let own = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_string();
         let number = |name: &str| read(&Path::new("/sys/fs/cgroup").join(&own).join(name))?.trim().parse::<u64>().ok();
@@ -179,6 +176,25 @@ pub(super) fn free() -> Option<u64> {
         Some(number("memory.max")?.saturating_sub(number("memory.current")?.saturating_sub(cache)))
     });
     [machine, group].into_iter().flatten().min()
+}
+
+/// Returns the bytes of a line such as `MemFree:   10620748 kB`.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.split_once(name))?.1;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
+}
+
+/// Returns the same from what each node of the machine tells: a service that sees nothing of /proc but processes
+/// (`ProcSubset=pid`, as taod's own units have it) has no other source.
+fn nodes() -> Option<u64> {
+    let folders = std::fs::read_dir("/sys/devices/system/node").ok()?.flatten();
+    let texts = folders.filter_map(|folder| std::fs::read_to_string(folder.path().join("meminfo")).ok());
+    texts.map(|text| node(&text)).sum::<Option<u64>>().filter(|bytes| *bytes > 0)
+}
+
+/// Returns what is free on a node, and what is given up when memory is asked for: the page cache and the kernel's own caches.
+fn node(text: &str) -> Option<u64> {
+    ["MemFree:", "Active(file):", "Inactive(file):", "SReclaimable:"].iter().map(|name| kilobytes(text, name)).sum()
 }
 
 #[cfg(test)]
@@ -262,6 +278,18 @@ mod tests {
         // 8,192 by 8,192 scores and as many gradients, for each thread.
         assert_eq!(long.scores, rayon::current_num_threads() as u64 * (512 << 20));
         assert_eq!(long.activations(Activations::Again), long.again + long.scores);
+    }
+
+    #[test]
+    fn a_node_gives_what_is_free_and_what_the_kernel_gives_up() {
+        let text = "Node 0 MemTotal: 24683656 kB\nNode 0 MemFree: 10620800 kB\nNode 0 Active(anon): 2820 kB\n\
+                    Node 0 Active(file): 3772832 kB\nNode 0 Inactive(file): 8825148 kB\nNode 0 KReclaimable: 929928 kB\n\
+                    Node 0 SReclaimable: 929928 kB\n";
+        assert_eq!(node(text), Some((10_620_800 + 3_772_832 + 8_825_148 + 929_928) << 10));
+        // What the same machine called available, but for what the kernel keeps for itself.
+        let available = kilobytes("MemAvailable:   23539032 kB\n", "MemAvailable:").unwrap() as f64;
+        assert!((node(text).unwrap() as f64 / available - 1.0).abs() < 0.05);
+        assert_eq!(node("Node 0 MemFree: 1 kB\n"), None, "half of it is no number");
     }
 
     #[test]
