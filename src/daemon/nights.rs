@@ -33,6 +33,9 @@ const COMPARE_EVERY: Duration = Duration::from_secs(1800);
 const UNIT_EVERY: Duration = Duration::from_secs(5);
 const UNIT_STARTS_WITHIN: Duration = Duration::from_secs(120);
 
+/// How often the clock is looked at while a night is waited for.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
 /// What a night came to.
 #[derive(Debug)]
 pub struct Night {
@@ -91,8 +94,7 @@ enum Cause {
 /// Waits for each night and runs it while this process owns the lease.
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
     let mut last_start = last_round(&daemon.config());
-    // A round that was paused, or cut off by the daemon's end, and is to be gone on with when the window is open.
-    let mut left_off = has_unfinished(&daemon.config());
+    let mut left = if has_unfinished(&daemon.config()) { Left::ToTheWindow } else { Left::Nothing };
     loop {
         tokio::select! {
             () = owner.gained() => {}
@@ -102,11 +104,21 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
         // The settings were checked when the config was read.
         let Ok(schedule) = Schedule::new(&config.schedule) else { return };
         let now = Utc::now();
-        let due = if left_off && schedule.window().is_some() { Some(now) } else { schedule.due(last_start, now) };
+        let due = match left {
+            // Another owner may have ended it meanwhile.
+            Left::ToTheLease if has_unfinished(&config) => Some(now),
+            Left::ToTheWindow if schedule.window().is_some() => Some(now),
+            Left::ToTheLease | Left::ToTheWindow | Left::Nothing => schedule.due(last_start, now),
+        };
         let start = due.map(|due| schedule.start(due, now));
         daemon.metrics.rounds.next_start.set(start.map_or(0.0, |start| start.timestamp() as f64));
+        tracing::debug!(?start, "waiting for the next round");
         let cause = tokio::select! {
-            () = wait(start, now) => Cause::Due,
+            waited = wait(start) => match waited {
+                Waited::Due => Cause::Due,
+                // The schedule is asked again, by the time that it is now.
+                Waited::SetBack => continue,
+            },
             () = daemon.run_now.notified() => Cause::Asked,
             () = enough(&config, schedule.window().copied(), last_start) => Cause::NewPrompts,
             () = drifted(&config, schedule.window().copied(), last_start) => Cause::Drift,
@@ -116,7 +128,9 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             _ = stop.wait_for(|stop| *stop) => return,
         };
         tracing::info!(?cause, "a round begins");
-        last_start = Some(Utc::now());
+        let begun = Some(Utc::now());
+        // The same night goes on, whatever the clock says by now.
+        last_start = if left == Left::ToTheLease { begun.max(last_start) } else { begun };
         daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
         daemon.in_round.store(true, Ordering::Release);
         let window = schedule.window().copied().filter(|_| cause != Cause::Asked);
@@ -125,6 +139,8 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.lost() => {
                 tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
                 daemon.in_round.store(false, Ordering::Release);
+                // A unit goes on by itself.
+                left = if config.schedule.run_in == RunIn::Child { Left::ToTheLease } else { Left::Nothing };
                 continue;
             }
             // Dropping the night kills its child; what it had finished is resumed by the next one.
@@ -132,16 +148,42 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
         };
         daemon.in_round.store(false, Ordering::Release);
         daemon.metrics.rounds.last_end.set(Utc::now().timestamp() as f64);
-        left_off = matches!(&result, Err(error) if is_pause(error));
+        left = if matches!(&result, Err(error) if is_pause(error)) { Left::ToTheWindow } else { Left::Nothing };
         daemon.told(result);
     }
 }
 
-/// Waits until `start`; for ever where no time starts a round.
-async fn wait(start: Option<DateTime<Utc>>, now: DateTime<Utc>) {
-    match start {
-        Some(start) => tokio::time::sleep((start - now).to_std().unwrap_or_default()).await,
-        None => std::future::pending().await,
+/// Which round is to be gone on with, and when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    /// One that was paused, or cut off by the daemon's end: when the window is open.
+    ToTheWindow,
+    /// One that was cut off because the lease was lost, as it is where the clock jumps: as soon as the lease is back.
+    ToTheLease,
+}
+
+/// How a wait for a time ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waited {
+    Due,
+    /// The clock was set back, and what was waited for may not be the next run any more.
+    SetBack,
+}
+
+/// Waits until `start` by the clock on the wall, whatever becomes of that; for ever where no time starts a round.
+async fn wait(start: Option<DateTime<Utc>>) -> Waited {
+    let Some(start) = start else { return std::future::pending().await };
+    let mut before = Utc::now();
+    loop {
+        let now = Utc::now();
+        if now < before {
+            tracing::warn!(seconds = (before - now).num_seconds(), "the clock was set back");
+            return Waited::SetBack;
+        }
+        let Some(rest) = (start - now).to_std().ok().filter(|rest| !rest.is_zero()) else { return Waited::Due };
+        before = now;
+        tokio::time::sleep(rest.min(LOOK_EVERY)).await;
     }
 }
 

@@ -89,7 +89,8 @@ fn spans(plan: &Plan, verdict: &Verdict) -> Vec<Span> {
             parent: None,
             name: "taod.round".into(),
             start_us: plan.created_us,
-            end_us: spans.iter().map(|span| span.end_us).max().unwrap_or(plan.created_us),
+            // Where the clock was set back since, a span that ends before it begins would be none.
+            end_us: spans.iter().map(|span| span.end_us).fold(plan.created_us, i64::max),
             attributes,
             error: matches!(verdict.outcome, Outcome::Failed { .. }).then(|| verdict.outcome.reason().into()),
         },

@@ -143,10 +143,19 @@ impl Schedule {
 
     /// Returns when the next run starts: the first one after the last start, which lies in the past (so: at once) when
     /// runs were missed. Without a last start nothing was missed, and the first run is the next one after `now`.
+    ///
+    /// A last start in the future tells that the clock was set back since. Then the next run by the clock is left out where it is
+    /// the one that was had already; a start that lies more than one run ahead is a wrong clock's and holds nothing up.
     pub fn due(&self, last_start: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        // A clock that was set back must not hold the schedule up until the old time comes again.
-        let last_start = last_start.map_or(now, |last| last.min(now));
-        self.next_after(last_start)
+        let Some(last) = last_start else { return self.next_after(now) };
+        if last <= now {
+            return self.next_after(last);
+        }
+        let next = self.next_after(now)?;
+        match self.next_after(next) {
+            Some(following) if (next..following).contains(&last) => Some(following),
+            _ => Some(next),
+        }
     }
 }
 
@@ -205,6 +214,21 @@ mod tests {
             Some(at("2026-01-21T02:00:00Z")),
             "a start in the future is a wrong clock"
         );
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_brings_no_second_run_of_a_night_that_was_had() {
+        let nightly = schedule("0 2 * * *", "UTC");
+        let had = Some(at("2026-01-20T02:00:05Z"));
+        let due = |now: &str| nightly.due(had, at(now)).unwrap();
+        let (same, next) = (at("2026-01-20T02:00:00Z"), at("2026-01-21T02:00:00Z"));
+        for now in ["2026-01-20T01:59:59Z", "2026-01-20T01:00:05Z", "2026-01-19T02:10:00Z"] {
+            assert_eq!(due(now), next, "at {now} the night of {same} was had");
+        }
+        assert_eq!(due("2026-01-20T02:00:03Z"), next, "by seconds, within the minute of the night");
+        assert_eq!(due("2026-01-19T01:00:00Z"), at("2026-01-19T02:00:00Z"), "two nights ahead: a wrong clock's");
+        // A round by hand in the afternoon, and an hour back: the night is still to come.
+        assert_eq!(nightly.due(Some(at("2026-01-20T15:00:00Z")), at("2026-01-20T14:00:00Z")), Some(next));
     }
 
     #[test]

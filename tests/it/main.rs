@@ -16,6 +16,7 @@ mod bench_commit;
 mod bench_train;
 mod chaos;
 mod cli;
+mod clock;
 mod config;
 mod crash;
 mod dashboards;

@@ -28,12 +28,32 @@ impl Facts {
     pub(in super::super) async fn decisions(&self, limit: usize) -> Result<Vec<Decision>, FactError> {
         let events = self.registry()?.history().map_err(FactError::failed)?;
         let rows = self.trial_rows().await?;
-        let mut all: Vec<Decision> = events.into_iter().map(of_event).collect();
-        all.extend(trials(&rows).into_iter().filter_map(of_trial));
-        all.sort_by_key(|decision| std::cmp::Reverse(decision.time));
-        all.truncate(limit);
-        Ok(all)
+        let all = in_order(events.into_iter().map(of_event).collect(), trials(&rows).into_iter().filter_map(of_trial));
+        Ok(all.into_iter().rev().take(limit).collect())
     }
+}
+
+/// Returns events, which are in their order, and the ends of trials among them, the oldest first. A clock that was set back
+/// changes no order: an event is never before the one that was written before it, nor a trial's end before its adapter was there.
+fn in_order(events: Vec<Decision>, ends: impl Iterator<Item = Decision>) -> Vec<Decision> {
+    let mut latest = DateTime::UNIX_EPOCH;
+    let mut placed: Vec<((DateTime<Utc>, usize), Decision)> = Vec::new();
+    for (at, event) in events.into_iter().enumerate() {
+        latest = latest.max(event.time);
+        placed.push(((latest, at), event));
+    }
+    let of_end = |end: Decision| {
+        let known = |(_, event): &&((DateTime<Utc>, usize), Decision)| {
+            event.kind == "registered" && event.version == end.version
+        };
+        let (from, at) = placed.iter().find(known).map_or((DateTime::UNIX_EPOCH, 0), |(place, _)| *place);
+        ((from.max(end.time), at), end)
+    };
+    let ends: Vec<((DateTime<Utc>, usize), Decision)> = ends.map(of_end).collect();
+    placed.extend(ends);
+    // Stable: an end comes after the event that it goes by.
+    placed.sort_by_key(|(place, _)| *place);
+    placed.into_iter().map(|(_, decision)| decision).collect()
 }
 
 fn of_event(event: Event) -> Decision {
@@ -104,4 +124,47 @@ fn of_trial(row: &TrialRow) -> Option<Decision> {
         version: Some(facts.challenger.clone()),
         trial: Some(facts.trial.clone()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decision(day: u32, kind: &str, version: &str) -> Decision {
+        let time = chrono::NaiveDate::from_ymd_opt(2026, 1, day).unwrap().and_hms_opt(2, 0, 0).unwrap().and_utc();
+        Decision { time, kind: kind.into(), words: String::new(), version: Some(version.into()), trial: None }
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_changes_no_order_of_decisions() {
+        let event = decision;
+        let order = |events: Vec<Decision>, ends: Vec<Decision>| -> Vec<String> {
+            let all = in_order(events, ends.into_iter()).into_iter();
+            all.map(|decision| format!("{} {}", decision.kind, decision.version.unwrap_or_default())).collect()
+        };
+        let told = order(
+            // Set back by three days after the promotion of b.
+            vec![
+                event(10, "registered", "a"),
+                event(12, "registered", "b"),
+                event(12, "promoted", "b"),
+                event(9, "registered", "c"),
+                event(10, "frozen", "c"),
+                event(13, "registered", "d"),
+            ],
+            vec![event(9, "refused", "c"), event(11, "futile", "a"), event(14, "refused", "d")],
+        );
+        let expected = [
+            "registered a",
+            "futile a",
+            "registered b",
+            "promoted b",
+            "registered c",
+            "refused c",
+            "frozen c",
+            "registered d",
+            "refused d",
+        ];
+        assert_eq!(told, expected);
+    }
 }

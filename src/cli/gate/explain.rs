@@ -84,7 +84,8 @@ fn of_round(paths: &Paths, round: &str) -> anyhow::Result<round::Verdict> {
 /// stands.
 fn recompute(trial: Option<&str>, rows: &[TrialRow], steps: &[StepRow]) -> anyhow::Result<(Trial, Verdict)> {
     let wanted = |row: &&TrialRow| trial.is_none_or(|id| row.facts.trial == id);
-    let Some(last) = rows.iter().filter(wanted).max_by_key(|row| (row.time_us, row.steps)) else {
+    // The newest by its number: clocks are set back.
+    let Some(last) = gate::history::last_rows(rows).into_iter().rfind(wanted) else {
         let known: Vec<&str> = gate::history::last_rows(rows).iter().map(|row| row.facts.trial.as_str()).collect();
         match trial {
             Some(id) => anyhow::bail!("no trial {id:?}; there are: {}", known.join(", ")),
