@@ -60,6 +60,7 @@ mod tables;
 mod topics;
 mod trainers;
 mod training;
+mod unit_sandbox;
 mod units;
 mod vllm;
 mod vllm_relay;
