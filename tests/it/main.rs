@@ -38,6 +38,7 @@ mod layers;
 mod manual;
 mod metrics;
 mod operations;
+mod own_requests;
 mod page_browser;
 mod page_tls;
 mod power_loss;

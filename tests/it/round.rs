@@ -8,7 +8,7 @@ use taod::engine::Model;
 use taod::round::Paths;
 use taod::table::Name;
 
-use crate::harness::night::{Call, KILLED, MAKING, Night, bytes_below, calls, marker, model};
+use crate::harness::night::{Call, GENEROUS, KILLED, MAKING, Night, bytes_below, calls, marker, model, promotable};
 use crate::harness::{Outcome, files, text};
 
 /// Calls of an ordinary night: enough for three chunks of candidates and three blocks of the gate.
@@ -397,42 +397,12 @@ fn training_that_collapses_fails_its_round_once_and_the_next_begins_anew() {
 /// The endpoint was down when the gate had decided: the next night claims the same promotion, and spends nothing on it.
 #[test]
 fn a_promotion_that_was_not_carried_out_is_claimed_again_without_fresh_prompts() {
-    // What a random model learns at all: fewer digits, and to end sooner.
-    let mut calls = calls(300);
-    calls
-        .iter_mut()
-        .filter(|c| c.workload.as_deref() == Some("vowel"))
-        .for_each(|c| c.workload = Some("no-digit".into()));
-    let night = Night::new(&calls);
-    let generous = [
-        ("TAOD__CANDIDATES__SAMPLES_PER_PROMPT", "8"),
-        ("TAOD__TUNING__LEARNING_RATE", "0.3"),
-        ("TAOD__TUNING__EPOCHS", "10"),
-        ("TAOD__TUNING__RANK", "16"),
-        ("TAOD__TUNING__ITERATIONS", "3"),
-        ("TAOD__TUNING__MAX_KL", "10000"),
-        ("TAOD__GATE__SAMPLES", "8"),
-        ("TAOD__GATE__ALPHA", "0.5"),
-        ("TAOD__GATE__CHALLENGERS", "1"),
-        ("TAOD__GATE__MAX_NIGHTS", "1"),
-        ("TAOD__GATE__GUARDRAILS__MIN_PROMPTS", "8"),
-        ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MIN", "0.13"),
-        ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MAX", "7.9"),
-        ("TAOD__GATE__GUARDRAILS__KL_MEAN_MAX", "900"),
-        ("TAOD__GATE__GUARDRAILS__KL_TOKEN_LIMIT", "900"),
-        ("TAOD__GATE__GUARDRAILS__KL_ROUND_MAX", "900"),
-        ("TAOD__GATE__GUARDRAILS__COST_RATIO_MAX", "7.9"),
-        ("TAOD__GATE__GUARDRAILS__BEHAVIOUR_TOLERANCE", "0.99"),
-        ("TAOD__GATE__GUARDRAILS__QUALITY_TOLERANCE", "900"),
-        ("TAOD__GATE__GUARDRAILS__QUALITY_RANGE", "1000"),
-        ("TAOD__GATE__GUARDRAILS__WORKLOAD_TOLERANCE", "0.99"),
-        ("TAOD__GATE__GUARDRAILS__WORKLOAD_MIN_PROMPTS", "1"),
-    ];
-    night.worker(&[], &generous).code(0);
+    let night = promotable();
+    night.worker(&[], &GENEROUS).code(0);
     let first = night.json("outcome.json")["outcome"].clone();
     assert_eq!(first["result"], "promote", "{first}");
     let (steps, adapters) = (night.rows(Name::GateSteps).len(), night.adapters());
-    night.worker(&[], &generous).code(0);
+    night.worker(&[], &GENEROUS).code(0);
     let second = std::fs::read(night.state().join("rounds/round-00002/outcome.json")).unwrap();
     let second: Value = serde_json::from_slice(&second).unwrap();
     assert_eq!(second["outcome"], first);

@@ -79,6 +79,32 @@ waves = 2
 max_tokens = 200
 "#;
 
+/// An environment under which the gate lets an adapter pass that a random model learns something from ([`promotable`]).
+pub(crate) const GENEROUS: [(&str, &str); 22] = [
+    ("TAOD__CANDIDATES__SAMPLES_PER_PROMPT", "8"),
+    ("TAOD__TUNING__LEARNING_RATE", "0.3"),
+    ("TAOD__TUNING__EPOCHS", "10"),
+    ("TAOD__TUNING__RANK", "16"),
+    ("TAOD__TUNING__ITERATIONS", "3"),
+    ("TAOD__TUNING__MAX_KL", "10000"),
+    ("TAOD__GATE__SAMPLES", "8"),
+    ("TAOD__GATE__ALPHA", "0.5"),
+    ("TAOD__GATE__CHALLENGERS", "1"),
+    ("TAOD__GATE__MAX_NIGHTS", "1"),
+    ("TAOD__GATE__GUARDRAILS__MIN_PROMPTS", "8"),
+    ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MIN", "0.13"),
+    ("TAOD__GATE__GUARDRAILS__LENGTH_RATIO_MAX", "7.9"),
+    ("TAOD__GATE__GUARDRAILS__KL_MEAN_MAX", "900"),
+    ("TAOD__GATE__GUARDRAILS__KL_TOKEN_LIMIT", "900"),
+    ("TAOD__GATE__GUARDRAILS__KL_ROUND_MAX", "900"),
+    ("TAOD__GATE__GUARDRAILS__COST_RATIO_MAX", "7.9"),
+    ("TAOD__GATE__GUARDRAILS__BEHAVIOUR_TOLERANCE", "0.99"),
+    ("TAOD__GATE__GUARDRAILS__QUALITY_TOLERANCE", "900"),
+    ("TAOD__GATE__GUARDRAILS__QUALITY_RANGE", "1000"),
+    ("TAOD__GATE__GUARDRAILS__WORKLOAD_TOLERANCE", "0.99"),
+    ("TAOD__GATE__GUARDRAILS__WORKLOAD_MIN_PROMPTS", "1"),
+];
+
 /// One call of the log.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
@@ -228,6 +254,16 @@ impl Night {
         files.retain(|(path, _)| !path.ends_with("manifest.json"));
         files
     }
+}
+
+/// Returns a night on what a random model learns at all, fewer digits and to end sooner: it promotes under [`GENEROUS`].
+pub(crate) fn promotable() -> Night {
+    let mut calls = calls(300);
+    calls
+        .iter_mut()
+        .filter(|c| c.workload.as_deref() == Some("vowel"))
+        .for_each(|c| c.workload = Some("no-digit".into()));
+    Night::new(&calls)
 }
 
 /// Returns the folder of the tiny random model; its context is 512 tokens.
