@@ -64,7 +64,7 @@ impl Logging {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let router = Router::new().fallback(pass).with_state(kept.clone());
         runtime.spawn(async move { axum::serve(listener, router).await.unwrap() });
-        Logging { url, kept, runtime: runtime }
+        Logging { url, kept, runtime }
     }
 
     /// Returns what came so far, all of it logged.
@@ -73,7 +73,7 @@ impl Logging {
         self.kept.got.lock().unwrap().clone()
     }
 
-    /// Asks as clients do, and returns the text.
+    /// Asks as clients do.
     fn ask(&self, call: &Call) {
         let body = json!({
             "model": "production", "messages": call.messages(), "max_tokens": 12,
@@ -241,8 +241,8 @@ fn every_kind_of_request_came_and_was_marked(asked: &[Got], version: &str) {
     let count = |kind: &dyn Fn(&Got) -> bool| asked.iter().filter(|got| kind(got)).count();
     let kinds: [(&str, usize); 7] = [
         ("the doctor's question", count(&|got| says(got, "Say yes."))),
-        ("candidates", count(&|got| got.body["n"] == 8 && says(got, "canary"))),
-        ("made prompts", count(&|got| got.body["n"] == 1)),
+        ("candidates", count(&|got| got.body["n"] == 8 && says(got, "Compare canary"))),
+        ("made prompts", count(&|got| says(got, "Below are messages that people sent"))),
         ("a judge's questions", count(&|got| got.body["top_logprobs"] == 20)),
         ("the new version's answers", count(&|got| got.body["model"] == version)),
         ("the stable name's answers", count(&|got| got.body["model"] == "production")),

@@ -99,7 +99,9 @@ fn what_a_service_may_not_do_is_refused_and_each_refusal_is_its_directives() {
         let Probed { tried, facts } = probe(&unit, &[]);
         assert_eq!(tried, expected, "{unit}");
         assert_eq!((facts["user"].as_u64(), facts["group"].as_u64()), (Some(62345), Some(62346)));
-        assert_eq!((&facts["mode"], &facts["groups"], &facts["temporary"]), (&"0o600".into(), &no(), &no()), "{unit}");
+        assert_eq!(facts["mode"], "0o600", "{unit}");
+        let empty = ["groups", "temporary"].iter().all(|key| facts[*key].as_array().is_some_and(Vec::is_empty));
+        assert!(empty, "{unit}: {facts:?}");
         let devices = ["fd", "full", "null", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"];
         assert_eq!(facts["devices"], Value::from(devices.to_vec()), "{unit}");
         let status = |key: &str| facts["status"][key].as_str().map(str::to_owned).unwrap();
@@ -130,10 +132,6 @@ fn what_a_service_may_not_do_is_refused_and_each_refusal_is_its_directives() {
     assert_eq!(probe(unit, &["UMask"]).facts["mode"], "0o644");
     assert_ne!(probe(unit, &["PrivateDevices"]).facts["devices"].as_array().unwrap().len(), 11);
     assert_ne!(probe(unit, &["CapabilityBoundingSet"]).facts["status"]["CapBnd"], "0000000000000000");
-}
-
-fn no() -> Value {
-    Value::Array(Vec::new())
 }
 
 #[test]
@@ -236,6 +234,7 @@ fn the_daemon_ingests_has_its_round_and_promotes_under_its_units_directives() {
 }
 
 #[test]
+#[ignore = "a second night; the sandbox is the same"]
 fn a_round_of_its_own_promotes_under_its_units_directives() {
     if !sandboxes() {
         return;
