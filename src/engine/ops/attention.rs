@@ -388,7 +388,7 @@ mod tests {
     fn a_prompt_of_several_tiles_gives_what_plain_attention_gives() {
         let prompt = 2 * TILE + 5;
         let rows = prompt + 7;
-        let group = GroupRows { prompt: 0..prompt, completions: vec![prompt..rows] };
+        let group = GroupRows { prompt: 0..prompt, completions: std::iter::once(prompt..rows).collect() };
         let attention = Attention::new(vec![group], HEADS).unwrap();
         let (q, k, v) = (random(1, rows * 16), random(2, rows * 8), random(3, rows * 8));
         let all: Vec<u32> = (0..rows as u32).collect();
@@ -406,7 +406,7 @@ mod tests {
     fn gradients_through_tiles_are_those_of_one_run() {
         let rows = TILE + 9;
         let runs = |prompt: usize| {
-            let group = GroupRows { prompt: 0..prompt, completions: vec![prompt..rows] };
+            let group = GroupRows { prompt: 0..prompt, completions: std::iter::once(prompt..rows).collect() };
             Attention::new(vec![group], HEADS).unwrap()
         };
         let (q, k, v, grad) = (random(1, rows * 16), random(2, rows * 8), random(3, rows * 8), random(4, rows * 16));
