@@ -16,8 +16,8 @@ use crate::harness::{taod_in, text};
 
 /// Exit code of a round that was paused.
 const PAUSED: i32 = 75;
-/// How long a test waits for what another process does.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a test waits for what another process does; a night of an unoptimised build on a busy machine takes minutes.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Returns the names of what a folder of the first round holds.
 fn names(night: &Night, folder: &str) -> Vec<String> {
