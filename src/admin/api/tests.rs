@@ -18,7 +18,7 @@ use crate::secret::Secret;
 
 /// A page with a token for each role, a round that is over, and a daemon that takes actions.
 struct Scene {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     settings: Settings,
     state: State,
     read: Secret,
@@ -45,7 +45,7 @@ fn scene() -> Scene {
     for (name, value) in [("plan", plan), ("stages", stages.clone()), ("outcome", outcome)] {
         durable::write_json(&round.join(format!("{name}.json")), &value).unwrap();
     }
-    Scene { _folder: folder, settings, state, read, operate, todo }
+    Scene { folder, settings, state, read, operate, todo }
 }
 
 /// Returns the schema as a validator that knows the document's other schemas.
@@ -106,7 +106,7 @@ fn every_route_answers_what_the_document_says() {
 #[test]
 fn files_of_an_adapter_are_sent_whole_to_a_role_and_nothing_else_is() {
     let scene = scene();
-    let (root, adapter) = (scene._folder.path().join("registry"), scene._folder.path().join("adapter"));
+    let (root, adapter) = (scene.folder.path().join("registry"), scene.folder.path().join("adapter"));
     let weights = "0123456789abcdef".repeat(20_000);
     std::fs::create_dir(&adapter).unwrap();
     std::fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
