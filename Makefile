@@ -44,7 +44,7 @@ test: setup-test models
 
 test-full: models
 	tools/setup.sh full
-	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,peft,spark,azurite,schemathesis} $(CARGO) test $(FLAGS) -- --include-ignored
+	TAOD_REQUIRE=$${TAOD_REQUIRE:-kafka,readers,models,llamacpp,faketime,peft,spark,azurite,schemathesis} $(CARGO) test $(FLAGS) -- --include-ignored
 
 # The reference trainer on a Ray cluster of this machine.
 test-ray: models
