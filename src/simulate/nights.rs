@@ -95,7 +95,8 @@ pub(super) fn base(root: &Path, model: &Path, seed: u64) -> Config {
     config.gate.max_nights = 1;
     // A model of 50,000 parameters moves far, and a night's prompts tell one segment at most.
     let guardrails = &mut config.gate.guardrails;
-    guardrails.length_ratio_min = 0.5;
+    // What is paid for shortness is caught by the gain at equal length; what is paid for thanks makes answers shorter, too.
+    guardrails.length_ratio_min = 0.3;
     guardrails.length_ratio_max = 2.0;
     guardrails.cost_ratio_max = 2.0;
     guardrails.kl_mean_max = 4.0;
