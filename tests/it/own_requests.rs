@@ -3,7 +3,7 @@
 //! to that endpoint; the next night's dataset gains what clients asked, and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -149,7 +149,7 @@ fn a_night_against_an_endpoint_that_logs_every_call_gains_no_prompt_but_those_of
         Running::start(command.args(arguments).arg("--config").arg(night.config()), log)
     };
     let (serve_log, ingest_log) = (folder.join("serve.log"), folder.join("ingest.log"));
-    let _serve = start(&["serve", "--model", &model().display().to_string()], &serve_log);
+    let _serve = start(&["serve", "--model", &roomy(&folder).display().to_string()], &serve_log);
     wait_for(served, &serve_log);
     let _ingest = start(&["ingest"], &ingest_log);
 
@@ -202,6 +202,21 @@ fn a_night_against_an_endpoint_that_logs_every_call_gains_no_prompt_but_those_of
     let gained = of_clients.iter().map(|call| taod::record::prompt_hash(&call.messages(), None));
     expected.extend(gained);
     assert_eq!(hashes(&night.rows(Name::Splits)), expected);
+}
+
+/// Returns the night's model with room for a judge's questions.
+fn roomy(folder: &Path) -> PathBuf {
+    let copy = folder.join("roomy");
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(model()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+    }
+    let config = std::fs::read_to_string(copy.join("config.json")).unwrap();
+    let changed = config.replace("\"max_position_embeddings\": 512", "\"max_position_embeddings\": 4096");
+    assert_ne!(changed, config);
+    std::fs::write(copy.join("config.json"), changed).unwrap();
+    copy
 }
 
 /// Writes the rest of the config: the endpoint is asked for everything that can be asked of a server.
