@@ -1,5 +1,6 @@
 //! A clock that is set back under a running daemon, by an hour and by a day: libfaketime stands in for the clock on the wall, and
-//! the steady one goes on, as in the kernel.
+//! the steady one goes on, as in the kernel. Ingestion cannot be looked at so: under libfaketime Kafka's client gets no record at all,
+//! wherever the clock stands.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,7 @@ use taod::table::Name;
 use crate::faults::{children, is_running, signal};
 use crate::harness::site::port;
 use crate::harness::{has, night::Night};
-use crate::operations::{Running, live, log_call, until};
+use crate::operations::{Running, live, until};
 
 /// The clock of a process and of those below it.
 struct Clock {
@@ -48,7 +49,7 @@ impl Clock {
 struct Stage {
     clock: Clock,
     night: Night,
-    broker: EmbeddedBroker,
+    _broker: EmbeddedBroker,
     daemon: Running,
     log: PathBuf,
     page: u16,
@@ -70,7 +71,7 @@ impl Stage {
         command.args(["run", "--log", "info,taod::daemon=debug", "--config"]).arg(night.config());
         clock.give(&mut command);
         let daemon = Running::spawn(&mut command, &log);
-        Some(Stage { clock, night, broker, daemon, log, page })
+        Some(Stage { clock, night, _broker: broker, daemon, log, page })
     }
 
     /// Returns how often the daemon said something.
@@ -131,8 +132,6 @@ fn a_clock_that_is_set_back_brings_no_second_round_loses_no_lease_and_changes_no
     let Some(stage) = Stage::start(first, folder.path()) else { return };
     until("the schedule", &stage.log, || (stage.said(WAITING) > 0).then_some(()));
     assert_eq!(stage.next(), first.timestamp());
-    log_call(&stage.broker, "before the clock was set back");
-    until("the first row", &stage.log, || (stage.night.rows(Name::Queries).len() > 120).then_some(()));
     // A jump costs the lease for some seconds, and a new daemon catches up with nothing.
     stage.clock.set(first - TimeDelta::seconds(20));
     stage.says_again(ENDED, 0);
@@ -143,8 +142,6 @@ fn a_clock_that_is_set_back_brings_no_second_round_loses_no_lease_and_changes_no
     assert_eq!(stage.next(), second.timestamp());
     stage.set(first - DAY + TimeDelta::minutes(5));
     assert_eq!(stage.next(), second.timestamp());
-    log_call(&stage.broker, "after the clock was set back");
-    until("a row", &stage.log, || (stage.night.rows(Name::Queries).len() > 121).then_some(()));
     // What people decide under that clock is later all the same.
     for command in ["freeze", "thaw"] {
         stage.run(&["gate", command, "--reason", "a test", "--by", "olga"]);
