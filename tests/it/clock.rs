@@ -172,7 +172,7 @@ fn decisions_are_in_order(stage: &Stage) {
     let times: Vec<i64> = registry.history().unwrap().iter().map(|event| event.time_us).collect();
     assert!(times.len() >= 3 && !times.is_sorted(), "the clock was not set back between decisions: {times:?}");
     let told: Value = serde_json::from_str(&stage.get("/api/v1/decisions")).unwrap();
-    let list = told.as_array().or_else(|| told["decisions"].as_array()).unwrap_or_else(|| panic!("{told}"));
+    let list = told["items"].as_array().unwrap_or_else(|| panic!("{told}"));
     let kinds: Vec<&str> = list.iter().map(|decision| decision["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds.first_chunk::<3>(), Some(&["thawed", "frozen", "registered"]), "{told}");
 }
