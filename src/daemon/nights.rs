@@ -128,7 +128,7 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             _ = stop.wait_for(|stop| *stop) => return,
         };
         tracing::info!(?cause, "a round begins");
-        let begun = Some(Utc::now());
+        let (begun, had) = (Some(Utc::now()), last_start);
         // The same night goes on, whatever the clock says by now.
         last_start = if left == Left::ToTheLease { begun.max(last_start) } else { begun };
         daemon.metrics.rounds.last_start.set(Utc::now().timestamp() as f64);
@@ -141,6 +141,10 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
                 daemon.in_round.store(false, Ordering::Release);
                 // A unit goes on by itself.
                 left = if config.schedule.run_in == RunIn::Child { Left::ToTheLease } else { Left::Nothing };
+                // As after a restart: a night that left no plan was not had, and comes when it is its time.
+                if left == Left::ToTheLease && !has_unfinished(&config) {
+                    last_start = had;
+                }
                 continue;
             }
             // Dropping the night kills its child; what it had finished is resumed by the next one.
