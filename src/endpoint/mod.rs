@@ -74,7 +74,7 @@ pub struct Settings {
     /// Address that is posted to when an adapter is to be loaded or unloaded (webhook; llamacpp: something that restarts
     /// the server; directory: if anything has to be told); empty: nothing is told.
     pub hook: String,
-    /// Address of this daemon's page as the hook reaches it, such as "https://taod.example.com:9464", where servers on another host
+    /// Address of this daemon's page as the hook reaches it, such as `https://taod.example.com:9464`, where servers on another host
     /// share no folder with taod (webhook, directory): the hook is told where to fetch each file of an adapter, and its hash. It
     /// needs a token of the role "read". Empty: the hook is told the path alone.
     pub pull_url: String,
