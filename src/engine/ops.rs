@@ -13,6 +13,8 @@
 //! inputs on the same number of threads give the same bits.
 
 pub mod attention;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod bf16;
 pub mod dropout;
 pub mod linear;
 pub mod mat;

@@ -11,7 +11,7 @@ use crate::engine::error::EngineError;
 use crate::engine::lora::Linear;
 use crate::engine::ops::attention::{Attention, Scoring};
 use crate::engine::ops::dropout::RowSeeds;
-use crate::engine::ops::linear::{BothWays, Frozen, Pair, PairGradient};
+use crate::engine::ops::linear::{Frozen, Pair, PairGradient, Products};
 use crate::engine::ops::mat::Into;
 use crate::engine::ops::pointwise::{RmsNorm, Rotation, VALUES, geglu, geglu_backward, swiglu, swiglu_backward};
 use crate::engine::weights::LayerWeights;
@@ -31,8 +31,8 @@ pub(super) struct Batch {
 pub(super) struct Layer<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) weights: &'a LayerWeights,
-    /// Those of the linear layers, rounded, where products are.
-    pub(super) rounded: Option<&'a [BothWays; 7]>,
+    /// How those of the linear layers are multiplied.
+    pub(super) products: [Products<'a>; 7],
     pub(super) index: usize,
     pub(super) lora: Option<&'a LoraMatrices>,
 }
@@ -251,7 +251,7 @@ impl Layer<'_> {
             Linear::Up => (&w.up, None),
             Linear::Down => (&w.down, None),
         };
-        Frozen::rounded(weight, bias, self.rounded.map(|all| &all[linear as usize]))
+        Frozen::by(weight, bias, self.products[linear as usize])
     }
 
     /// Returns the adapter's pair of a linear layer. The parts of a fused module see the same inputs.
