@@ -95,12 +95,17 @@ enum Cause {
 pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop: channel::Receiver<bool>) {
     let mut last_start = last_round(&daemon.config());
     let mut left = if has_unfinished(&daemon.config()) { Left::ToTheWindow } else { Left::Nothing };
+    let mut was_away = false;
     loop {
         tokio::select! {
             () = owner.gained() => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
         let config = daemon.config();
+        if std::mem::take(&mut was_away) {
+            // Another owner may have had the night meanwhile.
+            last_start = last_start.max(last_round(&config));
+        }
         // The settings were checked when the config was read.
         let Ok(schedule) = Schedule::new(&config.schedule) else { return };
         let now = Utc::now();
@@ -124,7 +129,10 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = drifted(&config, schedule.window().copied(), last_start) => Cause::Drift,
             // The schedule may be another one now.
             () = daemon.reloaded.notified() => continue,
-            () = owner.lost() => continue,
+            () = owner.lost() => {
+                was_away = true;
+                continue;
+            }
             _ = stop.wait_for(|stop| *stop) => return,
         };
         tracing::info!(?cause, "a round begins");
@@ -139,6 +147,7 @@ pub(super) async fn keep(daemon: Arc<Daemon>, mut owner: lease::Owner, mut stop:
             () = owner.lost() => {
                 tracing::warn!("the lease was lost, so the round ends here; its next owner resumes it");
                 daemon.in_round.store(false, Ordering::Release);
+                was_away = true;
                 // A unit goes on by itself.
                 left = if config.schedule.run_in == RunIn::Child { Left::ToTheLease } else { Left::Nothing };
                 // As after a restart: a night that left no plan was not had, and comes when it is its time.

@@ -88,7 +88,10 @@ fn served(config: &Config, fleet: &Fleet) -> Result<Target, Finding> {
 /// Tells where the stable name leads to a version of another registry: a second daemon has the same name.
 async fn strangers(config: &Config, fleet: &Fleet) -> Vec<Finding> {
     let root = Paths::new(&config.state.dir).registry();
-    let registry = root.is_dir().then(|| Registry::open(&root, &config.registry)).and_then(Result::ok);
+    // Without a registry that can be read nobody can tell whose a version is; another check says why it cannot.
+    let Ok(registry) = root.is_dir().then(|| Registry::open(&root, &config.registry)).transpose() else {
+        return Vec::new();
+    };
     let mut findings = Vec::new();
     for place in fleet.places() {
         // A place that cannot be asked is told by the checks of replicas.
