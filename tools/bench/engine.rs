@@ -1,6 +1,6 @@
 //! One side of the engine bench: does a piece of work once for each line of its input, and tells its seconds.
 //!
-//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs[-int16] GROUPS SAMPLES PROMPT NEW`,
+//! `engine MODEL WORK`, where WORK is `generate[-int16|-int8] PROMPTS SAMPLES PROMPT NEW`, `logprobs[-int16|-gate] GROUPS SAMPLES PROMPT NEW`,
 //! `step[-int16] SAMPLES PROMPT NEW`, `classify FILE` (a list of texts as token ids; MODEL is a reward model), or `raft[-int16|-int8]` or `grpo[-int16] PROMPTS SAMPLES NEW FILE`: a whole iteration, from the
 //! prompts in a file of token ids to an adapter. It prints `ready`, then a line of JSON for each line it reads.
 
@@ -49,8 +49,15 @@ fn main() -> Result<()> {
         ("generate-int8", [prompts, samples, prompt, new]) => {
             sample(&model, WeightForm::Int8, *prompts, *samples, *prompt, *new)
         }
-        ("logprobs", [groups, samples, prompt, new]) => score(&model, *groups, *samples, *prompt, *new),
-        ("logprobs-int16", [groups, samples, prompt, new]) => score_rounded(&model, *groups, *samples, *prompt, *new),
+        ("logprobs", [groups, samples, prompt, new]) => {
+            score(&model, WeightForm::F32, *groups, *samples, *prompt, *new)
+        }
+        ("logprobs-int16", [groups, samples, prompt, new]) => {
+            score(&model, WeightForm::Int16, *groups, *samples, *prompt, *new)
+        }
+        ("logprobs-gate", [groups, samples, prompt, new]) => {
+            score_as_the_gate(&model, *groups, *samples, *prompt, *new)
+        }
         ("step", [samples, prompt, new]) => step(&model, WeightForm::F32, *samples, *prompt, *new),
         ("step-int16", [samples, prompt, new]) => step(&model, WeightForm::Int16, *samples, *prompt, *new),
         _ => Err(format!("no work is called {work} {sizes:?}").into()),
@@ -92,22 +99,11 @@ fn sample(model: &Model, form: WeightForm, prompts: usize, samples: usize, promp
     })
 }
 
-fn score(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize) -> Result<()> {
+/// Makes the base's log-probs as a loss needs them, group by group.
+fn score(model: &Model, form: WeightForm, groups: usize, samples: usize, prompt: usize, new: usize) -> Result<()> {
     let prompts: Vec<Vec<u32>> = (0..groups).map(|g| ids(g, prompt)).collect();
     let answers: Vec<Vec<u32>> = (0..groups * samples).map(|a| ids(1000 + a, new)).collect();
-    let item = |(i, completion): (usize, &Vec<u32>)| (prompts[i / samples].clone(), completion.clone());
-    let items: Vec<(Vec<u32>, Vec<u32>)> = answers.iter().enumerate().map(item).collect();
-    serve(|| {
-        let items: Vec<ScoreItem> = items.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
-        Ok(logprobs(model, None, &items)?.concat().len())
-    })
-}
-
-/// Does the same as the base's log-probs are made for a loss: in groups, with rounded weights.
-fn score_rounded(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize) -> Result<()> {
-    let prompts: Vec<Vec<u32>> = (0..groups).map(|g| ids(g, prompt)).collect();
-    let answers: Vec<Vec<u32>> = (0..groups * samples).map(|a| ids(1000 + a, new)).collect();
-    let base = Base::of(model, WeightForm::Int16)?;
+    let base = Base::of(model, form)?;
     serve(|| {
         let groups = prompts.iter().zip(answers.chunks(samples));
         let group = |(prompt, answers): (&'_ Vec<u32>, &'_ [Vec<u32>])| -> Result<usize> {
@@ -115,6 +111,18 @@ fn score_rounded(model: &Model, groups: usize, samples: usize, prompt: usize, ne
             Ok(base.score(&[GroupTokens { prompt, completions }])?.logprobs.len())
         };
         groups.map(group).sum()
+    })
+}
+
+/// Makes them as the gate measures how far an adapter is from its base, in batches of any items.
+fn score_as_the_gate(model: &Model, groups: usize, samples: usize, prompt: usize, new: usize) -> Result<()> {
+    let prompts: Vec<Vec<u32>> = (0..groups).map(|g| ids(g, prompt)).collect();
+    let answers: Vec<Vec<u32>> = (0..groups * samples).map(|a| ids(1000 + a, new)).collect();
+    let item = |(i, completion): (usize, &Vec<u32>)| (prompts[i / samples].clone(), completion.clone());
+    let items: Vec<(Vec<u32>, Vec<u32>)> = answers.iter().enumerate().map(item).collect();
+    serve(|| {
+        let items: Vec<ScoreItem> = items.iter().map(|(prompt, completion)| ScoreItem { prompt, completion }).collect();
+        Ok(logprobs(model, None, &items)?.concat().len())
     })
 }
 
