@@ -4,9 +4,9 @@ use std::borrow::Cow;
 
 use candle_core::Tensor;
 
-use super::Values;
 use super::dropout::Dropout;
 use super::mat::{Digits, Into, Mat, MatMut, Threads, multiply, multiply_digits};
+use super::{Values, zeros};
 use crate::engine::error::EngineError;
 use crate::engine::held::{Held, Stored};
 use crate::engine::matmul::rounded::Rounded;
@@ -163,7 +163,7 @@ impl<'a> Frozen<'a> {
     pub fn forward(&self, x: &[f32], pair: Option<Pair>) -> Found<Vec<f32>> {
         let (ins, outs) = (self.weight.ins, self.weight.outs);
         let rows = x.len() / ins;
-        let mut y = vec![0.0; rows * outs];
+        let mut y = zeros(rows * outs);
         let mut into = Into::Fresh;
         if let Some(bias) = &self.bias {
             y.chunks_exact_mut(outs).for_each(|row| row.copy_from_slice(bias));
