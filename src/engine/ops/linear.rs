@@ -4,9 +4,9 @@ use std::borrow::Cow;
 
 use candle_core::Tensor;
 
+use super::Values;
 use super::dropout::Dropout;
-use super::mat::{Digits, Into, Mat, MatMut, Threads, multiply, multiply_digits};
-use super::{Values, zeros};
+use super::mat::{Into, Mat, MatMut, Threads, multiply};
 use crate::engine::error::EngineError;
 use crate::engine::held::{Held, Stored};
 use crate::engine::matmul::rounded::Rounded;
@@ -34,15 +34,6 @@ impl BothWays {
     }
 }
 
-/// How products with a frozen weight are made.
-#[derive(Clone, Copy)]
-pub(crate) enum Products<'a> {
-    /// Of the weight as it is held, by so much of each number.
-    Of(Digits),
-    /// Of a rounded copy.
-    Rounded(&'a BothWays),
-}
-
 /// A frozen weight `[outs, ins]`, by how it is multiplied.
 pub(crate) struct Weight<'a> {
     form: Form<'a>,
@@ -52,20 +43,20 @@ pub(crate) struct Weight<'a> {
 
 enum Form<'a> {
     /// As it is.
-    Wide(Values<'a>, Digits),
+    Wide(Values<'a>),
     /// As it is, widened some rows at a time.
-    Stored(&'a Stored, Digits),
+    Stored(&'a Stored),
     Rounded(&'a BothWays),
 }
 
 impl<'a> Weight<'a> {
-    /// Borrows a matrix.
-    pub(crate) fn new(held: &'a Held, products: Products<'a>) -> Found<Self> {
+    /// Borrows a matrix; it is multiplied as it was rounded, if it was.
+    pub(crate) fn new(held: &'a Held, rounded: Option<&'a BothWays>) -> Found<Self> {
         let (outs, ins) = held.dims2()?;
-        let form = match (held, products) {
-            (_, Products::Rounded(rounded)) => Form::Rounded(rounded),
-            (Held::Wide(tensor), Products::Of(digits)) => Form::Wide(Values::of(tensor)?, digits),
-            (Held::Stored(stored), Products::Of(digits)) => Form::Stored(stored, digits),
+        let form = match (held, rounded) {
+            (_, Some(rounded)) => Form::Rounded(rounded),
+            (Held::Wide(tensor), None) => Form::Wide(Values::of(tensor)?),
+            (Held::Stored(stored), None) => Form::Stored(stored),
         };
         Ok(Weight { form, outs, ins })
     }
@@ -75,16 +66,16 @@ impl<'a> Weight<'a> {
         let (rows, outs, ins) = (x.len() / self.ins, self.outs, self.ins);
         match &self.form {
             Form::Rounded(rounded) => rounded.forth.multiply(x, y, into),
-            Form::Wide(values, digits) => {
+            Form::Wide(values) => {
                 let (x, y) = (Mat::new(x, rows, ins)?, MatMut::new(y, rows, outs)?);
-                multiply_digits(y, into, 1.0, x, Mat::new(values, outs, ins)?.t(), *digits)?;
+                multiply(y, into, 1.0, x, Mat::new(values, outs, ins)?.t(), Threads::All)?;
             }
-            Form::Stored(stored, digits) => {
+            Form::Stored(stored) => {
                 for tile in stored.tiles().filter(|_| rows > 0) {
                     let values = stored.widened(tile.clone())?;
                     let part = MatMut::strided(&mut y[tile.start..], rows, tile.len(), outs)?;
                     let weight = Mat::new(&values, tile.len(), ins)?;
-                    multiply_digits(part, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), *digits)?;
+                    multiply(part, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), Threads::All)?;
                 }
             }
         }
@@ -96,16 +87,16 @@ impl<'a> Weight<'a> {
         let (rows, outs, ins) = (grad.len() / self.outs, self.outs, self.ins);
         match &self.form {
             Form::Rounded(rounded) => rounded.back.multiply(grad, dx, into),
-            Form::Wide(values, digits) => {
+            Form::Wide(values) => {
                 let (grad, dx) = (Mat::new(grad, rows, outs)?, MatMut::new(dx, rows, ins)?);
-                multiply_digits(dx, into, 1.0, grad, Mat::new(values, outs, ins)?, *digits)?;
+                multiply(dx, into, 1.0, grad, Mat::new(values, outs, ins)?, Threads::All)?;
             }
-            Form::Stored(stored, digits) => {
+            Form::Stored(stored) => {
                 for tile in stored.tiles().filter(|_| rows > 0) {
                     let values = stored.widened(tile.clone())?;
                     let part = Mat::strided(&grad[tile.start..], rows, tile.len(), outs)?;
                     let weight = Mat::new(&values, tile.len(), ins)?;
-                    multiply_digits(MatMut::new(dx, rows, ins)?, into, 1.0, part, weight, *digits)?;
+                    multiply(MatMut::new(dx, rows, ins)?, into, 1.0, part, weight, Threads::All)?;
                     into = Into::Sum;
                 }
             }
@@ -144,12 +135,12 @@ pub struct PairGradient<'a> {
 impl<'a> Frozen<'a> {
     /// Borrows the weights of a layer.
     pub fn new(weight: &'a Held, bias: Option<&'a Tensor>) -> Found<Self> {
-        Self::by(weight, bias, Products::Of(Digits::All))
+        Self::rounded(weight, bias, None)
     }
 
-    /// Does the same, to multiply so.
-    pub(crate) fn by(weight: &'a Held, bias: Option<&'a Tensor>, products: Products<'a>) -> Found<Self> {
-        let weight = Weight::new(weight, products)?;
+    /// Does the same, to multiply by the weight as it was rounded, if it was.
+    pub(crate) fn rounded(weight: &'a Held, bias: Option<&'a Tensor>, rounded: Option<&'a BothWays>) -> Found<Self> {
+        let weight = Weight::new(weight, rounded)?;
         let bias = bias.map(Values::of).transpose()?;
         if weight.ins == 0 || bias.as_ref().is_some_and(|bias| bias.len() != weight.outs) {
             let (ins, outs) = (weight.ins, weight.outs);
@@ -163,7 +154,7 @@ impl<'a> Frozen<'a> {
     pub fn forward(&self, x: &[f32], pair: Option<Pair>) -> Found<Vec<f32>> {
         let (ins, outs) = (self.weight.ins, self.weight.outs);
         let rows = x.len() / ins;
-        let mut y = zeros(rows * outs);
+        let mut y = vec![0.0; rows * outs];
         let mut into = Into::Fresh;
         if let Some(bias) = &self.bias {
             y.chunks_exact_mut(outs).for_each(|row| row.copy_from_slice(bias));
@@ -321,7 +312,7 @@ mod tests {
         let (x, grad) = (random(2, rows * ins), random(3, rows * outs));
         let run = |held: &Held| {
             let (mut y, mut dx) = (vec![1.0; rows * outs], vec![9.0; rows * ins]);
-            let weight = Weight::new(held, Products::Of(Digits::All)).unwrap();
+            let weight = Weight::new(held, None).unwrap();
             weight.forth(&x, &mut y, Into::Sum).unwrap();
             weight.back(&grad, &mut dx, Into::Fresh).unwrap();
             [y, dx]
