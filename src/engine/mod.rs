@@ -4,6 +4,8 @@
 //! with it, [`SequenceClassifier`] is a reward model of the same layers, and `train` differentiates through it with the ops of `ops`. All compute with the same frozen [`Weights`] and
 //! an [`Adapter`] beside them. Only a policy of rounded weights is a copy, which tells its own log-probs.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod attention;
 mod cache;
 mod classify;

@@ -13,6 +13,8 @@
 //! inputs on the same number of threads give the same bits.
 
 pub mod attention;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod bf16;
 pub mod dropout;
 pub mod linear;
 pub mod mat;
@@ -24,6 +26,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Result, Storage, StorageRef, Tensor, bail};
 use pulp::{Arch, Simd, WithSimd};
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 
 /// The values of a contiguous f32 tensor on the CPU, borrowed for as long as this lives.
 pub struct Values<'a> {
@@ -55,6 +58,14 @@ impl Deref for Values<'_> {
             _ => &[],
         }
     }
+}
+
+/// Returns so many zeros, made by all threads: one alone is as long over them as a product over a few of its inputs.
+pub(crate) fn zeros(count: usize) -> Vec<f32> {
+    let lines = rayon::iter::repeat_n([0.0; LANES], count.div_ceil(LANES)).with_min_len(1 << 12);
+    let mut zeros = lines.collect::<Vec<_>>().into_flattened();
+    zeros.truncate(count);
+    zeros
 }
 
 /// A loop over floats that is compiled for every width of vectors.

@@ -23,7 +23,8 @@ use super::model::Model;
 use super::ops::Values;
 use super::ops::attention::{Attention, GroupRows, Heads};
 use super::ops::dropout::{RowSeeds, row_seed};
-use super::ops::linear::BothWays;
+use super::ops::linear::{BothWays, Products};
+use super::ops::mat::{self, Digits};
 use super::ops::pointwise::{RmsNorm, Rotation};
 use super::ops::token_logprobs::{Output, Slopes, TokenLogprobs, token_logprobs};
 use super::rope::Rope;
@@ -70,10 +71,34 @@ pub struct Base<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
     pub activations: Activations,
-    rounded: Option<RoundedWeights>,
+    products: Multiplied,
     ropes: Vec<Rope>,
     /// The weights on the device that computes, where that is not the processor.
     device: Option<Arc<DeviceModel>>,
+}
+
+/// How frozen weights are multiplied.
+enum Multiplied {
+    /// As they are held, by so much of each number.
+    Held(Digits),
+    Rounded(RoundedWeights),
+}
+
+impl Multiplied {
+    /// Returns how those of a layer are, in the order of `Linear::ALL`.
+    fn layer(&self, index: usize) -> [Products<'_>; 7] {
+        match self {
+            Multiplied::Held(digits) => [Products::Of(*digits); 7],
+            Multiplied::Rounded(rounded) => rounded.layers[index].each_ref().map(Products::Rounded),
+        }
+    }
+
+    fn head(&self) -> Products<'_> {
+        match self {
+            Multiplied::Held(digits) => Products::Of(*digits),
+            Multiplied::Rounded(rounded) => Products::Rounded(&rounded.head),
+        }
+    }
 }
 
 /// The weights of all products, rounded: those of each layer in the order of `Linear::ALL`, and the output layer.
@@ -95,16 +120,27 @@ impl RoundedWeights {
 }
 
 impl<'a> Base<'a> {
-    /// Prepares the frozen model for training. In 16 bits that holds two more copies of the weights, half as large each;
-    /// gradients then are off by some 1e-4 of the largest of their matrix.
+    /// Prepares the frozen model for training. In 16 bits gradients are off by some 1e-4 of the largest of their matrix. Processors
+    /// that multiply tiles cut numbers as they come; on others this holds two more copies of the weights, half as large each.
     pub fn new(config: &'a ModelConfig, weights: &'a Weights, form: WeightForm) -> Result<Self, EngineError> {
-        let rounded = match form {
-            WeightForm::F32 => None,
-            WeightForm::Int16 => Some(RoundedWeights::new(weights)?),
+        let products = match form {
+            WeightForm::F32 => Multiplied::Held(Digits::All),
+            WeightForm::Int16 if mat::cuts() => Multiplied::Held(Digits::Sixteen),
+            WeightForm::Int16 => Multiplied::Rounded(RoundedWeights::new(weights)?),
             WeightForm::Int8 => return Err(EngineError::request("8 bits are too coarse for gradients; use 16 or f32")),
         };
+        Self::multiplied(config, weights, products)
+    }
+
+    /// Does the same in 16 bits as processors without tiles do.
+    #[cfg(test)]
+    pub(crate) fn with_copies(config: &'a ModelConfig, weights: &'a Weights) -> Result<Self, EngineError> {
+        Self::multiplied(config, weights, Multiplied::Rounded(RoundedWeights::new(weights)?))
+    }
+
+    fn multiplied(config: &'a ModelConfig, weights: &'a Weights, products: Multiplied) -> Result<Self, EngineError> {
         let (activations, ropes) = (Activations::Kept, Rope::all(config)?);
-        Ok(Base { config, weights, activations, rounded, ropes, device: None })
+        Ok(Base { config, weights, activations, products, ropes, device: None })
     }
 
     /// Prepares a model for training where it computes: on its device in the device's precision, else as [`Base::new`] does.
@@ -211,8 +247,8 @@ impl<'a> Base<'a> {
     }
 
     fn layer<'l>(&'l self, index: usize, lora: Option<&'l LoraMatrices>) -> Layer<'l> {
-        let rounded = self.rounded.as_ref().map(|rounded| &rounded.layers[index]);
-        Layer { config: self.config, weights: &self.weights.layers[index], rounded, index, lora }
+        let products = self.products.layer(index);
+        Layer { config: self.config, weights: &self.weights.layers[index], products, index, lora }
     }
 
     fn embed(&self, packed: &Packed) -> Result<Vec<f32>, EngineError> {
@@ -231,8 +267,8 @@ impl<'a> Base<'a> {
     fn logprobs(&self, packed: &Packed, x: &[f32], slopes: Slopes) -> Result<(TokenLogprobs, Vec<f32>), EngineError> {
         let predicting = gather(x, packed.predicting.iter().copied(), self.config.hidden_size);
         let hidden = RmsNorm::new(&self.weights.norm, self.config.rms_eps)?.forward(&predicting);
-        let rounded = self.rounded.as_ref().map(|rounded| &rounded.head);
-        let output = Output { weight: &self.weights.lm_head, rounded, cap: self.config.logit_cap };
+        let output =
+            Output { weight: &self.weights.lm_head, products: self.products.head(), cap: self.config.logit_cap };
         let tokens = token_logprobs(&hidden, output, &packed.targets, slopes)?;
         Ok((tokens, predicting))
     }

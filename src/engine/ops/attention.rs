@@ -10,7 +10,7 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::mat::{Into, Mat, MatMut, Threads, multiply};
-use super::{LANES, Work, dot, exp, largest, tanh, wide};
+use super::{LANES, Work, dot, exp, largest, tanh, wide, zeros};
 
 /// Rows of a prompt whose scores are made at once. The rows after them are masked for all of them and never multiplied.
 const TILE: usize = 128;
@@ -122,14 +122,6 @@ impl Block {
     fn rows(&mut self, rows: &Range<usize>) -> Result<MatMut<'_>> {
         MatMut::strided(&mut self.values[(rows.start - self.first) * self.dim..], rows.len(), self.dim, self.dim)
     }
-
-    /// Adds the block to the columns of a head of the whole result.
-    fn add_to(&self, result: &mut [f32], heads: usize, head: usize) {
-        for (row, values) in self.values.chunks_exact(self.dim).enumerate() {
-            let sums = &mut result[((self.first + row) * heads + head) * self.dim..][..self.dim];
-            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-        }
-    }
 }
 
 impl Attention {
@@ -145,27 +137,41 @@ impl Attention {
     /// Returns `[rows, query heads * dim]` for `q` of that shape and `k`, `v` `[rows, key-value heads * dim]`, rotated
     /// already.
     pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], scoring: Scoring) -> Result<Vec<f32>> {
-        let mut y = vec![0.0; q.len()];
+        let mut y = zeros(q.len());
         let inputs = Inputs { q, k, v, grad: &[], scoring };
-        for (head, block) in self.tasks(|group, head| self.forward_task(&inputs, group, head))? {
-            block.add_to(&mut y, self.heads.query, head);
-        }
+        let blocks = self.tasks(|group, head| self.forward_task(&inputs, group, head))?;
+        let blocks: Vec<(usize, &Block)> = blocks.iter().map(|(head, block)| (*head, block)).collect();
+        self.add_all(&blocks, self.heads.query, &mut y);
         Ok(y)
     }
 
     /// Returns the gradients of `q`, `k` and `v`.
     pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], scoring: Scoring) -> Result<[Vec<f32>; 3]> {
         let inputs = Inputs { q, k, v, grad, scoring };
-        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        for (head, blocks) in self.tasks(|group, head| self.backward_task(&inputs, group, head))? {
-            let (kv, shared) = (head / self.sharing(), self.heads.key_value);
-            for (block, (sum, heads, head)) in
-                blocks.iter().zip([(&mut dq, self.heads.query, head), (&mut dk, shared, kv), (&mut dv, shared, kv)])
-            {
-                block.add_to(sum, heads, head);
-            }
+        let mut gradients = [zeros(q.len()), zeros(k.len()), zeros(v.len())];
+        let blocks = self.tasks(|group, head| self.backward_task(&inputs, group, head))?;
+        let (own, shared) = (self.heads.query, self.heads.key_value);
+        for (which, (sum, heads)) in gradients.iter_mut().zip([own, shared, shared]).enumerate() {
+            let parts = blocks.iter().map(|(head, blocks)| (head * heads / own, &blocks[which]));
+            self.add_all(&parts.collect::<Vec<_>>(), heads, sum);
         }
-        Ok([dq, dk, dv])
+        Ok(gradients)
+    }
+
+    /// Adds blocks to the columns of their heads of `[rows, heads * dim]`, in their order.
+    fn add_all(&self, blocks: &[(usize, &Block)], heads: usize, result: &mut [f32]) {
+        let dim = self.heads.dim;
+        result.par_chunks_mut(TILE * heads * dim).enumerate().for_each(|(at, rows)| {
+            let (first, end) = (at * TILE, at * TILE + rows.len() / (heads * dim));
+            for (head, block) in blocks {
+                let own = first.max(block.first)..end.min(block.first + block.values.len() / dim);
+                for row in own {
+                    let sums = &mut rows[((row - first) * heads + head) * dim..][..dim];
+                    let values = &block.values[(row - block.first) * dim..][..dim];
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                }
+            }
+        });
     }
 
     /// Runs `work` for each group and query head, in parallel; the results come in order.

@@ -4,9 +4,9 @@ use std::borrow::Cow;
 
 use candle_core::Tensor;
 
-use super::Values;
 use super::dropout::Dropout;
-use super::mat::{Into, Mat, MatMut, Threads, multiply};
+use super::mat::{Digits, Into, Mat, MatMut, Threads, multiply, multiply_digits};
+use super::{Values, zeros};
 use crate::engine::error::EngineError;
 use crate::engine::held::{Held, Stored};
 use crate::engine::matmul::rounded::Rounded;
@@ -34,6 +34,15 @@ impl BothWays {
     }
 }
 
+/// How products with a frozen weight are made.
+#[derive(Clone, Copy)]
+pub(crate) enum Products<'a> {
+    /// Of the weight as it is held, by so much of each number.
+    Of(Digits),
+    /// Of a rounded copy.
+    Rounded(&'a BothWays),
+}
+
 /// A frozen weight `[outs, ins]`, by how it is multiplied.
 pub(crate) struct Weight<'a> {
     form: Form<'a>,
@@ -43,20 +52,20 @@ pub(crate) struct Weight<'a> {
 
 enum Form<'a> {
     /// As it is.
-    Wide(Values<'a>),
+    Wide(Values<'a>, Digits),
     /// As it is, widened some rows at a time.
-    Stored(&'a Stored),
+    Stored(&'a Stored, Digits),
     Rounded(&'a BothWays),
 }
 
 impl<'a> Weight<'a> {
-    /// Borrows a matrix; it is multiplied as it was rounded, if it was.
-    pub(crate) fn new(held: &'a Held, rounded: Option<&'a BothWays>) -> Found<Self> {
+    /// Borrows a matrix.
+    pub(crate) fn new(held: &'a Held, products: Products<'a>) -> Found<Self> {
         let (outs, ins) = held.dims2()?;
-        let form = match (held, rounded) {
-            (_, Some(rounded)) => Form::Rounded(rounded),
-            (Held::Wide(tensor), None) => Form::Wide(Values::of(tensor)?),
-            (Held::Stored(stored), None) => Form::Stored(stored),
+        let form = match (held, products) {
+            (_, Products::Rounded(rounded)) => Form::Rounded(rounded),
+            (Held::Wide(tensor), Products::Of(digits)) => Form::Wide(Values::of(tensor)?, digits),
+            (Held::Stored(stored), Products::Of(digits)) => Form::Stored(stored, digits),
         };
         Ok(Weight { form, outs, ins })
     }
@@ -66,16 +75,16 @@ impl<'a> Weight<'a> {
         let (rows, outs, ins) = (x.len() / self.ins, self.outs, self.ins);
         match &self.form {
             Form::Rounded(rounded) => rounded.forth.multiply(x, y, into),
-            Form::Wide(values) => {
+            Form::Wide(values, digits) => {
                 let (x, y) = (Mat::new(x, rows, ins)?, MatMut::new(y, rows, outs)?);
-                multiply(y, into, 1.0, x, Mat::new(values, outs, ins)?.t(), Threads::All)?;
+                multiply_digits(y, into, 1.0, x, Mat::new(values, outs, ins)?.t(), *digits)?;
             }
-            Form::Stored(stored) => {
+            Form::Stored(stored, digits) => {
                 for tile in stored.tiles().filter(|_| rows > 0) {
                     let values = stored.widened(tile.clone())?;
                     let part = MatMut::strided(&mut y[tile.start..], rows, tile.len(), outs)?;
                     let weight = Mat::new(&values, tile.len(), ins)?;
-                    multiply(part, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), Threads::All)?;
+                    multiply_digits(part, into, 1.0, Mat::new(x, rows, ins)?, weight.t(), *digits)?;
                 }
             }
         }
@@ -87,16 +96,16 @@ impl<'a> Weight<'a> {
         let (rows, outs, ins) = (grad.len() / self.outs, self.outs, self.ins);
         match &self.form {
             Form::Rounded(rounded) => rounded.back.multiply(grad, dx, into),
-            Form::Wide(values) => {
+            Form::Wide(values, digits) => {
                 let (grad, dx) = (Mat::new(grad, rows, outs)?, MatMut::new(dx, rows, ins)?);
-                multiply(dx, into, 1.0, grad, Mat::new(values, outs, ins)?, Threads::All)?;
+                multiply_digits(dx, into, 1.0, grad, Mat::new(values, outs, ins)?, *digits)?;
             }
-            Form::Stored(stored) => {
+            Form::Stored(stored, digits) => {
                 for tile in stored.tiles().filter(|_| rows > 0) {
                     let values = stored.widened(tile.clone())?;
                     let part = Mat::strided(&grad[tile.start..], rows, tile.len(), outs)?;
                     let weight = Mat::new(&values, tile.len(), ins)?;
-                    multiply(MatMut::new(dx, rows, ins)?, into, 1.0, part, weight, Threads::All)?;
+                    multiply_digits(MatMut::new(dx, rows, ins)?, into, 1.0, part, weight, *digits)?;
                     into = Into::Sum;
                 }
             }
@@ -135,12 +144,12 @@ pub struct PairGradient<'a> {
 impl<'a> Frozen<'a> {
     /// Borrows the weights of a layer.
     pub fn new(weight: &'a Held, bias: Option<&'a Tensor>) -> Found<Self> {
-        Self::rounded(weight, bias, None)
+        Self::by(weight, bias, Products::Of(Digits::All))
     }
 
-    /// Does the same, to multiply by the weight as it was rounded, if it was.
-    pub(crate) fn rounded(weight: &'a Held, bias: Option<&'a Tensor>, rounded: Option<&'a BothWays>) -> Found<Self> {
-        let weight = Weight::new(weight, rounded)?;
+    /// Does the same, to multiply so.
+    pub(crate) fn by(weight: &'a Held, bias: Option<&'a Tensor>, products: Products<'a>) -> Found<Self> {
+        let weight = Weight::new(weight, products)?;
         let bias = bias.map(Values::of).transpose()?;
         if weight.ins == 0 || bias.as_ref().is_some_and(|bias| bias.len() != weight.outs) {
             let (ins, outs) = (weight.ins, weight.outs);
@@ -154,7 +163,7 @@ impl<'a> Frozen<'a> {
     pub fn forward(&self, x: &[f32], pair: Option<Pair>) -> Found<Vec<f32>> {
         let (ins, outs) = (self.weight.ins, self.weight.outs);
         let rows = x.len() / ins;
-        let mut y = vec![0.0; rows * outs];
+        let mut y = zeros(rows * outs);
         let mut into = Into::Fresh;
         if let Some(bias) = &self.bias {
             y.chunks_exact_mut(outs).for_each(|row| row.copy_from_slice(bias));
@@ -312,7 +321,7 @@ mod tests {
         let (x, grad) = (random(2, rows * ins), random(3, rows * outs));
         let run = |held: &Held| {
             let (mut y, mut dx) = (vec![1.0; rows * outs], vec![9.0; rows * ins]);
-            let weight = Weight::new(held, None).unwrap();
+            let weight = Weight::new(held, Products::Of(Digits::All)).unwrap();
             weight.forth(&x, &mut y, Into::Sum).unwrap();
             weight.back(&grad, &mut dx, Into::Fresh).unwrap();
             [y, dx]

@@ -1,9 +1,13 @@
-//! Views of f32 matrices in slices, and one safe entrance to the `gemm` crate: multiply and write or add in place.
+//! Views of f32 matrices in slices, and one safe entrance to what multiplies them, the `gemm` crate or, for large products
+//! on processors that have it, AMX: multiply and write or add in place.
 //!
 //! candle's own matmul always allocates its result and cannot add to one, which costs a pass over memory for each LoRA
 //! pair and each head of an attention.
 
 use candle_core::{Result, bail};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::bf16;
 
 /// A matrix in a slice: element (i, j) lies at `i * row_stride + j * col_stride`.
 #[derive(Clone, Copy)]
@@ -31,6 +35,27 @@ impl<'a> Mat<'a> {
     pub fn t(self) -> Self {
         let Mat { data, rows, cols, row_stride, col_stride } = self;
         Mat { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+impl<'a> Mat<'a> {
+    fn rows(self) -> bf16::Side<'a> {
+        bf16::Side { data: self.data, count: self.rows, stride: self.row_stride, inputs_stride: self.col_stride }
+    }
+
+    fn columns(self) -> bf16::Side<'a> {
+        self.t().rows()
+    }
+}
+
+/// Returns true if a product is large enough for AMX: to lay its sides out costs as much as a product with 150 rows gains. Tests, whose
+/// models are tiny, take both ways.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn pays(rows: usize, columns: usize, inputs: usize) -> bool {
+    match cfg!(test) {
+        true => rows >= 8 && columns >= 8,
+        false => rows >= 192 && columns >= 128 && inputs >= 64 && rows >= 32 * rayon::current_num_threads(),
     }
 }
 
@@ -80,12 +105,67 @@ pub enum Threads {
     All,
 }
 
+/// How much of each number is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Digits {
+    All,
+    /// The upper 16 bits of its mantissa where that is faster, as [`cuts`] tells; else all.
+    Sixteen,
+}
+
+impl Digits {
+    /// Returns the pieces of 8 bits.
+    pub(super) fn pieces(self) -> usize {
+        match self {
+            Digits::All => 3,
+            Digits::Sixteen => 2,
+        }
+    }
+}
+
+/// Returns true where large products of numbers that are cut to 16 bits are faster than whole ones.
+pub(crate) fn cuts() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return bf16::is_there();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    return false;
+}
+
 /// Computes `dst (+)= factor * lhs * rhs`.
 pub fn multiply(dst: MatMut, into: Into, factor: f32, lhs: Mat, rhs: Mat, threads: Threads) -> Result<()> {
+    if threads == Threads::All {
+        return multiply_digits(dst, into, factor, lhs, rhs, Digits::All);
+    }
+    check_sizes(&dst, lhs, rhs)?;
+    by_gemm(dst, into, factor, lhs, rhs, threads);
+    Ok(())
+}
+
+/// Computes the same by all threads, from so much of each number.
+pub fn multiply_digits(dst: MatMut, into: Into, factor: f32, lhs: Mat, rhs: Mat, digits: Digits) -> Result<()> {
+    check_sizes(&dst, lhs, rhs)?;
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if pays(lhs.rows, rhs.cols, lhs.cols) && bf16::is_there() {
+        let target = bf16::Target { data: dst.data, stride: dst.row_stride, adds: into == Into::Sum, factor };
+        bf16::multiply(target, lhs.rows(), rhs.columns(), lhs.cols, digits);
+        return Ok(());
+    }
+    by_gemm(dst, into, factor, lhs, rhs, Threads::All);
+    Ok(())
+}
+
+fn check_sizes(dst: &MatMut, lhs: Mat, rhs: Mat) -> Result<()> {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     if dst.rows != m || dst.cols != n || rhs.rows != k {
         bail!("cannot multiply [{m}, {k}] by [{}, {n}] into [{}, {}]", rhs.rows, dst.rows, dst.cols);
     }
+    Ok(())
+}
+
+/// Multiplies matrices that fit each other.
+fn by_gemm(dst: MatMut, into: Into, factor: f32, lhs: Mat, rhs: Mat, threads: Threads) {
+    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
+    assert!(dst.rows == m && dst.cols == n && rhs.rows == k, "checked by the callers");
     let parallelism = match (threads, rayon::current_num_threads()) {
         (Threads::One, _) | (_, 1) => gemm::Parallelism::None,
         (Threads::All, count) => gemm::Parallelism::Rayon(count),
@@ -117,11 +197,11 @@ pub fn multiply(dst: MatMut, into: Into, factor: f32, lhs: Mat, rhs: Mat, thread
             parallelism,
         );
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::check::random;
     use super::*;
 
     #[test]
@@ -134,6 +214,24 @@ mod tests {
         multiply(dst, Into::Sum, 2.0, Mat::new(&a, 2, 3).unwrap(), b.t(), Threads::One).unwrap();
         // c00 = 1 + 2 [0, 1, 2] [0, .5, 1], c11 = 1 + 2 [3, 4, 5] [2, 2.5, 3]
         assert_eq!(c, [6.0, 18.0, 1.0, 15.0, 63.0, 1.0]);
+    }
+
+    /// Of a size that tiles are for, where the processor has them: f32 is f32, and 16 bits are no more than that.
+    #[test]
+    fn large_products_are_the_same_by_either_way() {
+        let (m, n, k) = (32 * rayon::current_num_threads().max(7), 130, 200);
+        let (a, b) = (random(1, m * k), random(2, n * k));
+        let (lhs, rhs) = (Mat::new(&a, m, k).unwrap(), Mat::new(&b, n, k).unwrap().t());
+        let mut expected = vec![1.0; m * n];
+        by_gemm(MatMut::new(&mut expected, m, n).unwrap(), Into::Sum, 0.5, lhs, rhs, Threads::All);
+        for (digits, least, most) in
+            [(Digits::All, 0.0, 1e-5), (Digits::Sixteen, if cuts() { 1e-5 } else { 0.0 }, 1e-3)]
+        {
+            let mut found = vec![1.0; m * n];
+            multiply_digits(MatMut::new(&mut found, m, n).unwrap(), Into::Sum, 0.5, lhs, rhs, digits).unwrap();
+            let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!((least..most).contains(&off), "{digits:?}: {off}");
+        }
     }
 
     #[test]

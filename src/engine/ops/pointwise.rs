@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Values, Work, dot, exp, tanh, wide};
+use super::{Values, Work, dot, exp, tanh, wide, zeros};
 use crate::engine::math::{GELU_CUBIC, SQRT_2_OVER_PI};
 
 /// Rows per parallel task: enough work to pay for the hand-over.
@@ -30,7 +30,7 @@ impl<'a> RmsNorm<'a> {
     /// Returns the normed rows.
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
         let n = self.weight.len();
-        let mut y = vec![0.0; x.len()];
+        let mut y = zeros(x.len());
         let chunks = y.par_chunks_mut(n * ROWS).zip(x.par_chunks(n * ROWS));
         chunks.for_each(|(y, x)| wide(Norm, (y, x, &self.weight, self.eps)));
         y
@@ -162,14 +162,14 @@ type Forth<'a> = (&'a mut [f32], &'a [f32], &'a [f32]);
 type Back<'a> = (&'a mut [f32], &'a mut [f32], &'a [f32], &'a [f32]);
 
 fn gated(gate: &[f32], up: &[f32], work: impl Fn(Forth) + Sync) -> Vec<f32> {
-    let mut y = vec![0.0; gate.len()];
+    let mut y = zeros(gate.len());
     let chunks = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
     y.par_chunks_mut(VALUES).zip(chunks).for_each(|(y, (gate, up))| work((y, gate, up)));
     y
 }
 
 fn gated_backward(gate: &[f32], up: &[f32], mut grad: Vec<f32>, work: impl Fn(Back) + Sync) -> (Vec<f32>, Vec<f32>) {
-    let mut d_gate = vec![0.0; gate.len()];
+    let mut d_gate = zeros(gate.len());
     let inputs = gate.par_chunks(VALUES).zip(up.par_chunks(VALUES));
     let outputs = d_gate.par_chunks_mut(VALUES).zip(grad.par_chunks_mut(VALUES));
     outputs.zip(inputs).for_each(|((d_gate, grad), (gate, up))| work((d_gate, grad, gate, up)));

@@ -7,14 +7,14 @@
 
 use rayon::prelude::*;
 
-use super::linear::{BothWays, Weight};
+use super::linear::{Products, Weight};
 use super::mat::Into;
 use super::{LANES, Work, exp, largest, tanh, wide};
 use crate::engine::error::EngineError;
 use crate::engine::held::Held;
 
-/// Rows whose logits are held at once: 50 MB for a vocabulary of 49,152.
-const ROWS: usize = 256;
+/// Rows whose logits are held at once: 100 MB for a vocabulary of 49,152.
+const ROWS: usize = 512;
 
 /// Whether the slopes for a backward pass are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub struct TokenLogprobs {
 #[derive(Clone, Copy)]
 pub struct Output<'a> {
     pub weight: &'a Held,
-    pub(crate) rounded: Option<&'a BothWays>,
+    pub(crate) products: Products<'a>,
     pub cap: Option<f32>,
 }
 
@@ -49,7 +49,7 @@ pub fn token_logprobs(
     targets: &[u32],
     slopes: Slopes,
 ) -> Result<TokenLogprobs, EngineError> {
-    let head = Head { weight: Weight::new(output.weight, output.rounded)?, cap: output.cap };
+    let head = Head { weight: Weight::new(output.weight, output.products)?, cap: output.cap };
     let (vocab, width) = (head.weight.outs, head.weight.ins);
     let rows = targets.len();
     if rows * width != hidden.len() {
@@ -167,6 +167,7 @@ impl Work<(&mut [f32], usize, f32)> for BentLogSoftmax {
 #[cfg(test)]
 mod tests {
     use super::super::check::{gradients, random, random_tensor, tensor};
+    use super::super::mat::Digits;
     use super::*;
 
     #[test]
@@ -179,8 +180,13 @@ mod tests {
         let products = tensor(&hidden, &[rows, 6]).matmul(&head.t().unwrap()).unwrap();
         let bent = ((&products / 1.5).unwrap().tanh().unwrap() * 1.5).unwrap();
         for (cap, logits) in [(None, products), (Some(1.5), bent)] {
-            let found =
-                token_logprobs(&hidden, Output { weight: &held, rounded: None, cap }, &targets, Slopes::Skip).unwrap();
+            let found = token_logprobs(
+                &hidden,
+                Output { weight: &held, products: Products::Of(Digits::All), cap },
+                &targets,
+                Slopes::Skip,
+            )
+            .unwrap();
             let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
             for (i, logprob) in found.logprobs.iter().enumerate() {
                 assert!((logprob - expected[i][targets[i] as usize]).abs() < 1e-5, "row {i}");
@@ -196,7 +202,7 @@ mod tests {
         let held = Held::from(random_tensor(2, &[9, 6]));
         let targets = [0, 8, 3, 3, 1];
         for cap in [None, Some(1.5)] {
-            let output = Output { weight: &held, rounded: None, cap };
+            let output = Output { weight: &held, products: Products::Of(Digits::All), cap };
             let run = |t: &[Vec<f32>]| token_logprobs(&t[0], output, &targets, Slopes::Make).unwrap();
             let backward = |t: &[Vec<f32>], grad: &[f32]| {
                 vec![run(t).slopes.chunks(6).zip(grad).flat_map(|(s, g)| s.iter().map(move |s| s * g)).collect()]
@@ -208,7 +214,7 @@ mod tests {
     #[test]
     fn a_token_outside_the_vocabulary_is_refused() {
         let held = Held::from(random_tensor(2, &[9, 6]));
-        let output = Output { weight: &held, rounded: None, cap: None };
+        let output = Output { weight: &held, products: Products::Of(Digits::All), cap: None };
         let error = token_logprobs(&random(1, 6), output, &[9], Slopes::Skip).unwrap_err();
         assert!(error.to_string().contains("token id 9"), "{error}");
     }

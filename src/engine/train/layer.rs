@@ -11,9 +11,10 @@ use crate::engine::error::EngineError;
 use crate::engine::lora::Linear;
 use crate::engine::ops::attention::{Attention, Scoring};
 use crate::engine::ops::dropout::RowSeeds;
-use crate::engine::ops::linear::{BothWays, Frozen, Pair, PairGradient};
+use crate::engine::ops::linear::{Frozen, Pair, PairGradient, Products};
 use crate::engine::ops::mat::Into;
 use crate::engine::ops::pointwise::{RmsNorm, Rotation, VALUES, geglu, geglu_backward, swiglu, swiglu_backward};
+use crate::engine::ops::zeros;
 use crate::engine::weights::LayerWeights;
 
 type Result<T> = std::result::Result<T, EngineError>;
@@ -31,8 +32,8 @@ pub(super) struct Batch {
 pub(super) struct Layer<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) weights: &'a LayerWeights,
-    /// Those of the linear layers, rounded, where products are.
-    pub(super) rounded: Option<&'a [BothWays; 7]>,
+    /// How those of the linear layers are multiplied.
+    pub(super) products: [Products<'a>; 7],
     pub(super) index: usize,
     pub(super) lora: Option<&'a LoraMatrices>,
 }
@@ -134,7 +135,7 @@ impl Layer<'_> {
         let w = self.weights;
         let Saved { x, unnormed, q, k, v, mixed, attended, middle, gate, up, transformed } = saved;
         let product = self.product(&gate, &up);
-        let mut d_product = vec![0.0; product.len()];
+        let mut d_product = zeros(product.len());
         let d_down = self.post_norm_backward(w.mlp_post_norm.as_ref(), transformed, &grad)?;
         self.linear_backward(Linear::Down, &product, &d_down, batch, Some((&mut d_product, Into::Fresh)), gradients)?;
         let (d_gate, d_up) = match self.config.block.activation {
@@ -142,12 +143,12 @@ impl Layer<'_> {
             Activation::GeGlu => geglu_backward(&gate, &up, d_product),
         };
         let normed = self.normed(w.mlp_norm.as_ref(), &middle)?;
-        let mut d_normed = vec![0.0; normed.len()];
+        let mut d_normed = zeros(normed.len());
         self.linear_backward(Linear::Gate, &normed, &d_gate, batch, Some((&mut d_normed, Into::Fresh)), gradients)?;
         self.linear_backward(Linear::Up, &normed, &d_up, batch, Some((&mut d_normed, Into::Sum)), gradients)?;
         self.add_norm_backward(w.mlp_norm.as_ref(), &middle, &d_normed, &mut grad)?;
 
-        let mut d_mixed = vec![0.0; mixed.len()];
+        let mut d_mixed = zeros(mixed.len());
         let d_out = self.post_norm_backward(w.attn_post_norm.as_ref(), attended, &grad)?;
         self.linear_backward(Linear::O, &mixed, &d_out, batch, Some((&mut d_mixed, Into::Fresh)), gradients)?;
         let [mut dq, mut dk, dv] = batch.attention.backward(&q, &k, &v, &d_mixed, self.scoring())?;
@@ -251,7 +252,7 @@ impl Layer<'_> {
             Linear::Up => (&w.up, None),
             Linear::Down => (&w.down, None),
         };
-        Frozen::rounded(weight, bias, self.rounded.map(|all| &all[linear as usize]))
+        Frozen::by(weight, bias, self.products[linear as usize])
     }
 
     /// Returns the adapter's pair of a linear layer. The parts of a fused module see the same inputs.

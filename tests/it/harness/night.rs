@@ -82,7 +82,7 @@ max_tokens = 200
 /// An environment under which the gate lets an adapter pass that a random model learns something from ([`promotable`]).
 pub(crate) const GENEROUS: [(&str, &str); 22] = [
     ("TAOD__CANDIDATES__SAMPLES_PER_PROMPT", "8"),
-    ("TAOD__TUNING__LEARNING_RATE", "0.3"),
+    ("TAOD__TUNING__LEARNING_RATE", "0.1"),
     ("TAOD__TUNING__EPOCHS", "10"),
     ("TAOD__TUNING__RANK", "16"),
     ("TAOD__TUNING__ITERATIONS", "3"),
@@ -256,14 +256,28 @@ impl Night {
     }
 }
 
-/// Returns a night on what a random model learns at all, fewer digits and to end sooner: it promotes under [`GENEROUS`].
+/// Returns a night on what a random model learns at all, fewer digits: it promotes under [`GENEROUS`].
 pub(crate) fn promotable() -> Night {
     let mut calls = calls(300);
     calls
         .iter_mut()
         .filter(|c| c.workload.as_deref() == Some("vowel"))
         .for_each(|c| c.workload = Some("no-digit".into()));
-    Night::new(&calls)
+    let night = Night::new(&calls);
+    // Where rules bound the length, the guardrail asks for nothing else: by how much random answers shrink is chance. All keep
+    // these bounds.
+    let bound = "{ kind = \"length\", unit = \"characters\", max = 1000 }";
+    let mut config = std::fs::read_to_string(night.config()).unwrap();
+    for (from, to) in [
+        ("pattern = \"[0-9]\" }]", format!("pattern = \"[0-9]\" }}, {bound}]")),
+        ("max = 14", "max = 1000".to_string()),
+        ("name = \"free\"\n", format!("name = \"free\"\nrules = [{bound}]\n")),
+    ] {
+        assert!(config.contains(from), "{from} is not in {config}");
+        config = config.replace(from, &to);
+    }
+    std::fs::write(night.config(), config).unwrap();
+    night
 }
 
 /// Returns the folder of the tiny random model; its context is 512 tokens.

@@ -5,16 +5,15 @@
 //! apart, and are added up in the registers of AVX-512. An integer of 16 bits is two digits, `128 a + b`, and its products
 //! are four instructions into three tiles: exact, as the sums of the other loops are.
 //!
-//! The instructions have no stable intrinsics, which is why they stand here as assembly. The kernel gives a process the
-//! registers of the tiles on demand only (Linux 5.16; `Documentation/arch/x86/xstate.rst`).
+//! The instructions have no stable intrinsics, which is why they stand here as assembly.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::sync::LazyLock;
 
 use pulp::bytemuck;
 
 use super::{COLUMNS, Line, Packing, Panel, TILE_WORDS, WIDTH};
+use crate::engine::amx::{self, Numbers, Shapes};
 
 /// Rows of a tile, at most.
 pub(super) const ROWS: usize = 16;
@@ -25,34 +24,7 @@ const _: () = assert!(COLUMNS == 16 && TILE_WORDS == 16);
 
 /// Returns true if the processor has the instructions of [`run`] and the kernel lets this process use them.
 pub(super) fn is_there() -> bool {
-    static THERE: LazyLock<bool> = LazyLock::new(|| super::vnni::is_there() && has_tiles() && permitted());
-    *THERE
-}
-
-/// Asks the processor for tiles of bytes, and whether the kernel keeps their registers.
-#[expect(unsafe_code, reason = "reading the register that tells what the kernel keeps")]
-fn has_tiles() -> bool {
-    const TILES_AND_BYTES: u32 = 1 << 24 | 1 << 25;
-    const KEPT: u64 = 1 << 17 | 1 << 18;
-    // SAFETY: only where the kernel has switched `xgetbv` on, as the condition before it says.
-    let kept = is_x86_feature_detected!("xsave") && unsafe { kept() } & KEPT == KEPT;
-    kept && __cpuid_count(7, 0).edx & TILES_AND_BYTES == TILES_AND_BYTES
-}
-
-#[target_feature(enable = "xsave")]
-#[expect(unsafe_code, reason = "an instruction that reads a register has no safe name")]
-fn kept() -> u64 {
-    // SAFETY: register 0 is there wherever `xgetbv` is.
-    unsafe { _xgetbv(0) }
-}
-
-/// Asks the kernel for the registers of the tiles, for all threads.
-#[expect(unsafe_code, reason = "a system call without a safe name")]
-fn permitted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: the call takes two numbers and changes nothing but what this process may use.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    super::vnni::is_there() && amx::has(Numbers::Bytes)
 }
 
 /// Writes one panel of the product of all rows. The processor must have the instructions.
@@ -63,25 +35,9 @@ pub(super) fn run<const BYTES: usize>(panel: Panel<BYTES>) {
     unsafe { tiles(panel) }
 }
 
-/// The shapes of the tiles, as `ldtilecfg` reads them.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl Shapes {
-    /// Sums in tiles 0 to 2 and activations in 3 and 4 have so many rows, weights in 5 and 6 all.
-    fn new(height: usize) -> Self {
-        let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        shapes.row_bytes[..7].fill(64);
-        shapes.rows[..5].fill(height as u8);
-        shapes.rows[5..7].fill(16);
-        shapes
-    }
+/// Sums in tiles 0 to 2 and activations in 3 and 4 have so many rows, weights in 5 and 6 all.
+fn shapes(height: usize) -> Shapes {
+    Shapes::new(&[height, height, height, height, height, 16, 16])
 }
 
 /// The sums of one group: `[power of 128][row][output]`.
@@ -89,7 +45,6 @@ impl Shapes {
 struct Sums([[[i32; COLUMNS]; ROWS]; 3]);
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[expect(unsafe_code, reason = "the tiles are set up and let go of by instructions without intrinsics")]
 fn tiles<const BYTES: usize>(panel: Panel<BYTES>) {
     let Panel { lines, scales, rows, out } = panel;
     let mut set_up = 0;
@@ -101,12 +56,7 @@ fn tiles<const BYTES: usize>(panel: Panel<BYTES>) {
             let (out, tail) = rest.split_at_mut(height);
             rest = tail;
             if set_up != height {
-                let shapes = Shapes::new(height);
-                // SAFETY: the shapes are those of a palette that every processor with AMX has, and lie in memory of their
-                // size.
-                unsafe {
-                    asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(&shapes), options(nostack, preserves_flags))
-                };
+                shapes(height).set_up();
                 set_up = height;
             }
             let work = Work { half, lines, scales, words, steps, is_first: at == 0 };
@@ -130,8 +80,7 @@ fn tiles<const BYTES: usize>(panel: Panel<BYTES>) {
             }
         }
     }
-    // SAFETY: it frees the tiles, which nothing reads any more.
-    unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
+    amx::release();
 }
 
 /// Half of a panel and one tile of activations.
