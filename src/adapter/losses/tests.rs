@@ -177,12 +177,21 @@ fn rewards_choose_what_trains_and_ties_go_to_the_earlier() {
 }
 
 #[test]
-fn drift_is_zero_on_equal_log_probs_and_positive_both_ways() {
+fn drift_is_zero_on_equal_log_probs_and_grows_both_ways_by_a_line() {
     assert_eq!(drift(&[-1.0, -2.0], &[-1.0, -2.0]), 0.0);
-    let up = drift(&[-1.0], &[-1.5]);
-    assert!((up - ((-0.5f64).exp() + 0.5 - 1.0)).abs() < 1e-12);
-    assert!(drift(&[-1.5], &[-1.0]) > 0.0);
+    assert_eq!((drift(&[-1.0], &[-1.5]), drift(&[-1.5], &[-1.0])), (0.125, 0.125));
+    assert_eq!((drift(&[0.0], &[-1.0]), drift(&[0.0], &[-8.0]), drift(&[-8.0], &[0.0])), (0.5, 7.5, 7.5));
     assert!(drift(&[-1e30], &[0.0]).is_finite());
+}
+
+#[test]
+fn one_token_learnt_away_is_no_collapse_but_a_policy_that_left_all_its_samples_is() {
+    let max_kl = Settings::default().max_kl;
+    let base = [-3.0f32; 20];
+    let mut policy = base;
+    policy[7] = -23.0;
+    assert!(drift(&policy, &base) / 20.0 < max_kl);
+    assert!(drift(&[-7.0; 20], &base) / 20.0 > max_kl);
 }
 
 #[test]
