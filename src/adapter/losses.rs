@@ -268,12 +268,13 @@ pub fn weight(log_ratio: f64) -> f64 {
     log_ratio.exp().min(LARGEST_WEIGHT)
 }
 
-/// Returns the sum over tokens of how far the policy has moved from the base, in nats: half the square of the log-ratio, which
-/// is the KL to second order whichever of the two drew the token (Schulman's k2), up to one nat, and from there a line, as in
+/// Returns the sum over tokens of how far the policy has moved from the base, in nats. Up to one nat it is half the square of the
+/// log-ratio, which is the KL to second order whichever of the two drew the token (Schulman's k2); from there a line, as in
 /// Huber's loss.
 ///
 /// The samples are not the policy's own, so `k3`, whose mean is the KL on its own samples only, would here be the mean of
-/// `base / policy`, which has no bound: one token of 158 at e^-7.8 of its former probability made it 16 nats a token. This is a measure of drift, not the gate's KL.
+/// `base / policy`, which has no bound: one token of 158 at e^-7.8 of its former probability made it 16 nats a token. This
+/// is a measure of drift, not the gate's KL.
 pub fn drift(policy: &[f32], base: &[f32]) -> f64 {
     let moved = |(policy, base): (&f32, &f32)| match (f64::from(*policy) - f64::from(*base)).abs() {
         log if log <= 1.0 => 0.5 * log * log,

@@ -359,7 +359,7 @@ fn a_run_that_diverges_exports_nothing() {
         assert!(error.contains(text), "{error}");
         assert!(!out.join(ADAPTER).exists() && !out.join(OUTCOME).exists());
     };
-    expect("kl", Settings { learning_rate: 1.0, max_kl: 2.0, ..settings() }, "past tuning.max_kl = 2");
+    expect("kl", Settings { learning_rate: 1.0, max_kl: 0.5, ..settings() }, "past tuning.max_kl = 0.5");
     expect("entropy", Settings { min_entropy: 3.8, ..settings() }, "past tuning.min_entropy = 3.8");
     expect("nan", Settings { learning_rate: 1e37, max_kl: 1e300, min_entropy: 0.0, ..settings() }, "NaN");
 }
